@@ -1,0 +1,115 @@
+"""Every operator in plain PyTorch: the specification.
+
+Each function here is short enough to check against the formula it cites, and every kernel is tested
+against it. Integers agree bit for bit; float reductions agree within a bound that the tests derive,
+because the kernels sum in a fixed order of their own (64 lanes, fused multiply-add).
+
+The quantisers follow "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits"
+(arXiv:2402.17764): absmean for weights (section 2), absmax per token to 8 bits for activations.
+"""
+
+import torch
+from torch import Tensor
+
+ABSMAX_FLOOR = 1e-5
+"""Smallest absolute maximum (activations) or mean (weights) that is divided by."""
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a float weight matrix to ternary: absmean, one scale per tensor.
+
+    ``scale = mean(|W|)``, ``w = round(W / scale)`` clamped to {-1, 0, 1}; ``W`` is about ``w * scale``.
+
+    Args:
+        weight: float tensor of any shape.
+
+    Returns:
+        ``(w, scale)``: int8 of the same shape, and a float32 scalar tensor.
+    """
+    weight = weight.float()
+    scale = weight.abs().mean().clamp(min=ABSMAX_FLOOR)
+    return (weight / scale).round().clamp(-1, 1).to(torch.int8), scale
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds activations to int8: absmax per row of the last axis, in float32 arithmetic.
+
+    ``s = 127 / max(|x|)``, ``q = round_half_to_even(x * s)``, ``x_scale = 1 / s``; ``x`` is about
+    ``q * x_scale``. A row that holds a NaN or an infinity gets ``q = 0`` and ``x_scale = NaN``, which
+    makes every product with it NaN.
+
+    Args:
+        x: float tensor [..., K].
+
+    Returns:
+        ``(q, x_scale)``: int8 [..., K] and float32 [...].
+    """
+    x = x.float()
+    absmax = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    finite = absmax.isfinite()
+    scale = 127.0 / absmax.clamp(min=ABSMAX_FLOOR)
+    q = torch.where(finite, (x * scale).round().clamp(-128, 127), 0.0)
+    return q.to(torch.int8), torch.where(finite, 1.0 / scale, torch.nan).squeeze(-1)
+
+
+def ternary_matmul(q: Tensor, w: Tensor) -> Tensor:
+    """Exact integer product ``acc[m, n] = sum_k q[m, k] * w[n, k]``.
+
+    Args:
+        q: int8 [M, K].
+        w: int8 [N, K], ternary.
+
+    Returns:
+        int32 [M, N].
+    """
+    return (q.to(torch.int32) @ w.to(torch.int32).T).to(torch.int32)
+
+
+def ternary_linear(x: Tensor, w: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """BitLinear: ``y = acc * (x_scale * weight_scale) + bias``, rounded once to the dtype of ``x``.
+
+    Args:
+        x: float [..., K].
+        w: int8 [N, K], ternary.
+        weight_scale: float32 [N], the multiplier that turns ``w`` back into weights.
+        bias: float32 [N] or None.
+
+    Returns:
+        [..., N] in the dtype of ``x``.
+    """
+    q, x_scale = quantize_activations(x)
+    acc = ternary_matmul(q.reshape(-1, q.shape[-1]), w).reshape(*q.shape[:-1], w.shape[0])
+    y = acc.float() * (x_scale.unsqueeze(-1) * weight_scale)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last axis (arXiv:1910.07467), rounded once to the dtype of ``x``.
+
+    ``y = x / sqrt(mean(x^2) + eps) * weight``
+
+    Args:
+        x: float [..., K].
+        weight: float [K].
+        eps: added to the mean square.
+    """
+    wide = x.float()
+    inverse_rms = 1.0 / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * inverse_rms * weight.float()).to(x.dtype)
+
+
+def lm_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits of the language-model head, in float32 whatever the storage dtype of ``weight``.
+
+    ``logits[..., v] = sum_k x[..., k] * weight[v, k]``
+
+    Args:
+        x: float [..., K].
+        weight: float32, bfloat16 or float16 [V, K].
+
+    Returns:
+        float32 [..., V].
+    """
+    return x.float() @ weight.float().T
