@@ -8,7 +8,9 @@ In training mode every step is plain PyTorch (autocast, any device); in eval mod
 head are the operators of `bitnet_ops.ops`.
 """
 
+import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,9 @@ from . import ops, reference
 from .config import BitNetConfig
 from .kv_cache import KVCache
 from .linear import BitLinear
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 LinearFactory = Callable[[int, int], nn.Module]
 """Makes a projection from (in_features, out_features): BitLinear, BitLinearQAT, or nn.Linear to compare."""
@@ -133,6 +138,12 @@ class BitNet(nn.Module):
         config: the sizes.
         linear: makes the projections. `BitLinear` (packed, inference) by default, `BitLinearQAT` to train.
 
+    Attributes:
+        tokenizer: from text to ids and back, or None. This and the next two come from the checkpoint's
+            folder; the forward pass does not look at them.
+        chat_template: Jinja text that turns a conversation into a prompt, or None.
+        generation_config: the checkpoint's defaults for `generate`, as generation_config.json has them, or None.
+
     Example:
         >>> model = BitNet(BitNetConfig(vocab_size=256, hidden_size=64, ...), BitLinearQAT)
         >>> logits = model(torch.randint(256, (1, 10)))     # [1, 10, 256]
@@ -141,6 +152,9 @@ class BitNet(nn.Module):
     def __init__(self, config: BitNetConfig, linear: LinearFactory = BitLinear) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer: Tokenizer | None = None
+        self.chat_template: str | None = None
+        self.generation_config: dict[str, Any] | None = None
         self.model = Decoder(config, linear)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -187,6 +201,12 @@ class BitNet(nn.Module):
         if self.training:
             return F.linear(hidden, self.head_weight).float()
         return ops.lm_head(hidden, self.head_weight)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a packed model to a folder; see `bitnet_ops.checkpoint.save_pretrained`."""
+        from .checkpoint import save_pretrained  # noqa: PLC0415, because checkpoints know models
+
+        save_pretrained(self, folder)
 
 
 def positions_and_mask(
