@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .config import BitNetConfig
+from .generate import GenerationMixin
 from .kv_cache import KVCache
 from .linear import BitLinear
 
@@ -131,8 +132,10 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class BitNet(nn.Module):
+class BitNet(GenerationMixin, nn.Module):
     """A ternary language model in the architecture of BitNet b1.58 2B4T.
+
+    Calling it gives scores; `generate`, `stream` and `encode` come from `bitnet_ops.generate`.
 
     Args:
         config: the sizes.

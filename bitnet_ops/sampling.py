@@ -1,0 +1,204 @@
+"""From the scores of the next token to a token: the filters and the draw.
+
+The filters and their order are those of transformers: repetition penalty, temperature, top-k, top-p,
+min-p. They work on the few candidates that top-k leaves, sorted, instead of on the whole vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen; names and defaults are those of transformers.
+
+    Attributes:
+        do_sample: draw from the filtered distribution; False takes the best-scored token.
+        temperature: divides the scores; below 1 favours likely tokens.
+        top_k: keep the k best tokens; 0 keeps all. Of tokens that tie for the last place only as many
+            are kept as there are places.
+        top_p: of those, keep the smallest set of best tokens whose probabilities sum to at least this.
+        min_p: of those, drop tokens less likely than this fraction of the likeliest; None or 0 drops none.
+        repetition_penalty: the scores of tokens already in the text are divided by this where positive and
+            multiplied where negative (arXiv:1909.05858, section 4.1). Acts on greedy decoding too.
+
+    Raises:
+        ValueError: a value is out of range (TypeError for ``do_sample``); the text names it, what was expected and what was given.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.do_sample, bool):
+            raise TypeError(f"do_sample: expected True or False, got {self.do_sample!r}")
+        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
+            hint = "; for the best-scored token use do_sample=False" if self.temperature == 0 else ""
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature!r}{hint}")
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise ValueError(f"top_k: expected an int >= 0 (0 keeps all tokens), got {self.top_k!r}")
+        if not _is_number(self.top_p) or not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in [0, 1], got {self.top_p!r}")
+        if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise ValueError(f"min_p: expected None or a number in [0, 1], got {self.min_p!r}")
+        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty: expected a number above 0, got {self.repetition_penalty!r}"
+            )
+
+
+class Sampler:
+    """Chooses one token per row, and remembers what each row has seen.
+
+    Every row has its own random stream, and takes exactly one number from it per token. So a row's text
+    depends on the seed and on its place in the batch, not on what the other rows do or how many there are.
+
+    Example:
+        >>> sampler = Sampler(SamplingConfig(do_sample=True), batch_size=1, seed=0)
+        >>> sampler(torch.tensor([[0.0, 5.0, 1.0]]))
+        tensor([1])
+    """
+
+    def __init__(self, config: SamplingConfig, batch_size: int, seed: int | None = None) -> None:
+        """Prepares the random streams.
+
+        Args:
+            config: the filters.
+            batch_size: number of rows.
+            seed: for the same choices again; None takes a seed from torch's global generator, so that
+                ``torch.manual_seed`` governs it.
+        """
+        self.config = config
+        self._seen: Tensor | None = None
+        self._generators: list[torch.Generator] = []
+        if config.do_sample:
+            source = None if seed is None else torch.Generator().manual_seed(seed)
+            # One at a time: row 0 gets the same seed in a batch of 1 and in a batch of 64.
+            row_seeds = [int(torch.randint(2**63 - 1, (), generator=source)) for _ in range(batch_size)]
+            self._generators = [torch.Generator().manual_seed(row_seed) for row_seed in row_seeds]
+
+    def observe(self, ids: Tensor, vocab_size: int, mask: Tensor | None = None) -> None:
+        """Notes tokens as part of the text, for the repetition penalty.
+
+        Args:
+            ids: int64 [B, T].
+            vocab_size: size of the rows of scores to come.
+            mask: [B, T], 0 where a token is padding and does not count.
+        """
+        if self.config.repetition_penalty == 1.0:
+            return
+        if self._seen is None:
+            self._seen = torch.zeros(ids.shape[0], vocab_size, dtype=torch.bool, device=ids.device)
+        if mask is None:
+            self._seen.scatter_(1, ids, True)
+        else:
+            # Padding may carry the id of a real token, so it goes to a spare column that is cut off again.
+            spare = torch.where(mask.bool(), ids, vocab_size)
+            wide = torch.nn.functional.pad(self._seen, (0, 1)).scatter_(1, spare, True)
+            self._seen = wide[:, :vocab_size].contiguous()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Chooses a token per row.
+
+        Args:
+            logits: float [B, V].
+
+        Returns:
+            int64 [B].
+
+        Raises:
+            FloatingPointError: a row holds NaN or +Inf, or nothing but -Inf.
+        """
+        best, token = logits.max(dim=-1)  # NaN and +Inf come out on top
+        if not bool(best.isfinite().all()):
+            row = int(best.isfinite().logical_not().nonzero()[0])
+            raise FloatingPointError(
+                f"logits: expected finite scores of the next token, got {float(best[row])} in row {row}: "
+                "the model's weights or activations hold NaN or Inf"
+            )
+        if self._seen is not None:
+            logits = penalize_repetition(logits, self._seen, self.config.repetition_penalty)
+        if self.config.do_sample:
+            probabilities, ids = candidates(logits, self.config)
+            uniform = torch.stack(
+                [torch.rand((), dtype=torch.float64, generator=g) for g in self._generators]
+            )
+            choice = draw(probabilities, uniform.to(logits.device))
+            token = choice if ids is None else ids.gather(1, choice.unsqueeze(1)).squeeze(1)
+        elif self._seen is not None:
+            token = logits.argmax(dim=-1)
+        if self._seen is not None:
+            self._seen.scatter_(1, token.unsqueeze(1), True)
+        return token
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes tokens already seen less likely: ``l / penalty`` where l > 0, else ``l * penalty``.
+
+    Args:
+        logits: float [B, V].
+        seen: bool [B, V].
+        penalty: above 1 discourages repetition.
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
+    """Applies temperature, top-k, top-p and min-p.
+
+    Args:
+        logits: float [B, V], the repetition penalty applied.
+        config: the filters.
+
+    Returns:
+        ``(probabilities, ids)``: float64 [B, C], 0 for a token that is filtered out, each row proportional
+        to the probabilities (its sum is below 1 where top-p or min-p dropped something); and the token ids
+        int64 [B, C] of these columns, or None where column v is token v.
+    """
+    vocab_size = logits.shape[-1]
+    scores = logits.double() / config.temperature
+    ids: Tensor | None = None
+    if 0 < config.top_k < vocab_size:
+        scores, ids = scores.topk(config.top_k, dim=-1)
+    elif config.top_p < 1:
+        scores, ids = scores.sort(dim=-1, descending=True)
+    # Where top-p acts, the scores are in descending order by now, by the one branch or the other.
+    probabilities = scores.softmax(dim=-1)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if config.top_p < 1:
+        better = probabilities.cumsum(dim=-1) - probabilities  # total probability of the tokens before
+        keep &= better < config.top_p
+        keep[:, 0] = True
+    if config.min_p:
+        keep &= probabilities >= config.min_p * probabilities.amax(dim=-1, keepdim=True)
+    return probabilities * keep, ids
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draws a column per row by inverting the cumulative distribution.
+
+    Args:
+        probabilities: float64 [B, C], non-negative, each row with a positive sum.
+        uniform: float64 [B] in [0, 1).
+
+    Returns:
+        int64 [B], column c with probability ``probabilities[b, c] / sum(probabilities[b])``; never a column
+        of probability 0.
+    """
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # The product can round up to the total itself, beyond every column.
+    point = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, point, right=True).squeeze(1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
