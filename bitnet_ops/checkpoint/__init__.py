@@ -1,0 +1,17 @@
+"""Checkpoints: models as folders on disk.
+
+load.py         from_pretrained: the order of the checks, and the model
+hf.py           weights in the published Hugging Face formats (packed, ternary, master)
+packed.py       weights in our own format, and save_pretrained
+config_json.py  config.json
+text_files.py   tokenizer, chat template, generation defaults
+files.py        JSON and safetensors files, not trusted
+codes.py        the check that the 2-bit formats share
+errors.py       CheckpointError
+"""
+
+from .errors import CheckpointError
+from .load import from_pretrained
+from .packed import save_pretrained
+
+__all__ = ["CheckpointError", "from_pretrained", "save_pretrained"]

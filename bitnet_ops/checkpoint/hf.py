@@ -1,0 +1,172 @@
+"""The published layout of Hugging Face checkpoints: how the weights of a projection are stored.
+
+transformers knows three ways, told apart by "quantization_config" in config.json:
+
+    packed       weight uint8 [N / 4, K], weight_scale [1]     "quantization_mode": "offline", and every "bitlinear"
+    ternary      weight float [N, K], weight_scale [1]         the same, saved again by transformers after unpacking
+    master       weight float [N, K]                           "quantization_mode": "online", or nothing is said
+
+Packed: row n of the matrix has its codes c = w + 1 in the stored row n mod N/4, at the bits 2i..2i+1
+with i = n div N/4, so each of the four quarters of the matrix fills one pair of bits.
+
+weight_scale is the multiplier (``y = acc * x_scale * weight_scale``) in the linear class "autobitlinear",
+and its reciprocal in "bitlinear". Master weights are quantised here (`reference.quantize_weight`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from .codes import check_codes
+from .errors import CheckpointError
+from .files import FLOAT_DTYPES, TensorFiles
+
+WEIGHTS_PER_BYTE = 4
+
+LINEAR_CLASSES = ("autobitlinear", "bitlinear")
+MODES = ("offline", "online")
+
+
+@dataclass(frozen=True)
+class PublishedProjections:
+    """Reads projections in the published layout.
+
+    Attributes:
+        has_scale: whether the file holds a scale (packed or ternary), and not master weights.
+        reciprocal: whether that scale is the reciprocal of the multiplier.
+    """
+
+    has_scale: bool
+    reciprocal: bool
+
+    @classmethod
+    def from_config(cls, quantization: dict[str, Any] | None, file: Path) -> "PublishedProjections":
+        """Understands "quantization_config" of config.json; None where there is none.
+
+        Raises:
+            CheckpointError: it asks for something that is not supported.
+        """
+        if quantization is None:
+            return cls(has_scale=False, reciprocal=False)
+        # Absent fields mean what they mean to transformers' BitNetQuantConfig.
+        linear_class = quantization.get("linear_class", "bitlinear")
+        mode = quantization.get("quantization_mode", "offline")
+        for name, value, known in (
+            ("linear_class", linear_class, LINEAR_CLASSES),
+            ("quantization_mode", mode, MODES),
+        ):
+            if value not in known:
+                raise CheckpointError.at(
+                    file, f"quantization_config.{name}", " or ".join(map(repr, known)), f"{value!r:.200}"
+                )
+        if quantization.get("use_rms_norm") not in (None, False):
+            raise CheckpointError.at(
+                file,
+                "quantization_config.use_rms_norm",
+                "false (the norms of this architecture have names of their own)",
+                f"{quantization['use_rms_norm']!r:.200}",
+            )
+        skipped = quantization.get("modules_to_not_convert")
+        if skipped not in (None, [], ["lm_head"]):
+            raise CheckpointError.at(
+                file,
+                "quantization_config.modules_to_not_convert",
+                "nothing but 'lm_head' (every projection is ternary)",
+                f"{skipped!r:.200}",
+            )
+        # transformers has no online mode of "bitlinear": that class always reads packed weights.
+        return cls(
+            has_scale=linear_class == "bitlinear" or mode == "offline", reciprocal=linear_class == "bitlinear"
+        )
+
+    def check(self, files: TensorFiles, name: str, out_features: int, in_features: int) -> list[str]:
+        """Checks the headers of a projection's tensors.
+
+        Args:
+            files: where they lie.
+            name: of the module, such as "model.layers.0.self_attn.q_proj".
+            out_features: N.
+            in_features: K.
+
+        Returns:
+            The names of the tensors that `read` will use.
+        """
+        weight, scale = f"{name}.weight", f"{name}.weight_scale"
+        whole = (out_features, in_features)
+        if not self.has_scale:
+            files.expect(weight, FLOAT_DTYPES, whole)
+            return [weight]
+        stored = files.tensors.get(weight)
+        if stored is not None and stored.dtype in FLOAT_DTYPES and not self.reciprocal:
+            files.expect(weight, FLOAT_DTYPES, whole)
+        elif out_features % WEIGHTS_PER_BYTE:
+            raise CheckpointError(
+                f"tensor {weight!r}: expected a number of rows that {WEIGHTS_PER_BYTE} divides, because the "
+                f"published format packs {WEIGHTS_PER_BYTE} rows into one, got {out_features} by config.json"
+            )
+        else:
+            files.expect(weight, ("U8",), (out_features // WEIGHTS_PER_BYTE, in_features))
+        files.expect(scale, FLOAT_DTYPES, (1,), ())
+        return [weight, scale]
+
+    def read(
+        self, files: TensorFiles, name: str, out_features: int, in_features: int
+    ) -> tuple[Tensor, Tensor]:
+        """Reads a projection that `check` has passed.
+
+        Returns:
+            ``(packed_weight, weight_scale)`` as `bitnet_ops.BitLinear` holds them.
+
+        Raises:
+            CheckpointError: a value is not what the format allows.
+        """
+        weight = f"{name}.weight"
+        stored = files.read(weight)
+        if not self.has_scale:
+            w, scale = reference.quantize_weight(stored)
+            if not scale.isfinite():
+                raise files.error(
+                    weight, "finite numbers of finite sum", "a NaN, an infinity or a too large number"
+                )
+        else:
+            scale = self._read_scale(files, f"{name}.weight_scale")
+            if stored.dtype == torch.uint8:
+                check_codes(files, weight, stored)
+                w = unpack_quarters(stored)
+            else:
+                w = stored.to(torch.int8)
+                if not (w == stored).all() or w.abs().max() > 1:
+                    raise files.error(
+                        weight, "weights in {-1, 0, 1}, because it has a weight_scale", "other numbers"
+                    )
+        del stored
+        return ops.pack_ternary(w), scale.reshape(1).expand(out_features).contiguous()
+
+    def _read_scale(self, files: TensorFiles, name: str) -> Tensor:
+        stored = files.read(name).float()
+        scale = 1.0 / stored if self.reciprocal else stored
+        # The mean of absolute values is never 0 or negative; the second look is for a reciprocal of a subnormal.
+        if not (stored.isfinite() & (stored > 0) & scale.isfinite() & (scale > 0)).all():
+            raise files.error(
+                name, "a finite number above 0 whose reciprocal is finite too", f"{stored.item()!r}"
+            )
+        return scale
+
+
+def unpack_quarters(packed: Tensor) -> Tensor:
+    """Undoes the published packing.
+
+    Args:
+        packed: uint8 [N / 4, K] with codes in {0, 1, 2}.
+
+    Returns:
+        int8 [N, K] in {-1, 0, 1}.
+    """
+    codes = torch.empty(WEIGHTS_PER_BYTE, *packed.shape, dtype=torch.uint8)
+    for quarter, out in enumerate(codes):
+        torch.bitwise_right_shift(packed, 2 * quarter, out=out).bitwise_and_(3)
+    return codes.view(torch.int8).sub_(1).view(-1, packed.shape[1])

@@ -1,0 +1,183 @@
+"""From a folder to a model: checks everything that can be checked first, then reads tensor by tensor."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..config import BitNetConfig
+from ..linear import BitLinear
+from ..model import BitNet, RMSNorm
+from .config_json import parse_config
+from .errors import CheckpointError
+from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json
+from .hf import PublishedProjections
+from .packed import CONFIG_FILE, QUANT_METHOD, PackedProjections
+from .text_files import load_chat_template, load_generation_config, load_tokenizer
+
+CHUNK_ROWS = 1024
+"""Rows of the embedding matrix that are looked at together; a few MB of temporaries at 2560 columns."""
+
+
+class ProjectionReader(Protocol):
+    """How the weights of a projection are stored; `hf` and `packed` have one each."""
+
+    def check(self, files: TensorFiles, name: str, out_features: int, in_features: int) -> list[str]:
+        """Checks the headers and returns the names of the tensors that `read` uses."""
+
+    def read(
+        self, files: TensorFiles, name: str, out_features: int, in_features: int
+    ) -> tuple[Tensor, Tensor]:
+        """Reads ``(packed_weight, weight_scale)``."""
+
+
+def from_pretrained(folder: str | os.PathLike[str]) -> BitNet:
+    """Loads a model from a local folder; nothing is ever downloaded.
+
+    Understands the published layout of BitNet b1.58 2B4T (packed), its bf16 master weights (quantised
+    here), and what `save_pretrained` writes. Weights come from model.safetensors, or from several files
+    with model.safetensors.index.json. Peak memory stays near the size of the packed model, because
+    tensors are read and packed one at a time. A bar shows the progress on a terminal.
+
+    Args:
+        folder: holds config.json and the safetensors files; may hold tokenizer.json,
+            generation_config.json, and chat_template.jinja or tokenizer_config.json.
+
+    Returns:
+        The model in eval mode and without gradients. The embedding keeps its stored dtype, norms are
+        float32. ``model.tokenizer`` (a tokenizers.Tokenizer or None), ``model.chat_template`` (str or None)
+        and ``model.generation_config`` (dict) are what the folder has.
+
+    Raises:
+        CheckpointError: a ValueError that names the file and the tensor or field at fault.
+
+    Example:
+        >>> model = bitnet_ops.from_pretrained("bitnet-2b4t")
+        >>> model(torch.tensor([model.tokenizer.encode("The sea").ids])).shape
+        torch.Size([1, 3, 128256])
+    """
+    path = local_folder(folder)
+    data = read_json(path / CONFIG_FILE)
+    config = parse_config(data, path / CONFIG_FILE)
+    projections = _projection_reader(data, path / CONFIG_FILE)
+    generation_config = load_generation_config(path, config)
+    tokenizer = load_tokenizer(path, config.vocab_size)
+    chat_template = load_chat_template(path)
+    with TensorFiles(path) as files:
+        _check_plausible(config, files, path / CONFIG_FILE)
+        with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
+            model = BitNet(config)
+        state = _read_state(model, files, projections)
+    model.load_state_dict(state, assign=True)
+    model.tokenizer = tokenizer
+    model.generation_config = generation_config
+    model.chat_template = chat_template
+    return model.eval().requires_grad_(False)
+
+
+def _projection_reader(data: dict[str, Any], file: Path) -> ProjectionReader:
+    quantization = data.get("quantization_config")
+    if quantization is None:
+        return PublishedProjections.from_config(None, file)
+    if not isinstance(quantization, dict):
+        raise CheckpointError.at(file, "quantization_config", "an object", f"{quantization!r:.200}")
+    method = quantization.get("quant_method")
+    if method == QUANT_METHOD:
+        return PackedProjections.from_config(quantization, file)
+    if method == "bitnet":
+        return PublishedProjections.from_config(quantization, file)
+    raise CheckpointError.at(
+        file, "quantization_config.quant_method", f"'bitnet' or {QUANT_METHOD!r}", f"{method!r:.200}"
+    )
+
+
+def _check_plausible(config: BitNetConfig, files: TensorFiles, file: Path) -> None:
+    """Refuses sizes that the files cannot hold before a model of these sizes is built.
+
+    Even without memory a billion layers take for ever, and sizes above 2^63 overflow inside torch.
+    """
+    most = 4 * files.total_bytes  # no format stores more than 4 weights a byte
+    for name in ("vocab_size", "intermediate_size"):
+        size = getattr(config, name)
+        if size * config.hidden_size > most:
+            raise CheckpointError.at(
+                file,
+                f"{name} and hidden_size",
+                f"a matrix that fits into safetensors files of {files.total_bytes} bytes",
+                f"{size} x {config.hidden_size}",
+            )
+    layers = {".".join(name.split(".")[:3]) for name in files.tensors}
+    for layer in range(config.num_hidden_layers):
+        if f"model.layers.{layer}" not in layers:
+            raise CheckpointError.at(
+                file,
+                "num_hidden_layers",
+                "a number of layers that the safetensors files have tensors for",
+                f"{config.num_hidden_layers}, where the tensors 'model.layers.{layer}.*' are missing",
+            )
+
+
+def _read_state(model: BitNet, files: TensorFiles, projections: ProjectionReader) -> dict[str, Tensor]:
+    """Checks that the files have the tensors of the model and no others, then reads them."""
+    used: list[str] = []
+    steps: list[Callable[[], dict[str, Tensor]]] = []
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if isinstance(module, BitLinear):
+            sizes = module.out_features, module.in_features
+            used += projections.check(files, name, *sizes)
+            steps.append(partial(_read_projection, files, projections, name, *sizes))
+        elif isinstance(module, (RMSNorm, nn.Embedding, nn.Linear)):
+            files.expect(weight, FLOAT_DTYPES, tuple(module.weight.shape))
+            used.append(weight)
+            steps.append(partial(_read_float, files, weight, to_float32=isinstance(module, RMSNorm)))
+    if model.config.tie_word_embeddings and "lm_head.weight" in files.tensors:
+        files.expect("lm_head.weight", FLOAT_DTYPES, tuple(model.head_weight.shape))
+        used.append("lm_head.weight")
+        steps.append(partial(_check_tied, files, "lm_head.weight", "model.embed_tokens.weight"))
+    unexpected = sorted(files.tensors.keys() - set(used))
+    if unexpected:
+        raise files.error(
+            unexpected[0],
+            f"only the {len(used)} tensors of this architecture",
+            f"this and {len(unexpected) - 1} more",
+        )
+    state: dict[str, Tensor] = {}
+    for step in tqdm(
+        steps, desc="loading", unit="tensor", disable=None, leave=False
+    ):  # None: only on a terminal
+        state |= step()
+    return state
+
+
+def _read_projection(
+    files: TensorFiles, projections: ProjectionReader, name: str, out_features: int, in_features: int
+) -> dict[str, Tensor]:
+    packed, scale = projections.read(files, name, out_features, in_features)
+    return {f"{name}.packed_weight": packed, f"{name}.weight_scale": scale}
+
+
+def _read_float(files: TensorFiles, name: str, *, to_float32: bool) -> dict[str, Tensor]:
+    tensor = files.read(name)
+    if not all(bool(rows.isfinite().all()) for rows in torch.split(tensor, CHUNK_ROWS)):
+        raise files.error(name, "finite numbers", "a NaN or an infinity")
+    return {name: tensor.float() if to_float32 else tensor}
+
+
+def _check_tied(files: TensorFiles, head: str, embedding: str) -> dict[str, Tensor]:
+    """A tied head may be stored a second time, but it has to be the same matrix."""
+    rows = files.tensors[head].shape[0]
+    for start in range(0, rows, CHUNK_ROWS):
+        end = min(start + CHUNK_ROWS, rows)
+        if not files.read_rows(head, start, end).equal(files.read_rows(embedding, start, end)):
+            raise files.error(
+                head,
+                f"the numbers of {embedding!r}, because config.json says tie_word_embeddings",
+                "other numbers",
+            )
+    return {}
