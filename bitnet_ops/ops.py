@@ -1,0 +1,244 @@
+"""The operators: typed functions over ``torch.ops.bitnet_ops``, with fake kernels and gradients.
+
+Each one equals its namesake in ``bitnet_ops.reference``: integers bit for bit, floats to rounding.
+Results do not depend on the instruction set, the number of threads or the batch (DESIGN.md section 3).
+All of them work under ``torch.compile(fullgraph=True)``.
+
+The kernels run on the CPU. ``quantize_activations``, ``rms_norm`` and ``lm_head`` also accept tensors of
+any other device, where the reference runs, so that the same model trains on a GPU.
+
+A wrong argument raises a ``RuntimeError`` that names the operator, the argument, what was expected and
+what was given.
+"""
+
+import torch
+from torch import Tensor
+
+from bitnet_ops import packing, reference
+from bitnet_ops import isa as _loaded  # noqa: F401  importing it loads the library, which registers the operators
+
+_OPS = torch.ops.bitnet_ops
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds activations to int8, absmax per row of the last axis (arXiv:2402.17764, section 2).
+
+    ``s = 127 / max(|x|)``, ``q = round_half_to_even(x * s)``, ``x_scale = 1 / s``; ``x`` is about
+    ``q * x_scale``. Float32 arithmetic whatever the dtype of ``x``. A row that holds a NaN or an
+    infinity gets ``q = 0`` and ``x_scale = NaN``.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], K at most 2^18.
+
+    Returns:
+        ``(q, x_scale)``: int8 [..., K] and float32 [...].
+
+    Raises:
+        RuntimeError: if ``x`` is no such tensor.
+
+    Example:
+        >>> quantize_activations(torch.tensor([[0.5, -1.0, 0.25]]))
+        (tensor([[  64, -127,   32]], dtype=torch.int8), tensor([0.0079]))
+    """
+    return _OPS.quantize_activations.default(x)
+
+
+def pack_ternary(w: Tensor, layout: str = "tile16") -> Tensor:
+    """Packs a ternary matrix to 2 bits a weight, in the layout that ``bitnet_ops.packing`` draws.
+
+    Args:
+        w: int8 [N, K], values -1, 0 and 1, on the CPU; K at most 2^18.
+        layout: "tile16".
+
+    Returns:
+        uint8 [ceil(N / 16), ceil(K / 16), 64].
+
+    Raises:
+        RuntimeError: if ``w`` is no such tensor or holds another value, or for an unknown layout.
+
+    Example:
+        >>> pack_ternary(torch.zeros(32, 64, dtype=torch.int8)).shape
+        torch.Size([2, 4, 64])
+    """
+    return _OPS.pack_ternary.default(w, layout)
+
+
+def unpack_ternary(packed: Tensor, out_features: int, in_features: int, layout: str = "tile16") -> Tensor:
+    """Inverse of ``pack_ternary``.
+
+    Args:
+        packed: uint8 [ceil(N / 16), ceil(K / 16), 64], on the CPU.
+        out_features: N.
+        in_features: K.
+        layout: "tile16".
+
+    Returns:
+        int8 [N, K], values -1, 0 and 1.
+
+    Raises:
+        RuntimeError: if the shape does not fit, or a byte holds a code that stands for no weight.
+
+    Example:
+        >>> w = torch.tensor([[-1, 0, 1]], dtype=torch.int8)
+        >>> unpack_ternary(pack_ternary(w), 1, 3)
+        tensor([[-1,  0,  1]], dtype=torch.int8)
+    """
+    return _OPS.unpack_ternary.default(packed, out_features, in_features, layout)
+
+
+def ternary_matmul(q: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """Exact integer product ``acc[m, n] = sum_k q[m, k] * w[n, k]``.
+
+    Args:
+        q: int8 [M, K], on the CPU; K at most 2^18, so that int32 cannot overflow.
+        packed: uint8 [ceil(N / 16), ceil(K / 16), 64], from ``pack_ternary``.
+        out_features: N.
+
+    Returns:
+        int32 [M, N].
+
+    Raises:
+        RuntimeError: if dtypes or shapes do not fit together.
+
+    Example:
+        >>> w = torch.tensor([[-1, 0, 1], [1, 1, 1]], dtype=torch.int8)
+        >>> ternary_matmul(torch.tensor([[2, 3, 4]], dtype=torch.int8), pack_ternary(w), 2)
+        tensor([[2, 9]], dtype=torch.int32)
+    """
+    return _OPS.ternary_matmul.default(q, packed, out_features)
+
+
+def ternary_linear(
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, out_features: int
+) -> Tensor:
+    """BitLinear: quantised activations times packed ternary weights (arXiv:2402.17764).
+
+    ``y = acc * (x_scale * weight_scale) + bias`` with ``q, x_scale = quantize_activations(x)`` and
+    ``acc = ternary_matmul(q, packed)``, rounded once to the dtype of ``x``. A row of ``x`` that holds a
+    NaN or an infinity gives a row of NaN.
+
+    Gradients are straight-through: with respect to ``x``, rounding counts as the identity, so
+    ``grad_x = grad_y @ (w * weight_scale)``; ``bias`` gets the sum of ``grad_y``; packed weights and
+    their scale get none.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], on the CPU; K at most 2^18.
+        packed: uint8 [ceil(N / 16), ceil(K / 16), 64], from ``pack_ternary``.
+        weight_scale: float32 [N], the multiplier that turns ternary weights back into real ones.
+        bias: float32 [N] or None.
+        out_features: N.
+
+    Returns:
+        [..., N] in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: if dtypes or shapes do not fit together.
+
+    Example:
+        >>> w = torch.tensor([[-1, 0, 1]], dtype=torch.int8)
+        >>> ternary_linear(torch.tensor([1.0, 2.0, 4.0]), pack_ternary(w), torch.ones(1), out_features=1)
+        tensor([2.9921])
+    """
+    return _OPS.ternary_linear.default(x, packed, weight_scale, bias, out_features)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last axis (arXiv:1910.07467), rounded once to the dtype of ``x``.
+
+    ``y = x / sqrt(mean(x^2) + eps) * weight``, in float32 arithmetic.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        weight: float32, bfloat16 or float16 [K].
+        eps: added to the mean square, at least 0.
+
+    Returns:
+        Shape and dtype of ``x``.
+
+    Raises:
+        RuntimeError: if dtypes or shapes do not fit together, or ``eps`` is negative or NaN.
+
+    Example:
+        >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), 0.0)
+        tensor([0.8485, 1.1314])
+    """
+    return _OPS.rms_norm.default(x, weight, eps)
+
+
+def lm_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits of the language-model head: float32 sums whatever the storage dtype of ``weight``.
+
+    ``logits[..., v] = sum_k x[..., k] * weight[v, k]``, summed in the fixed order of DESIGN.md section 3,
+    so the logits of a token are the same bits in any batch.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        weight: float32, bfloat16 or float16 [V, K], row by row; the tied embedding table.
+
+    Returns:
+        float32 [..., V].
+
+    Raises:
+        RuntimeError: if dtypes or shapes do not fit together.
+
+    Example:
+        >>> lm_head(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 1.0], [0.0, -1.0]], dtype=torch.bfloat16))
+        tensor([ 3., -2.])
+    """
+    return _OPS.lm_head.default(x, weight)
+
+
+# ---- shapes and dtypes without data, for torch.compile and meta tensors ------------------------------
+
+
+@torch.library.register_fake("bitnet_ops::quantize_activations")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("bitnet_ops::pack_ternary")
+def _(w: Tensor, layout: str = "tile16") -> Tensor:
+    return w.new_empty(packing.packed_shape(w.shape[0], w.shape[1], layout), dtype=torch.uint8)
+
+
+@torch.library.register_fake("bitnet_ops::unpack_ternary")
+def _(packed: Tensor, out_features: int, in_features: int, layout: str = "tile16") -> Tensor:
+    return packed.new_empty((out_features, in_features), dtype=torch.int8)
+
+
+@torch.library.register_fake("bitnet_ops::ternary_matmul")
+def _(q: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    return q.new_empty((q.shape[0], out_features), dtype=torch.int32)
+
+
+@torch.library.register_fake("bitnet_ops::ternary_linear")
+def _(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("bitnet_ops::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("bitnet_ops::lm_head")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+# ---- other devices: the reference -----------------------------------------------------------------
+
+
+@torch.library.impl("bitnet_ops::quantize_activations", "CompositeExplicitAutograd")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.quantize_activations(x)
+
+
+@torch.library.impl("bitnet_ops::rms_norm", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return reference.rms_norm(x, weight, eps)
+
+
+@torch.library.impl("bitnet_ops::lm_head", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return reference.lm_head(x, weight)

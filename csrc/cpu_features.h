@@ -1,0 +1,24 @@
+// What this CPU can execute and this operating system saves on a context switch.
+#pragma once
+
+#include <cstdint>
+
+namespace bitnet_ops {
+
+// One bit per feature that some kernel's target string names.
+enum CpuFeature : uint32_t {
+  kAvx2 = 1u << 0,
+  kFma = 1u << 1,
+  kF16c = 1u << 2,
+  kAvxVnni = 1u << 3,
+  kAvx512F = 1u << 4,
+  kAvx512Bw = 1u << 5,
+  kAvx512Dq = 1u << 6,
+  kAvx512Vl = 1u << 7,
+  kAvx512Vnni = 1u << 8,
+};
+
+// The set of features that are safe to use, as a sum of CpuFeature bits. Never throws.
+uint32_t cpu_features();
+
+}  // namespace bitnet_ops

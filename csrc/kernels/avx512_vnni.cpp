@@ -1,0 +1,207 @@
+// AVX-512 VNNI (Ice Lake, Sapphire Rapids, Zen 4 and later).
+//
+// Instruction: vpdpbusd zmm, acc_i32x16[i] += sum over j of code_u8x64[4i+j] * q_i8x64[4i+j].
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
+// Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
+//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (decode)
+//              |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
+//
+// One 64-byte block is one zmm; lane i is row i, and the four activations of step p are broadcast:
+//
+//     block_u8x64   | row 0: j=0..3 | row 1: j=0..3 | ... | row 15: j=0..3 |     >> 2p, & 3
+//     q_i8x64       | q[4p .. 4p+3] | q[4p .. 4p+3] | ... | q[4p .. 4p+3]  |     16 inputs = p 0..3
+//     acc_i32x16    |     row 0     |     row 1     | ... |     row 15     |
+//
+// No horizontal sum is ever needed.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../float_convert.h"
+#include "../kernel_table.h"
+
+// This list equals the requirement in dispatch.cpp, feature for feature.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+
+#include "float_algorithms.h"
+#include "ternary_driver.h"
+
+namespace bitnet_ops {
+namespace {
+
+struct Avx512 {
+  using F32 = __m512;
+  using I32 = __m512i;
+  static constexpr int kLanes = 16;
+  // Four rows x four registers use 16 accumulators, two cycles of latency's worth on any core, and
+  // read x once for four rows.
+  static constexpr int kStreamRows = 4;
+  // 4 x 6 accumulators + 4 rows + 1 activation = 29 of 32 registers.
+  static constexpr int kLogitsRows = 4;
+  static constexpr int kLogitsTokens = 6;
+  static constexpr int64_t kTokenGroupBytes = 512 << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
+
+  static F32 zero() { return _mm512_setzero_ps(); }
+  static F32 set1(float s) { return _mm512_set1_ps(s); }
+  static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+  static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+  static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  static F32 load(const float* p) { return _mm512_loadu_ps(p); }
+  static F32 load(const BFloat16* p) {
+    const __m256i half_u16x16 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_u16x16), 16));
+  }
+  static F32 load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+  static void store(BFloat16* p, F32 v) {
+    // As from_float: integer rounding to even. vcvtneps2bf16 would flush subnormals to zero.
+    const __m512i bits_u32x16 = _mm512_castps_si512(v);
+    const __m512i kept_u32x16 = _mm512_and_si512(_mm512_srli_epi32(bits_u32x16, 16), _mm512_set1_epi32(1));
+    const __m512i rounded_u32x16 =
+        _mm512_add_epi32(bits_u32x16, _mm512_add_epi32(kept_u32x16, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i high_u32x16 =
+        _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded_u32x16, 16), nan, _mm512_set1_epi32(kBFloat16NaN));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high_u32x16));
+  }
+  static void store(Float16* p, F32 v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static float fold(F32 v) {
+    const __m256 f32x8 = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 f32x4 = _mm_add_ps(_mm256_castps256_ps128(f32x8), _mm256_extractf128_ps(f32x8, 1));
+    const __m128 f32x2 = _mm_add_ps(f32x4, _mm_movehl_ps(f32x4, f32x4));
+    return _mm_cvtss_f32(_mm_add_ss(f32x2, _mm_movehdup_ps(f32x2)));
+  }
+
+  static I32 zero_i32() { return _mm512_setzero_si512(); }
+  static int32_t sum(I32 v) { return _mm512_reduce_add_epi32(v); }
+  static I32 max_magnitude(I32 m, F32 v) {
+    return _mm512_max_epi32(m, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(kAbsMask)));
+  }
+  static int32_t highest(I32 v) { return _mm512_reduce_max_epi32(v); }
+  static I32 quantize(F32 v, F32 s, int8_t* q, I32 sum) {
+    // Rounding is explicit, half to even, whatever the caller's MXCSR says.
+    const __m512i rounded_i32x16 =
+        _mm512_cvt_roundps_epi32(_mm512_mul_ps(v, s), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i q_i8x16 = _mm512_cvtsepi32_epi8(rounded_i32x16);  // saturates to [-128, 127]
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), q_i8x16);
+    return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(q_i8x16));
+  }
+};
+
+// Four activations in every lane; the compiler folds the load into vpdpbusd's broadcast operand.
+inline __m512i broadcast4(const int8_t* q) {
+  int32_t four;
+  std::memcpy(&four, q, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+struct Inner {
+  // 2 x 12 accumulators + 2 blocks + 2 decoded + 1 mask = 29 of 32 registers. Twelve tokens pay for
+  // one decoding; 24 chains cover the latency of vpdpbusd (4 or 5 cycles, up to two a cycle).
+  static constexpr int kTiles = 2;
+  static constexpr int kTokens = 12;
+  // About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
+  static constexpr int64_t kPrefetchBytes = 4096;
+
+  static void decode(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
+    // Codes are multiplied where they stand in the byte, 4^p times too large, each p into its own
+    // accumulator: no shift inside the loop, and four independent chains. The shifts below are exact.
+    const __m512i mask0_u8x64 = _mm512_set1_epi8(0x03);
+    const __m512i mask1_u8x64 = _mm512_set1_epi8(0x0c);
+    const __m512i mask2_u8x64 = _mm512_set1_epi8(0x30);
+    const __m512i mask3_u8x64 = _mm512_set1_epi8(static_cast<char>(0xc0));
+    __m512i acc0_i32x16 = _mm512_setzero_si512();
+    __m512i acc1_i32x16 = _mm512_setzero_si512();
+    __m512i acc2_i32x16 = _mm512_setzero_si512();
+    __m512i acc3_i32x16 = _mm512_setzero_si512();
+    for (int64_t b = 0; b < blocks; ++b) {
+      _mm_prefetch(reinterpret_cast<const char*>(tile + b * kBlockBytes + kPrefetchBytes), _MM_HINT_T0);
+      const __m512i block_u8x64 = _mm512_loadu_si512(tile + b * kBlockBytes);
+      const int8_t* q_block = q + b * kBlockInputs;
+      acc0_i32x16 =
+          _mm512_dpbusd_epi32(acc0_i32x16, _mm512_and_si512(block_u8x64, mask0_u8x64), broadcast4(q_block));
+      acc1_i32x16 =
+          _mm512_dpbusd_epi32(acc1_i32x16, _mm512_and_si512(block_u8x64, mask1_u8x64), broadcast4(q_block + 4));
+      acc2_i32x16 =
+          _mm512_dpbusd_epi32(acc2_i32x16, _mm512_and_si512(block_u8x64, mask2_u8x64), broadcast4(q_block + 8));
+      acc3_i32x16 =
+          _mm512_dpbusd_epi32(acc3_i32x16, _mm512_and_si512(block_u8x64, mask3_u8x64), broadcast4(q_block + 12));
+    }
+    const __m512i low_i32x16 = _mm512_add_epi32(acc0_i32x16, _mm512_srai_epi32(acc1_i32x16, 2));
+    const __m512i high_i32x16 =
+        _mm512_add_epi32(_mm512_srai_epi32(acc2_i32x16, 4), _mm512_srai_epi32(acc3_i32x16, 6));
+    _mm512_storeu_si512(acc, _mm512_add_epi32(low_i32x16, high_i32x16));
+  }
+
+  template <int TILES, int TOKENS>
+  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    const __m512i mask_u8x64 = _mm512_set1_epi8(0x03);
+    const int64_t tile_bytes = blocks * kBlockBytes;
+    __m512i acc_i32x16[TOKENS][TILES];
+    for (int t = 0; t < TOKENS; ++t) {
+      for (int i = 0; i < TILES; ++i) acc_i32x16[t][i] = _mm512_setzero_si512();
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      __m512i block_u8x64[TILES];
+      for (int i = 0; i < TILES; ++i) {
+        const uint8_t* address = tile + i * tile_bytes + b * kBlockBytes;
+        _mm_prefetch(reinterpret_cast<const char*>(address + kPrefetchBytes), _MM_HINT_T0);
+        block_u8x64[i] = _mm512_loadu_si512(address);
+      }
+      const int8_t* q_block = q + b * kBlockInputs;
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        __m512i code_u8x64[TILES];
+        for (int i = 0; i < TILES; ++i) {
+          // A 16-bit shift moves bits across bytes, but only into places that the mask clears.
+          code_u8x64[i] = _mm512_and_si512(_mm512_srli_epi16(block_u8x64[i], static_cast<unsigned>(2 * p)), mask_u8x64);
+        }
+#pragma GCC unroll 12
+        for (int t = 0; t < TOKENS; ++t) {
+          const __m512i q_i8x64 = broadcast4(q_block + t * q_stride + 4 * p);
+          for (int i = 0; i < TILES; ++i) {
+            acc_i32x16[t][i] = _mm512_dpbusd_epi32(acc_i32x16[t][i], code_u8x64[i], q_i8x64);
+          }
+        }
+      }
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      for (int i = 0; i < TILES; ++i) {
+        _mm512_storeu_si512(acc + (t * TILES + i) * kTileRows, acc_i32x16[t][i]);
+      }
+    }
+  }
+};
+
+using Float = FloatKernels<Avx512>;
+
+}  // namespace
+
+extern const KernelTable kAvx512VnniKernels;
+constexpr KernelTable kAvx512VnniKernels = {
+    "avx512_vnni",       Float::quantize_row, TernaryDriver<Avx512, Inner>::ternary_product,
+    Float::rms_norm_row, Float::widen_row,    Float::logits,
+};
+
+}  // namespace bitnet_ops
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif

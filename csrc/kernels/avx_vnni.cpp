@@ -1,0 +1,98 @@
+// AVX-VNNI (Alder Lake and later, Zen 5): the VNNI dot product in VEX encoding, for CPUs that have no
+// AVX-512 or have it switched off.
+//
+// Instruction: vpdpbusd ymm, acc_i32x8[i] += sum over j of code_u8x32[4i+j] * q_i8x32[4i+j].
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
+// Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
+//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (decode)
+//              |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
+//
+// Half a block is one ymm; lane i is row i (or 8 + i):
+//
+//     code_u8x32    | row 0: j=0..3 | row 1: j=0..3 | ... | row 7: j=0..3 |     >> 2p, & 3
+//     q_i8x32       | q[4p .. 4p+3] | q[4p .. 4p+3] | ... | q[4p .. 4p+3] |
+//     acc_i32x8     |     row 0     |     row 1     | ... |     row 7     |
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../float_convert.h"
+#include "../kernel_table.h"
+
+// This list equals the requirement in dispatch.cpp, feature for feature.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+
+#include "float_algorithms.h"
+#include "ternary_driver.h"
+#include "ymm.h"
+
+namespace bitnet_ops {
+namespace {
+
+struct Dpbusd {
+  // Never before the end: int32 lanes hold a whole row (see Overflow above).
+  static constexpr int64_t kBlocksPerWidening = kMaxInFeatures / kBlockInputs;
+
+  static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
+    return _mm256_dpbusd_avx_epi32(acc_i32x8, code_u8x32, q_i8x32);
+  }
+  static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }
+};
+
+struct Inner : YmmBlocks<Dpbusd> {
+  static void decode(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
+    // Codes are multiplied where they stand in the byte, 4^p times too large, each p into its own
+    // accumulator: no shift inside the loop, and eight independent chains to cover the latency of
+    // vpdpbusd (5 cycles). The shifts below are exact.
+    __m256i low_i32x8[4];
+    __m256i high_i32x8[4];
+    for (int p = 0; p < 4; ++p) {
+      low_i32x8[p] = _mm256_setzero_si256();
+      high_i32x8[p] = _mm256_setzero_si256();
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* address = tile + b * kBlockBytes;
+      _mm_prefetch(reinterpret_cast<const char*>(address + kPrefetchBytes), _MM_HINT_T0);
+      const __m256i low_u8x32 = load32(address);
+      const __m256i high_u8x32 = load32(address + 32);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        const __m256i mask_u8x32 = _mm256_set1_epi8(static_cast<char>(0x03 << (2 * p)));
+        const __m256i q_i8x32 = broadcast4(q + b * kBlockInputs + 4 * p);
+        low_i32x8[p] = Dpbusd::dot(low_i32x8[p], _mm256_and_si256(low_u8x32, mask_u8x32), q_i8x32);
+        high_i32x8[p] = Dpbusd::dot(high_i32x8[p], _mm256_and_si256(high_u8x32, mask_u8x32), q_i8x32);
+      }
+    }
+    for (int p = 1; p < 4; ++p) {
+      low_i32x8[0] = _mm256_add_epi32(low_i32x8[0], _mm256_srai_epi32(low_i32x8[p], 2 * p));
+      high_i32x8[0] = _mm256_add_epi32(high_i32x8[0], _mm256_srai_epi32(high_i32x8[p], 2 * p));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), low_i32x8[0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), high_i32x8[0]);
+  }
+};
+
+using Float = FloatKernels<Ymm>;
+
+}  // namespace
+
+extern const KernelTable kAvxVnniKernels;
+constexpr KernelTable kAvxVnniKernels = {
+    "avx_vnni",          Float::quantize_row, TernaryDriver<Ymm, Inner>::ternary_product,
+    Float::rms_norm_row, Float::widen_row,    Float::logits,
+};
+
+}  // namespace bitnet_ops
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,103 @@
+// Plain C++: the kernel that every other one must equal bit for bit, and the one for a CPU that has
+// nothing better.
+//
+// Instruction: none; std::fma is one rounding everywhere (a library call where the CPU has no FMA).
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (DESIGN.md section 4).
+// Overflow:    |sum q*c| <= K * 3 * 128 = 384 K <= 384 * 2^18 = 1.0e8 < 2^31 for any byte.
+//
+//     byte 4r+j :  | p=3 | p=2 | p=1 | p=0 |      input k = 16*block + 4*p + j of row r
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../float_convert.h"
+#include "../kernel_table.h"
+#include "float_algorithms.h"
+#include "ternary_driver.h"
+
+namespace bitnet_ops {
+namespace {
+
+struct Scalar {
+  using F32 = float;
+  using I32 = int32_t;
+  static constexpr int kLanes = 1;
+  static constexpr int kStreamRows = 1;
+  static constexpr int kLogitsRows = 1;
+  static constexpr int kLogitsTokens = 1;
+  static constexpr int64_t kTokenGroupBytes = 128 << 10;  // half of the smallest common L2, 256 KB
+
+  static F32 zero() { return 0.0f; }
+  static F32 set1(float s) { return s; }
+  static F32 add(F32 a, F32 b) { return a + b; }
+  static F32 mul(F32 a, F32 b) { return a * b; }
+  static F32 fma(F32 a, F32 b, F32 c) { return std::fma(a, b, c); }
+  template <class T>
+  static F32 load(const T* p) {
+    return to_float(*p);
+  }
+  template <class T>
+  static void store(T* p, F32 v) {
+    from_float(v, p);
+  }
+  static float fold(F32 v) { return v; }
+  static void prefetch(const void* p) { __builtin_prefetch(p); }
+
+  static I32 zero_i32() { return 0; }
+  static int32_t sum(I32 v) { return v; }
+  static I32 max_magnitude(I32 m, F32 v) {
+    const int32_t bits = static_cast<int32_t>(float_bits(v) & kAbsMask);
+    return bits > m ? bits : m;
+  }
+  static int32_t highest(I32 v) { return v; }
+  static I32 quantize(F32 v, F32 s, int8_t* q, I32 sum) {
+    // Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even;
+    // |v * s| <= 127.0001 is far below the 2^22 that this holds for.
+    constexpr float kRoundToInteger = 12582912.0f;
+    const float rounded = (v * s + kRoundToInteger) - kRoundToInteger;
+    const float clamped = rounded > 127.0f ? 127.0f : (rounded < -128.0f ? -128.0f : rounded);
+    *q = static_cast<int8_t>(clamped);
+    return sum + *q;
+  }
+};
+
+struct Inner {
+  static constexpr int kTiles = 1;
+  static constexpr int kTokens = 4;  // a decoded code then serves four products
+
+  static void decode(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
+    block<1, 1>(tile, blocks, q, 0, acc);
+  }
+
+  template <int TILES, int TOKENS>
+  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    static_assert(TILES == 1, "the driver asks for kTiles at most");
+    for (int64_t i = 0; i < TOKENS * kTileRows; ++i) acc[i] = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t byte = 0; byte < kBlockBytes; ++byte) {
+        const int32_t codes = tile[b * kBlockBytes + byte];
+        const int64_t row = byte / 4;
+        const int64_t j = byte % 4;
+        for (int64_t p = 0; p < 4; ++p) {
+          const int32_t code = (codes >> (2 * p)) & 3;
+          for (int64_t t = 0; t < TOKENS; ++t) {
+            acc[t * kTileRows + row] += code * q[t * q_stride + b * kBlockInputs + 4 * p + j];
+          }
+        }
+      }
+    }
+  }
+};
+
+using Float = FloatKernels<Scalar>;
+
+}  // namespace
+
+extern const KernelTable kScalarKernels;
+constexpr KernelTable kScalarKernels = {
+    "scalar",         Float::quantize_row, TernaryDriver<Scalar, Inner>::ternary_product,
+    Float::rms_norm_row, Float::widen_row,    Float::logits,
+};
+
+}  // namespace bitnet_ops

@@ -1,0 +1,148 @@
+// What the two 256-bit kernels share: float32 x 8 for float_algorithms.h, and the register block of
+// the ternary product around the one step in which they differ, the dot product of four bytes.
+//
+// Include this inside a kernel file's target region, like float_algorithms.h.
+
+namespace bitnet_ops {
+namespace {
+
+struct Ymm {
+  using F32 = __m256;
+  using I32 = __m256i;
+  static constexpr int kLanes = 8;
+  static constexpr int kStreamRows = 1;  // eight accumulators for one row are half of the registers
+  // 3 x 4 accumulators + 3 rows + 1 activation = 16 registers.
+  static constexpr int kLogitsRows = 3;
+  static constexpr int kLogitsTokens = 4;
+  static constexpr int64_t kTokenGroupBytes = 128 << 10;  // half of the smallest common L2, 256 KB
+
+  static F32 zero() { return _mm256_setzero_ps(); }
+  static F32 set1(float s) { return _mm256_set1_ps(s); }
+  static F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+  static F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+  static F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  static F32 load(const float* p) { return _mm256_loadu_ps(p); }
+  static F32 load(const BFloat16* p) {
+    const __m128i half_u16x8 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_u16x8), 16));
+  }
+  static F32 load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store(float* p, F32 v) { _mm256_storeu_ps(p, v); }
+  static void store(BFloat16* p, F32 v) {
+    // As from_float: integer rounding to even, and one NaN for all.
+    const __m256i bits_u32x8 = _mm256_castps_si256(v);
+    const __m256i kept_u32x8 = _mm256_and_si256(_mm256_srli_epi32(bits_u32x8, 16), _mm256_set1_epi32(1));
+    const __m256i rounded_u32x8 = _mm256_add_epi32(bits_u32x8, _mm256_add_epi32(kept_u32x8, _mm256_set1_epi32(0x7fff)));
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const __m256i high_u32x8 = _mm256_blendv_epi8(_mm256_srli_epi32(rounded_u32x8, 16), _mm256_set1_epi32(kBFloat16NaN),
+                                                  _mm256_castps_si256(nan));
+    // packus works within 128-bit halves: 0-3 land in quadword 0, 4-7 in quadword 2.
+    const __m256i packed_u16x16 = _mm256_packus_epi32(high_u32x8, high_u32x8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed_u16x16, 0x08)));
+  }
+  static void store(Float16* p, F32 v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static float fold(F32 v) {
+    const __m128 f32x4 = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 f32x2 = _mm_add_ps(f32x4, _mm_movehl_ps(f32x4, f32x4));
+    return _mm_cvtss_f32(_mm_add_ss(f32x2, _mm_movehdup_ps(f32x2)));
+  }
+
+  static I32 zero_i32() { return _mm256_setzero_si256(); }
+  static int32_t sum(I32 v) {
+    __m128i i32x4 = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    i32x4 = _mm_add_epi32(i32x4, _mm_shuffle_epi32(i32x4, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(i32x4, _mm_shuffle_epi32(i32x4, 0xb1)));
+  }
+  static I32 max_magnitude(I32 m, F32 v) {
+    return _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(kAbsMask)));
+  }
+  static int32_t highest(I32 v) {
+    __m128i i32x4 = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    i32x4 = _mm_max_epi32(i32x4, _mm_shuffle_epi32(i32x4, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(i32x4, _mm_shuffle_epi32(i32x4, 0xb1)));
+  }
+  static I32 quantize(F32 v, F32 s, int8_t* q, I32 sum) {
+    // Rounding is explicit, half to even, whatever the caller's MXCSR says.
+    const __m256 rounded_f32x8 =
+        _mm256_round_ps(_mm256_mul_ps(v, s), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i rounded_i32x8 = _mm256_cvtps_epi32(rounded_f32x8);
+    const __m128i q_i16x8 =
+        _mm_packs_epi32(_mm256_castsi256_si128(rounded_i32x8), _mm256_extracti128_si256(rounded_i32x8, 1));
+    const __m128i q_i8x16 = _mm_packs_epi16(q_i16x8, q_i16x8);  // saturates to [-128, 127]
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(q), q_i8x16);
+    return _mm256_add_epi32(sum, _mm256_cvtepi8_epi32(q_i8x16));
+  }
+};
+
+// Four activations in every lane.
+inline __m256i broadcast4(const int8_t* q) {
+  int32_t four;
+  std::memcpy(&four, q, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+inline __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+inline void add_to(int32_t* acc, __m256i v_i32x8) {
+  __m256i* p = reinterpret_cast<__m256i*>(acc);
+  _mm256_storeu_si256(p, _mm256_add_epi32(_mm256_loadu_si256(p), v_i32x8));
+}
+
+// One tile is two ymm, rows 0-7 and rows 8-15. Dot provides
+//     dot(acc, code_u8x32, q_i8x32)    adds code * q, four (or two) neighbours to a lane of acc
+//     widen(acc)                       acc as int32 x 8
+//     kBlocksPerWidening               how many blocks may go into acc before that
+template <class Dot>
+struct YmmBlocks {
+  // 2 x 6 accumulators + 2 codes + 1 broadcast activation + 1 temporary = 16 registers.
+  static constexpr int kTiles = 1;
+  static constexpr int kTokens = 6;
+  // About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
+  static constexpr int64_t kPrefetchBytes = 4096;
+
+  template <int TILES, int TOKENS>
+  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    static_assert(TILES == 1, "the driver asks for kTiles at most");
+    const __m256i mask_u8x32 = _mm256_set1_epi8(0x03);
+    for (int t = 0; t < 2 * TOKENS; ++t) _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8 * t), _mm256_setzero_si256());
+    for (int64_t begin = 0; begin < blocks; begin += Dot::kBlocksPerWidening) {
+      const int64_t end = blocks - begin < Dot::kBlocksPerWidening ? blocks : begin + Dot::kBlocksPerWidening;
+      __m256i acc_low[TOKENS];
+      __m256i acc_high[TOKENS];
+      for (int t = 0; t < TOKENS; ++t) {
+        acc_low[t] = _mm256_setzero_si256();
+        acc_high[t] = _mm256_setzero_si256();
+      }
+      for (int64_t b = begin; b < end; ++b) {
+        const uint8_t* address = tile + b * kBlockBytes;
+        _mm_prefetch(reinterpret_cast<const char*>(address + kPrefetchBytes), _MM_HINT_T0);
+        const int8_t* q_block = q + b * kBlockInputs;
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+          // A 16-bit shift moves bits across bytes, but only into places that the mask clears.
+          const __m256i low_u8x32 = _mm256_and_si256(_mm256_srli_epi16(load32(address), 2 * p), mask_u8x32);
+          const __m256i high_u8x32 = _mm256_and_si256(_mm256_srli_epi16(load32(address + 32), 2 * p), mask_u8x32);
+#pragma GCC unroll 6
+          for (int t = 0; t < TOKENS; ++t) {
+            const __m256i q_i8x32 = broadcast4(q_block + t * q_stride + 4 * p);
+            acc_low[t] = Dot::dot(acc_low[t], low_u8x32, q_i8x32);
+            acc_high[t] = Dot::dot(acc_high[t], high_u8x32, q_i8x32);
+          }
+        }
+      }
+      for (int t = 0; t < TOKENS; ++t) {
+        add_to(acc + t * kTileRows, Dot::widen(acc_low[t]));
+        add_to(acc + t * kTileRows + 8, Dot::widen(acc_high[t]));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace bitnet_ops
