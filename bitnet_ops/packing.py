@@ -25,6 +25,8 @@ from torch import Tensor
 TILE_ROWS = 16
 BLOCK_INPUTS = 16
 BLOCK_BYTES = 64
+ZERO_BYTE = 0b01_01_01_01
+"""Four weights of 0: what padding and a fresh layer hold."""
 _STEPS = 4  # p: 2-bit codes to a byte
 _NEIGHBOURS = 4  # j: bytes to a row, multiplied by one instruction
 
