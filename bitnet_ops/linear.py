@@ -105,7 +105,9 @@ class BitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features] in the dtype of ``x``."""
-        return ops.ternary_linear(x, self.packed_weight, self.weight_scale, self.bias, self.out_features)
+        return ops.ternary_linear(
+            x, self.packed_weight, self.weight_scale, self.bias, out_features=self.out_features
+        )
 
     def extra_repr(self) -> str:
         """The sizes, as nn.Linear prints them."""
