@@ -10,8 +10,8 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -48,7 +48,7 @@ TEMPLATE_FAULTS = (
 class _Generation(Extension):
     """Accepts ``{% generation %}...{% endgeneration %}``, which marks the model's words for training."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012, declared so by Jinja
 
     def parse(self, parser: Parser) -> list[Node]:
         """Keeps what stands between the tags."""
@@ -63,7 +63,7 @@ def render_chat(
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> str:
-    """Writes a conversation in the form that a model was trained on.
+    r"""Writes a conversation in the form that a model was trained on.
 
     Args:
         template: Jinja source, as in tokenizer_config.json or chat_template.jinja.
@@ -78,9 +78,9 @@ def render_chat(
         ValueError: the template is faulty or refuses these messages, or a message is malformed.
 
     Example:
-        >>> render_chat("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}",
+        >>> render_chat("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         ...             [{"role": "user", "content": "Hello"}])
-        'user: Hello\\n'
+        'user: Hello\n'
     """
     for message in messages:
         if not isinstance(message, Mapping) or not all(
@@ -146,8 +146,7 @@ class Conversation:
         """Continues ``ids``, computing only those that are not in the cache from the turns before."""
         if self._cache is None:
             # Room for the whole context; the system hands out the memory only as it is written to.
-            device = self.model.head_weight.device
-            self._cache = KVCache(self.model.config, 1, self.context, device=device)
+            self._cache = KVCache(self.model.config, 1, self.context, device=self.model.device)
         known: list[int] = []
         if self.last is not None:
             known = (self.last.prompt_ids + self.last.token_ids)[: self._cache.length]
@@ -202,7 +201,7 @@ class ChatSession(Conversation):
         }
         return render_chat(self.template, messages, add_generation_prompt=True, **special)
 
-    def reply(self, text: str, **arguments: Unpack[GenerationArguments]) -> Iterator[str]:
+    def reply(self, text: str, **arguments: Unpack[GenerationArguments]) -> Generator[str, None, None]:
         """Says something and gives the answer as it appears.
 
         The turn enters ``messages`` when the answer ends, or is broken off: then with what there was of it.
@@ -222,11 +221,11 @@ class ChatSession(Conversation):
         ids: list[int] = self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
         if len(ids) >= self.context:
             raise ValueError(
-                f"conversation: expected fewer than {self.context} tokens, the model's context, got {len(ids)}"
+                f"conversation: expected fewer than {self.context} tokens (the context), got {len(ids)}"
             )
         return self._record(messages, self._stream(ids, self._fit(arguments, len(ids))))
 
-    def _record(self, messages: list[Message], stream: TextStream) -> Iterator[str]:
+    def _record(self, messages: list[Message], stream: TextStream) -> Generator[str, None, None]:
         pieces: list[str] = []
         try:
             for piece in stream:
@@ -254,7 +253,7 @@ class Continuation(Conversation):
         super().__init__(model)
         self.ids: list[int] = []
 
-    def reply(self, text: str, **arguments: Unpack[GenerationArguments]) -> Iterator[str]:
+    def reply(self, text: str, **arguments: Unpack[GenerationArguments]) -> Generator[str, None, None]:
         """Appends a paragraph to the text and gives the continuation as it appears.
 
         Args:
@@ -270,7 +269,7 @@ class Continuation(Conversation):
         ids = ids if len(ids) <= half + half // 2 else ids[-half:]
         return self._record(ids, self._stream(ids, self._fit(arguments, len(ids))))
 
-    def _record(self, ids: list[int], stream: TextStream) -> Iterator[str]:
+    def _record(self, ids: list[int], stream: TextStream) -> Generator[str, None, None]:
         try:
             yield from stream
         finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .generation_settings import (
     DEFAULT_NEW_TOKENS,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
-    from .model import BitNet
+    from .config import BitNetConfig
 
 
 class Streamer(Protocol):
@@ -46,14 +46,20 @@ class Streamer(Protocol):
         """Is called after the last token."""
 
 
-class GenerationMixin:
+class GenerationMixin(nn.Module):
     """The methods of `BitNet` that write text."""
 
+    config: BitNetConfig
     tokenizer: Tokenizer | None
     generation_config: dict[str, Any] | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's tensors live."""
+        return next(self.parameters()).device
+
     def generate(
-        self: BitNet,
+        self,
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
@@ -110,9 +116,7 @@ class GenerationMixin:
             >>> batch = model.encode(["It is a truth", "Emma"])
             >>> ids = model.generate(**batch, max_new_tokens=32, do_sample=True, temperature=0.8, seed=1)
         """
-        steps = self.stream_tokens(
-            input_ids,
-            attention_mask=attention_mask,
+        arguments = GenerationArguments(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             temperature=temperature,
@@ -125,6 +129,7 @@ class GenerationMixin:
             stop_strings=stop_strings,
             seed=seed,
         )
+        steps = _decode(self, _prepare(self, input_ids, attention_mask, None, arguments))
         if streamer is not None:
             streamer.put(input_ids)
         new: list[Tensor] = []
@@ -137,14 +142,14 @@ class GenerationMixin:
         return torch.cat((input_ids, torch.stack(new, dim=1)), dim=1)
 
     def stream_tokens(
-        self: BitNet,
+        self,
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         **arguments: Unpack[GenerationArguments],
     ) -> Iterator[Tensor]:
-        """Continues a batch of prompts, one token per row at a time; `generate` is built on it.
+        """Continues a batch of prompts, one token per row at a time.
 
         Args:
             input_ids: as for `generate`.
@@ -165,7 +170,7 @@ class GenerationMixin:
         return _decode(self, request)
 
     def stream(
-        self: BitNet,
+        self,
         prompt: str | Sequence[int] | Tensor,
         *,
         cache: KVCache | None = None,
@@ -198,12 +203,12 @@ class GenerationMixin:
                 )
         else:
             ids = encode_prompt(self.config, tokenizer, prompt)
-            input_ids = torch.tensor([ids], device=self.head_weight.device)
+            input_ids = torch.tensor([ids], device=self.device)
         request = _prepare(self, input_ids, None, cache, arguments)
         return TextStream(self, tokenizer, request)
 
     def encode(
-        self: BitNet,
+        self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         *,
         add_special_tokens: bool = True,
@@ -239,7 +244,7 @@ class GenerationMixin:
             for prompt in several
         ]
         input_ids, attention_mask = pad_left(rows, self.config.pad_token_id or 0)
-        device = self.head_weight.device
+        device = self.device
         return {
             "input_ids": input_ids.to(device),
             "attention_mask": attention_mask.to(device),
@@ -257,7 +262,7 @@ class TextStream(Iterator[str]):
         decode_seconds: time spent on the other tokens; what the caller does between pieces does not count.
     """
 
-    def __init__(self, model: BitNet, tokenizer: Tokenizer, request: _Request) -> None:
+    def __init__(self, model: GenerationMixin, tokenizer: Tokenizer, request: _Request) -> None:
         self.prompt_ids: list[int] = request.input_ids[0].tolist()
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -314,7 +319,7 @@ class _Request:
 
 
 def _prepare(
-    model: BitNet,
+    model: GenerationMixin,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     cache: KVCache | None,
@@ -324,8 +329,7 @@ def _prepare(
     settings = GenerationSettings.resolve(
         model.config, model.generation_config or {}, model.tokenizer, arguments
     )
-    device = model.head_weight.device
-    check_input_ids(input_ids, model.config.vocab_size, device)
+    check_input_ids(input_ids, model.config.vocab_size, model.device)
     attention_mask = check_attention_mask(attention_mask, input_ids)
     if model.training and model.config.dropout > 0:
         raise ValueError(
@@ -351,7 +355,7 @@ def _prepare(
         )
     needed = prompt_length + max_new_tokens - 1  # the last token is never fed back
     if cache is None:
-        cache = KVCache(model.config, batch, needed, device=device)
+        cache = KVCache(model.config, batch, needed, device=model.device)
     else:
         if cache.keys[0].shape[0] != batch:
             raise ValueError(f"cache: expected {batch} rows, as input_ids has, got {cache.keys[0].shape[0]}")
@@ -365,7 +369,7 @@ def _prepare(
 
 
 @torch.no_grad()  # not inference_mode: the tokens that come out may be used in training
-def _decode(model: BitNet, request: _Request, watch_stop_strings: bool = True) -> Iterator[Tensor]:
+def _decode(model: GenerationMixin, request: _Request, watch_stop_strings: bool = True) -> Iterator[Tensor]:
     """The decoding loop: yields int64 [B] per step, until every row has ended."""
     settings, cache, input_ids = request.settings, request.cache, request.input_ids
     batch, vocab_size = input_ids.shape[0], model.config.vocab_size
@@ -378,7 +382,7 @@ def _decode(model: BitNet, request: _Request, watch_stop_strings: bool = True) -
     new_ids = input_ids[:, cache.length :]
     if mask is not None:
         mask = mask[:, cache.length :]
-    for step in range(request.max_new_tokens):
+    for _ in range(request.max_new_tokens):
         tokens = sampler(model(new_ids, attention_mask=mask, cache=cache, logits_to_keep=1)[:, -1])
         if settings.pad_token_id is not None:  # without one no row can end before the others
             tokens = torch.where(running, tokens, settings.pad_token_id)
@@ -393,7 +397,7 @@ def _decode(model: BitNet, request: _Request, watch_stop_strings: bool = True) -
         new_ids, mask = tokens.unsqueeze(1), None  # the cache remembers what is padding
 
 
-def _watchers(model: BitNet, request: _Request) -> list[tuple[IncrementalDecoder, StopStrings]]:
+def _watchers(model: GenerationMixin, request: _Request) -> list[tuple[IncrementalDecoder, StopStrings]]:
     tokenizer = need_tokenizer(model.tokenizer, "stop_strings")
     mask = request.attention_mask
     watchers = []

@@ -86,7 +86,7 @@ class GenerationSettings:
                 f"unexpected argument {min(unknown)!r}: expected one of "
                 f"{', '.join(GenerationArguments.__annotations__)}"
             )
-        given = {name: value for name, value in arguments.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
         from_file = {name: value for name, value in generation_config.items() if value is not None}
         try:
             sampling = SamplingConfig(
@@ -102,19 +102,19 @@ class GenerationSettings:
             idle = [name for name in ("temperature", "top_k", "top_p", "min_p") if name in given]
             if idle:
                 warnings.warn(
-                    f"{', '.join(idle)}: no effect, because do_sample is False; give do_sample=True to sample",
+                    f"{', '.join(idle)}: no effect while do_sample is False; give do_sample=True to sample",
                     stacklevel=4,  # resolve <- _prepare <- generate <- the caller
                 )
         if "eos_token_id" in given:
             eos = _token_ids("eos_token_id", given["eos_token_id"], config.vocab_size)
         else:
             eos = file_eos or config.eos_token_ids
+        config_pad = () if config.pad_token_id is None else (config.pad_token_id,)
+        pad: int | None
         if "pad_token_id" in given:
             (pad,) = _token_ids("pad_token_id", [given["pad_token_id"]], config.vocab_size)
         else:
-            pad = next(iter(file_pad), config.pad_token_id)
-            if pad is None:
-                pad = next(iter(eos), None)
+            pad = next(iter((*file_pad, *config_pad, *eos)), None)
         return cls(
             max_new_tokens=_check_length(given["max_new_tokens"])
             if "max_new_tokens" in given
@@ -127,10 +127,10 @@ class GenerationSettings:
         )
 
 
-def _check_length(value: Any) -> int | None:
+def _check_length(value: int | None) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise ValueError(f"max_new_tokens: expected a positive int, got {value!r}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
@@ -152,7 +152,7 @@ def _stop_strings(value: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _seed(value: Any) -> int | None:
+def _seed(value: int | None) -> int | None:
     if value is not None and (type(value) is not int or not 0 <= value < 2**63):
         raise ValueError(f"seed: expected an int in [0, 2**63), got {value!r}")
-    return value  # type: ignore[no-any-return]
+    return value

@@ -27,7 +27,8 @@ class SamplingConfig:
             multiplied where negative (arXiv:1909.05858, section 4.1). Acts on greedy decoding too.
 
     Raises:
-        ValueError: a value is out of range (TypeError for ``do_sample``); the text names it, what was expected and what was given.
+        ValueError: a value is out of range (TypeError for ``do_sample``); the text names it, what was
+            expected and what was given.
     """
 
     do_sample: bool = False

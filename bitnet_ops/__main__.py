@@ -1,0 +1,6 @@
+"""``python -m bitnet_ops`` is the command ``bitnet-ops``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()
