@@ -46,7 +46,7 @@ def torch_build_tools():
         ) from error
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if found < MINIMUM_TORCH:
-        raise SystemExit(f"bitnet_ops needs PyTorch >= {wanted} to build; this environment has {torch.__version__}.")
+        raise SystemExit(f"bitnet_ops is built against PyTorch >= {wanted}; found {torch.__version__}.")
     return BuildExtension, CppExtension
 
 

@@ -11,11 +11,13 @@ A wrong argument raises a ``RuntimeError`` that names the operator, the argument
 what was given.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+import bitnet_ops.isa  # noqa: F401  loads the library, which registers the operators
 from bitnet_ops import packing, reference
-from bitnet_ops import isa as _loaded  # noqa: F401  importing it loads the library, which registers the operators
 
 _OPS = torch.ops.bitnet_ops
 
@@ -109,7 +111,7 @@ def ternary_matmul(q: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 
 def ternary_linear(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, out_features: int
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """BitLinear: quantised activations times packed ternary weights (arXiv:2402.17764).
 
@@ -136,7 +138,7 @@ def ternary_linear(
 
     Example:
         >>> w = torch.tensor([[-1, 0, 1]], dtype=torch.int8)
-        >>> ternary_linear(torch.tensor([1.0, 2.0, 4.0]), pack_ternary(w), torch.ones(1), out_features=1)
+        >>> ternary_linear(torch.tensor([1.0, 2.0, 4.0]), pack_ternary(w), torch.ones(1), None, 1)
         tensor([2.9921])
     """
     return _OPS.ternary_linear.default(x, packed, weight_scale, bias, out_features)
@@ -224,6 +226,78 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @torch.library.register_fake("bitnet_ops::lm_head")
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+# ---- gradients, in plain PyTorch -----------------------------------------------------------------
+
+
+def _ternary_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, weight_scale, _, _ = inputs
+    ctx.save_for_backward(packed, weight_scale)
+    ctx.in_features = x.shape[-1]
+    ctx.x_dtype = x.dtype
+
+
+def _ternary_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    packed, weight_scale = ctx.saved_tensors
+    needs_x, _, _, needs_bias, *_ = ctx.needs_input_grad
+    out_features = weight_scale.shape[0]
+    grad_y = grad_y.float()
+    grad_x = grad_bias = None
+    if needs_x:
+        w = unpack_ternary(packed, out_features, ctx.in_features)
+        grad_x = ((grad_y * weight_scale) @ w.float()).to(ctx.x_dtype)
+    if needs_bias:
+        grad_bias = grad_y.reshape(-1, out_features).sum(0)
+    return grad_x, None, None, grad_bias, None
+
+
+torch.library.register_autograd(
+    "bitnet_ops::ternary_linear", _ternary_linear_backward, setup_context=_ternary_linear_setup
+)
+
+
+def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    # With r = 1 / sqrt(mean(x^2) + eps) and u = grad_y * weight:
+    # grad_x = r * u - x * r^3 * mean(u * x),  grad_weight = sum over rows of grad_y * x * r.
+    x, weight = ctx.saved_tensors
+    wide = x.float()
+    inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + ctx.eps)
+    normalised = wide * inverse_rms
+    grad_y = grad_y.float()
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        u = grad_y * weight.float()
+        grad_x = (inverse_rms * (u - normalised * (u * normalised).mean(dim=-1, keepdim=True))).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = (grad_y * normalised).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return grad_x, grad_weight, None
+
+
+torch.library.register_autograd("bitnet_ops::rms_norm", _rms_norm_backward, setup_context=_rms_norm_setup)
+
+
+def _lm_head_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _lm_head_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad_logits @ weight.float()).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        rows = grad_logits.reshape(-1, weight.shape[0])
+        grad_weight = (rows.T @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+    return grad_x, grad_weight
+
+
+torch.library.register_autograd("bitnet_ops::lm_head", _lm_head_backward, setup_context=_lm_head_setup)
 
 
 # ---- other devices: the reference -----------------------------------------------------------------
