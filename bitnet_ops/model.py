@@ -256,8 +256,9 @@ def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Te
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponent)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    # Libraries and torch.compile disagree about the last bit of a sine; rounded from float64 it is the same.
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1).double()
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
