@@ -66,7 +66,8 @@ class Attention(nn.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        causal = mask is None and q.shape[2] > 1
+        # Not an `and` of the two: under torch.compile that may be a symbol, which attention does not take.
+        causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210
         y = F.scaled_dot_product_attention(
             q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=causal, enable_gqa=True
         )
