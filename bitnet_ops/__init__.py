@@ -2,7 +2,12 @@
 
 from importlib.metadata import version
 
+from bitnet_ops.checkpoint import CheckpointError, from_pretrained, save_pretrained
+from bitnet_ops.config import BitNetConfig
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
+from bitnet_ops.kv_cache import KVCache
+from bitnet_ops.linear import BitLinear, BitLinearQAT, pack
+from bitnet_ops.model import BitNet
 from bitnet_ops.ops import (
     lm_head,
     pack_ternary,
@@ -17,13 +22,22 @@ from bitnet_ops.packing import packed_shape
 __version__ = version("bitnet_ops")
 
 __all__ = [
+    "BitLinear",
+    "BitLinearQAT",
+    "BitNet",
+    "BitNetConfig",
+    "CheckpointError",
+    "KVCache",
+    "from_pretrained",
     "isa",
     "known_isas",
     "lm_head",
+    "pack",
     "pack_ternary",
     "packed_shape",
     "quantize_activations",
     "rms_norm",
+    "save_pretrained",
     "supported_isas",
     "ternary_linear",
     "ternary_matmul",

@@ -1,0 +1,74 @@
+"""BitNet b1.58 2B4T against Llama 3.2 1B at its own shape: prefill, decode, peak memory.
+
+    pytest bench/bench_models.py --benchmark-only
+
+All models run in one process, one after the other, on random weights; every row shows what share of the
+read bandwidth measured in the same run a decoded token gets.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from probes import read_bandwidth
+from subjects import SUBJECTS, Subject
+
+PROMPT_TOKENS = 128
+DECODED_TOKENS = 32
+ROUNDS = 5
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """One model at a time; the next is built only when this one is gone."""
+    return SUBJECTS[request.param]()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def prompt() -> torch.Tensor:
+    """Ids [1, PROMPT_TOKENS], the same in every run."""
+    return torch.randint(1000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.benchmark(group="prefill 128")
+def bench_prefill(benchmark, subject: Subject) -> None:
+    """Reads a prompt."""
+    benchmark.pedantic(subject.prefill, (prompt(),), rounds=ROUNDS, warmup_rounds=1)
+    rate = PROMPT_TOKENS / benchmark.stats.stats.median
+    benchmark.extra_info |= {"model": subject.name, "prefill tok/s": rate}
+
+
+@pytest.mark.benchmark(group="decode")
+def bench_decode(benchmark, subject: Subject) -> None:
+    """Writes tokens one by one behind the prompt."""
+
+    def decode(logits: torch.Tensor, cache: object) -> None:
+        for _ in range(DECODED_TOKENS):
+            logits = subject.step(logits.argmax(-1, keepdim=True), cache)
+
+    benchmark.pedantic(decode, setup=lambda: (subject.prefill(prompt()), {}), rounds=ROUNDS, warmup_rounds=1)
+    rate = DECODED_TOKENS / benchmark.stats.stats.median
+    share = rate * subject.weight_bytes / read_bandwidth(torch.get_num_threads())
+    benchmark.extra_info |= {
+        "model": subject.name,
+        "decode tok/s": rate,
+        "MB a token": subject.weight_bytes / 1e6,
+        "share of read bandwidth": share,
+    }
+
+
+@pytest.mark.benchmark(group="memory")
+@pytest.mark.parametrize("name", SUBJECTS)
+def bench_memory(benchmark, name: str) -> None:
+    """Takes the peak memory of a fresh process, Python and torch included; its time counts for nothing."""
+    command = [sys.executable, Path(__file__).with_name("peak_memory.py"), name]
+    run = benchmark.pedantic(subprocess.run, (command,), {"stdout": subprocess.PIPE, "check": True}, rounds=1)
+    benchmark.extra_info |= {"model": name, "peak memory GB": int(run.stdout) / 1e9}

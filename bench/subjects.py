@@ -1,0 +1,120 @@
+"""The models that the comparison times: real shapes, random weights.
+
+Speed and memory don't depend on what the weights are, so nothing has to be downloaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache
+
+CONTEXT = 512
+"""Tokens a cache has room for."""
+
+
+@dataclass
+class Subject:
+    """A model behind the two calls that are timed; both sides run inside torch.inference_mode.
+
+    Attributes:
+        name: as it stands in the table.
+        prefill: takes ids [1, T], gives the scores after the last token [1, V] and a cache.
+        step: takes one id [1, 1] and the cache, gives the next scores [1, V]; the cache grows.
+        weight_bytes: bytes of all weights a decoded token has to read.
+    """
+
+    name: str
+    prefill: Callable[[Tensor], tuple[Tensor, object]]
+    step: Callable[[Tensor, object], Tensor]
+    weight_bytes: int
+
+
+def bitnet_2b4t() -> Subject:
+    """BitNet b1.58 2B4T in its published shape, with random ternary weights."""
+    config = BitNetConfig()
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        model = BitNet(config)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, BitLinear):
+                shape = (child.out_features, child.in_features)
+                w = torch.randint(-1, 2, shape, dtype=torch.int8, generator=generator)
+                # Two thirds of the weights are not zero: this scale keeps the variance of the input.
+                setattr(module, name, BitLinear.from_ternary(w, (1.5 / child.in_features) ** 0.5))
+    for name, parameter in list(model.named_parameters()):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() == 1:
+            owner.weight = torch.nn.Parameter(torch.ones(parameter.shape))
+        else:
+            weight = torch.empty(parameter.shape, dtype=torch.bfloat16).uniform_(
+                -0.03, 0.03, generator=generator
+            )
+            owner.weight = torch.nn.Parameter(weight)
+    model.eval()
+
+    def prefill(ids: Tensor) -> tuple[Tensor, object]:
+        cache = KVCache(config, len(ids), CONTEXT)
+        return model(ids, cache=cache, logits_to_keep=1)[:, -1], cache
+
+    def step(ids: Tensor, cache: object) -> Tensor:
+        assert isinstance(cache, KVCache)
+        return model(ids, cache=cache)[:, -1]
+
+    tensors = [*model.parameters(), *model.buffers()]
+    return Subject("BitNet b1.58 2B4T, bitnet_ops", prefill, step, sum(t.nbytes for t in tensors))
+
+
+def llama_3_2_1b(dtype: torch.dtype) -> Subject:
+    """Llama 3.2 1B in transformers, in its published shape, with random weights."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=True,
+        bos_token_id=128000,
+        eos_token_id=128001,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.uniform_(-0.03, 0.03, generator=generator)
+    # to_empty left the rotary frequencies, a buffer, unset.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.eval()
+
+    def prefill(ids: Tensor) -> tuple[Tensor, object]:
+        output = model(ids, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1], output.past_key_values
+
+    def step(ids: Tensor, cache: object) -> Tensor:
+        return model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    name = f"Llama 3.2 1B {str(dtype).removeprefix('torch.')}, transformers"
+    return Subject(name, prefill, step, sum(p.nbytes for p in model.parameters()))
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "bitnet": bitnet_2b4t,
+    "llama-bf16": lambda: llama_3_2_1b(torch.bfloat16),
+    "llama-fp16": lambda: llama_3_2_1b(torch.float16),
+}
