@@ -4,8 +4,8 @@ Each one equals its namesake in ``bitnet_ops.reference``: integers bit for bit, 
 Results do not depend on the instruction set, the number of threads or the batch (DESIGN.md section 3).
 All of them work under ``torch.compile(fullgraph=True)``.
 
-The kernels run on the CPU. ``quantize_activations``, ``rms_norm`` and ``lm_head`` also accept tensors of
-any other device, where the reference runs, so that the same model trains on a GPU.
+The kernels run on the CPU. ``quantize_activations``, ``rms_norm`` and ``lm_head`` also accept tensors on a
+GPU, where the reference runs, so that the same model trains there.
 
 A wrong argument raises a ``RuntimeError`` that names the operator, the argument, what was expected and
 what was given.
@@ -193,6 +193,16 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
 # ---- shapes and dtypes without data, for torch.compile and meta tensors ------------------------------
 
 
+def _check_device(operator: str, first: Tensor, **others: Tensor | None) -> None:
+    """Refuses a meta tensor beside a real one: the result would be memory that nobody wrote."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise RuntimeError(
+                f"bitnet_ops::{operator}: argument '{name}': expected a tensor on {first.device}, "
+                f"got one on {tensor.device}"
+            )
+
+
 @torch.library.register_fake("bitnet_ops::quantize_activations")
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -210,21 +220,25 @@ def _(packed: Tensor, out_features: int, in_features: int, layout: str = "tile16
 
 @torch.library.register_fake("bitnet_ops::ternary_matmul")
 def _(q: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    _check_device("ternary_matmul", q, packed=packed)
     return q.new_empty((q.shape[0], out_features), dtype=torch.int32)
 
 
 @torch.library.register_fake("bitnet_ops::ternary_linear")
 def _(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    _check_device("ternary_linear", x, packed=packed, weight_scale=weight_scale, bias=bias)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @torch.library.register_fake("bitnet_ops::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    _check_device("rms_norm", x, weight=weight)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("bitnet_ops::lm_head")
 def _(x: Tensor, weight: Tensor) -> Tensor:
+    _check_device("lm_head", x, weight=weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
@@ -302,17 +316,7 @@ torch.library.register_autograd("bitnet_ops::lm_head", _lm_head_backward, setup_
 
 # ---- other devices: the reference -----------------------------------------------------------------
 
-
-@torch.library.impl("bitnet_ops::quantize_activations", "CompositeExplicitAutograd")
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.quantize_activations(x)
-
-
-@torch.library.impl("bitnet_ops::rms_norm", "CompositeExplicitAutograd")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return reference.rms_norm(x, weight, eps)
-
-
-@torch.library.impl("bitnet_ops::lm_head", "CompositeExplicitAutograd")
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return reference.lm_head(x, weight)
+for _backend in ("CUDA", "MPS", "XPU"):
+    torch.library.impl("bitnet_ops::quantize_activations", _backend)(reference.quantize_activations)
+    torch.library.impl("bitnet_ops::rms_norm", _backend)(reference.rms_norm)
+    torch.library.impl("bitnet_ops::lm_head", _backend)(reference.lm_head)

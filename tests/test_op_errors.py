@@ -1,0 +1,258 @@
+"""Wrong arguments to every operator: one Python exception that names operator, argument and both sides."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bitnet_ops import ops
+
+X = torch.zeros(2, 20)
+Q = torch.zeros(2, 20, dtype=torch.int8)
+W = torch.zeros(18, 20, dtype=torch.int8)
+PACKED = ops.pack_ternary(W)  # uint8 [2, 2, 64]
+SCALE = torch.ones(18)
+SHAPE = r"uint8 [2, 2, 64] (tile16 of out_features=18, in_features=20)"
+
+# What is called, the operator and argument that the error must name, what it must say was expected
+# and what was given.
+CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
+    (
+        lambda: ops.quantize_activations(X.double()),
+        "quantize_activations",
+        "x",
+        "float32, bfloat16",
+        "float64 [2, 20]",
+    ),
+    (lambda: ops.quantize_activations(Q), "quantize_activations", "x", "float32", "int8 [2, 20]"),
+    (
+        lambda: ops.quantize_activations(torch.tensor(1.0)),
+        "quantize_activations",
+        "x",
+        "[..., in_features]",
+        "without dim",
+    ),
+    (
+        lambda: ops.quantize_activations(torch.zeros(1, 2**18 + 1)),
+        "quantize_activations",
+        "x",
+        "at most 262144",
+        "262145",
+    ),
+    (
+        lambda: ops.pack_ternary(W.float()),
+        "pack_ternary",
+        "w",
+        "int8 [out_features, in_features]",
+        "float32 [18, 20]",
+    ),
+    (lambda: ops.pack_ternary(W[0]), "pack_ternary", "w", "int8 [out_features, in_features]", "int8 [20]"),
+    (lambda: ops.pack_ternary(W + 2), "pack_ternary", "w", "values -1, 0 and 1", "other values"),
+    (lambda: ops.pack_ternary(W, "row"), "pack_ternary", "layout", "'tile16'", "'row'"),
+    (
+        lambda: ops.pack_ternary(torch.zeros(1, 2**18 + 1, dtype=torch.int8)),
+        "pack_ternary",
+        "w",
+        "at most",
+        "262145",
+    ),
+    (lambda: ops.unpack_ternary(PACKED.int(), 18, 20), "unpack_ternary", "packed", SHAPE, "int32 [2, 2, 64]"),
+    (lambda: ops.unpack_ternary(PACKED[0], 18, 20), "unpack_ternary", "packed", SHAPE, "uint8 [2, 64]"),
+    (
+        lambda: ops.unpack_ternary(PACKED, 18, 33),
+        "unpack_ternary",
+        "packed",
+        "uint8 [2, 3, 64]",
+        "uint8 [2, 2, 64]",
+    ),
+    (
+        lambda: ops.unpack_ternary(PACKED, 33, 20),
+        "unpack_ternary",
+        "packed",
+        "uint8 [3, 2, 64]",
+        "uint8 [2, 2, 64]",
+    ),
+    (lambda: ops.unpack_ternary(PACKED, -1, 20), "unpack_ternary", "out_features", "at least 0", "-1"),
+    (lambda: ops.unpack_ternary(PACKED, 18, -1), "unpack_ternary", "in_features", "at least 0", "-1"),
+    (
+        lambda: ops.unpack_ternary(PACKED, 2**63 - 1, 20),
+        "unpack_ternary",
+        "out_features",
+        "below 2^31",
+        str(2**63 - 1),
+    ),
+    (
+        lambda: ops.unpack_ternary(PACKED, 18, 2**63 - 1),
+        "unpack_ternary",
+        "in_features",
+        "below 2^31",
+        str(2**63 - 1),
+    ),
+    (lambda: ops.unpack_ternary(PACKED, 18, 20, "row"), "unpack_ternary", "layout", "'tile16'", "'row'"),
+    (
+        lambda: ops.ternary_matmul(X, PACKED, 18),
+        "ternary_matmul",
+        "q",
+        "int8 [tokens, in_features]",
+        "float32 [2, 20]",
+    ),
+    (
+        lambda: ops.ternary_matmul(Q[0], PACKED, 18),
+        "ternary_matmul",
+        "q",
+        "int8 [tokens, in_features]",
+        "int8 [20]",
+    ),
+    (
+        lambda: ops.ternary_matmul(Q[:, :16], PACKED, 18),
+        "ternary_matmul",
+        "packed",
+        "uint8 [2, 1, 64]",
+        "uint8 [2, 2, 64]",
+    ),
+    (
+        lambda: ops.ternary_matmul(Q, PACKED, 33),
+        "ternary_matmul",
+        "packed",
+        "uint8 [3, 2, 64]",
+        "uint8 [2, 2, 64]",
+    ),
+    (lambda: ops.ternary_matmul(Q, PACKED, -5), "ternary_matmul", "out_features", "at least 0", "-5"),
+    (
+        lambda: ops.ternary_linear(X.double(), PACKED, SCALE, None, 18),
+        "ternary_linear",
+        "x",
+        "float32",
+        "float64 [2, 20]",
+    ),
+    (
+        lambda: ops.ternary_linear(X[0, 0], PACKED, SCALE, None, 18),
+        "ternary_linear",
+        "x",
+        "[..., in_features]",
+        "without",
+    ),
+    (
+        lambda: ops.ternary_linear(X, PACKED.char(), SCALE, None, 18),
+        "ternary_linear",
+        "packed",
+        SHAPE,
+        "int8 [2, 2, 64]",
+    ),
+    (
+        lambda: ops.ternary_linear(X, PACKED[:1], SCALE, None, 18),
+        "ternary_linear",
+        "packed",
+        SHAPE,
+        "uint8 [1, 2, 64]",
+    ),
+    (
+        lambda: ops.ternary_linear(X, PACKED, SCALE[:17], None, 18),
+        "ternary_linear",
+        "weight_scale",
+        "float32 [18]",
+        "[17]",
+    ),
+    (
+        lambda: ops.ternary_linear(X, PACKED, SCALE.half(), None, 18),
+        "ternary_linear",
+        "weight_scale",
+        "float32",
+        "float16",
+    ),
+    (
+        lambda: ops.ternary_linear(X, PACKED, SCALE, SCALE[1:], 18),
+        "ternary_linear",
+        "bias",
+        "float32 [18]",
+        "float32 [17]",
+    ),
+    (
+        lambda: ops.ternary_linear(X, PACKED, SCALE, SCALE.bool(), 18),
+        "ternary_linear",
+        "bias",
+        "float32 [18]",
+        "bool [18]",
+    ),
+    (
+        lambda: ops.ternary_linear(X, PACKED, SCALE, None, 2**40),
+        "ternary_linear",
+        "out_features",
+        "below 2^31",
+        str(2**40),
+    ),
+    (
+        lambda: ops.rms_norm(X.long(), SCALE, 0.0),
+        "rms_norm",
+        "x",
+        "float32, bfloat16 or float16",
+        "int64 [2, 20]",
+    ),
+    (lambda: ops.rms_norm(X[0, 0], SCALE, 0.0), "rms_norm", "x", "[..., features]", "without dimensions"),
+    (lambda: ops.rms_norm(X, SCALE, 0.0), "rms_norm", "weight", "shape [20]", "float32 [18]"),
+    (lambda: ops.rms_norm(X, X[:1], 0.0), "rms_norm", "weight", "shape [20]", "float32 [1, 20]"),
+    (
+        lambda: ops.rms_norm(X, X[0].double(), 0.0),
+        "rms_norm",
+        "weight",
+        "float32, bfloat16 or float16",
+        "float64 [20]",
+    ),
+    (lambda: ops.rms_norm(X, X[0], -1.0), "rms_norm", "eps", "at least 0", "-1"),
+    (lambda: ops.rms_norm(X, X[0], float("nan")), "rms_norm", "eps", "at least 0", "nan"),
+    (lambda: ops.lm_head(Q, X), "lm_head", "x", "float32, bfloat16 or float16", "int8 [2, 20]"),
+    (lambda: ops.lm_head(X[0, 0], X), "lm_head", "x", "[..., in_features]", "without dimensions"),
+    (lambda: ops.lm_head(X, X[:, :19]), "lm_head", "weight", "shape [vocabulary, 20]", "float32 [2, 19]"),
+    (lambda: ops.lm_head(X, X[0]), "lm_head", "weight", "shape [vocabulary, 20]", "float32 [20]"),
+    (
+        lambda: ops.lm_head(X, X.double()),
+        "lm_head",
+        "weight",
+        "float32, bfloat16 or float16",
+        "float64 [2, 20]",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "operator", "argument", "expected", "given"),
+    CASES,
+    ids=[f"{c[1]}-{c[2]}-{i}" for i, c in enumerate(CASES)],
+)
+def test_wrong_argument(
+    call: Callable[[], object], operator: str, argument: str, expected: str, given: str
+) -> None:
+    start = re.escape(f"bitnet_ops::{operator}: argument '{argument}': expected ")
+    pattern = f"^{start}.*{re.escape(expected)}.*, got .*{re.escape(given)}"
+    with pytest.raises(RuntimeError, match=pattern):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.quantize_activations(None),  # type: ignore[arg-type]
+        lambda: ops.pack_ternary(W, 3),  # type: ignore[arg-type]
+        lambda: ops.unpack_ternary(PACKED, 1.5, 20),  # type: ignore[arg-type]
+        lambda: ops.ternary_matmul(Q, PACKED, 2**64),
+        lambda: ops.ternary_linear(X, None, SCALE, None, 18),  # type: ignore[arg-type]
+        lambda: ops.rms_norm(X, X[0], "small"),  # type: ignore[arg-type]
+        lambda: ops.lm_head(X, [[1.0]]),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_python_type(call: Callable[[], object]) -> None:
+    with pytest.raises((RuntimeError, TypeError, OverflowError)):
+        call()
+
+
+def test_an_argument_on_another_device() -> None:
+    with pytest.raises(RuntimeError, match="ternary_linear: argument 'packed': expected a tensor on cpu"):
+        ops.ternary_linear(X, PACKED.to("meta"), SCALE, None, 18)
+    with pytest.raises(RuntimeError, match="lm_head: argument 'weight': expected a tensor on meta"):
+        ops.lm_head(X.to("meta"), X)
+
+
+def test_sparse_tensors_have_no_kernel() -> None:
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        ops.ternary_linear(X.to_sparse(), PACKED, SCALE, None, 18)
