@@ -88,11 +88,14 @@ def render_chat(
         ):
             raise ValueError(f"messages: expected mappings with texts 'role' and 'content', got {message!r}")
     try:
-        return _compiled(template).render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
+        # Templates ask `tools is not none`, as transformers always defines these two.
+        names = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
             **variables,
-        )
+        }
+        return _compiled(template).render(messages=[dict(message) for message in messages], **names)
     except TEMPLATE_FAULTS as error:
         line = getattr(error, "lineno", None)
         where = "" if line is None else f" in line {line}"

@@ -91,7 +91,8 @@ class StopStrings:
         self._held += text
         places = [(at, string) for string in self.strings if (at := self._held.find(string)) >= 0]
         if places:
-            at, self.found = min(places)
+            # The one that a reader meets first, so that the cut does not depend on how the text is split.
+            at, self.found = min(places, key=lambda place: (place[0] + len(place[1]), place[0]))
             shown, self._held = self._held[:at], ""
             return shown
         keep = self._undecided()
