@@ -25,8 +25,9 @@ from .linear import BitLinear
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-LinearFactory = Callable[[int, int], nn.Module]
-"""Makes a projection from (in_features, out_features): BitLinear, BitLinearQAT, or nn.Linear to compare."""
+LinearFactory = Callable[..., nn.Module]
+"""Makes a projection from (in_features, out_features, bias=False), for the architecture has no biases:
+BitLinear, BitLinearQAT, or nn.Linear to compare."""
 
 
 class RMSNorm(nn.Module):
@@ -50,10 +51,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, config.hidden_size)
-        self.k_proj = linear(config.hidden_size, kv_size)
-        self.v_proj = linear(config.hidden_size, kv_size)
-        self.o_proj = linear(config.hidden_size, config.hidden_size)
+        self.q_proj = linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = linear(config.hidden_size, config.hidden_size, bias=False)
         self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -79,9 +80,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: BitNetConfig, linear: LinearFactory) -> None:
         super().__init__()
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, bias=False)
         self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     seed_everything(options.seed)
     linear = nn.Linear if options.full_precision else BitLinearQAT
-    model = BitNet(config, lambda n_in, n_out: linear(n_in, n_out, bias=False)).to(options.device)
+    model = BitNet(config, linear).to(options.device)
     state = _State(model, make_optimizers(model, options), _fingerprint(config, corpus, options))
     if resume:
         state.load(folder / CHECKPOINT)
