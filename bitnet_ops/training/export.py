@@ -39,7 +39,8 @@ def export(
         for name, split in (("validation", corpus.validation), ("test", corpus.test))
     }
     prompt = torch.tensor([corpus.tokenizer.encode("").ids])
-    ids = model.generate(prompt, max_new_tokens=SAMPLE_TOKENS, seed=0, **GENERATION)
+    room = config.max_position_embeddings - prompt.shape[1]
+    ids = model.generate(prompt, max_new_tokens=min(SAMPLE_TOKENS, room), seed=0, **GENERATION)
     sample = corpus.tokenizer.decode(ids[0].tolist())
     save_pretrained(model, folder)
     card = model_card(text, config, corpus, options, result, losses, sample)
