@@ -147,7 +147,8 @@ class BitNet(GenerationMixin, nn.Module):
         tokenizer: from text to ids and back, or None. This and the next two come from the checkpoint's
             folder; the forward pass does not look at them.
         chat_template: Jinja text that turns a conversation into a prompt, or None.
-        generation_config: the checkpoint's defaults for `generate`, as generation_config.json has them, or None.
+        generation_config: the checkpoint's defaults for `generate`, as generation_config.json has them, or
+            None.
 
     Example:
         >>> model = BitNet(BitNetConfig(vocab_size=256, hidden_size=64, ...), BitLinearQAT)
@@ -209,7 +210,7 @@ class BitNet(GenerationMixin, nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes a packed model to a folder; see `bitnet_ops.checkpoint.save_pretrained`."""
-        from .checkpoint import save_pretrained  # noqa: PLC0415, because checkpoints know models
+        from .checkpoint import save_pretrained  # here, because checkpoints know models
 
         save_pretrained(self, folder)
 
@@ -230,7 +231,9 @@ def positions_and_mask(
     device = input_ids.device
     visible = None if cache is None else cache.visible
     if attention_mask is not None or visible is not None:
-        fresh = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        fresh = attention_mask.bool()
         if cache is not None:
             if visible is None:
                 visible = cache.visible = torch.ones(batch, cache.capacity, dtype=torch.bool, device=device)
