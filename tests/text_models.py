@@ -45,7 +45,12 @@ def byte_level_tokenizer(vocab_size: int = 400) -> Tokenizer:
 
 
 def tiny_model(
-    *, context: int = 256, eos: int | tuple[int, ...] | None = 0, chat: bool = False, seed: int = 0
+    *,
+    context: int = 256,
+    layers: int = 2,
+    eos: int | tuple[int, ...] | None = 0,
+    chat: bool = False,
+    seed: int = 0,
 ) -> BitNet:
     """A packed random model whose weights are large enough for texts that do not go in circles at once."""
     tokenizer = byte_level_tokenizer()
@@ -53,7 +58,7 @@ def tiny_model(
         vocab_size=tokenizer.get_vocab_size() + 5,  # published models have ids without a token, too
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context,
