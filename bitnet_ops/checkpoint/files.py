@@ -24,10 +24,8 @@ MAX_JSON_BYTES = 16 << 20
 """Largest JSON file that is parsed. The index of a 405-billion-weight model has 0.1 MB, Llama 3's
 tokenizer_config.json 55 KB; the limit only keeps a hostile file from filling the memory."""
 
-BITS_OF_DTYPE = {"U8": 8, "BF16": 16, "F16": 16, "F32": 32}
-"""The storage types that a checkpoint may use, by their safetensors names."""
-
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+"""The float types that a checkpoint may use, by their safetensors names."""
 
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:
@@ -126,16 +124,13 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         Raises:
             CheckpointError: it is missing, or has another dtype or shape.
         """
+        expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
         stored = self.tensors.get(name)
         if stored is None:
             where = ", ".join(sorted({str(file) for file in self._handles}))
-            raise CheckpointError(
-                f"{where}: tensor {name!r}: expected {' or '.join(dtypes)} {_either(shapes)}, got no such tensor"
-            )
+            raise CheckpointError(f"{where}: tensor {name!r}: expected {expected}, got no such tensor")
         if stored.dtype not in dtypes or stored.shape not in shapes:
-            raise self.error(
-                name, f"{' or '.join(dtypes)} {_either(shapes)}", f"{stored.dtype} {list(stored.shape)}"
-            )
+            raise self.error(name, expected, f"{stored.dtype} {list(stored.shape)}")
         return stored
 
     def read(self, name: str) -> Tensor:
@@ -149,15 +144,6 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         ) as error:  # the file shrank, or the disk failed, since it was opened
             raise self.error(name, "readable data", f"{error}") from None
         return tensor
-
-    def read_rows(self, name: str, start: int, end: int) -> Tensor:
-        """Rows [start, end) of a matrix."""
-        stored = self.tensors[name]
-        try:
-            rows: Tensor = self._handles[stored.file].get_slice(name)[start:end]  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError) as error:
-            raise self.error(name, "readable data", f"{error}") from None
-        return rows
 
     def error(self, name: str, expected: str, given: str) -> CheckpointError:
         """The error to raise when a tensor's content is wrong."""
@@ -222,7 +208,3 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
                     f"it here as {index.name} says",
                     "no such tensor",
                 )
-
-
-def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return " or ".join(str(list(shape)) for shape in shapes)

@@ -2,9 +2,9 @@
 
 transformers knows three ways, told apart by "quantization_config" in config.json:
 
-    packed       weight uint8 [N / 4, K], weight_scale [1]     "quantization_mode": "offline", and every "bitlinear"
-    ternary      weight float [N, K], weight_scale [1]         the same, saved again by transformers after unpacking
-    master       weight float [N, K]                           "quantization_mode": "online", or nothing is said
+    packed     weight uint8 [N / 4, K], weight_scale [1]   "quantization_mode": "offline", and all "bitlinear"
+    ternary    weight float [N, K], weight_scale [1]       "offline", unpacked and saved again by transformers
+    master     weight float [N, K]                         "quantization_mode": "online", or nothing is said
 
 Packed: row n of the matrix has its codes c = w + 1 in the stored row n mod N/4, at the bits 2i..2i+1
 with i = n div N/4, so each of the four quarters of the matrix fills one pair of bits.
@@ -149,7 +149,7 @@ class PublishedProjections:
     def _read_scale(self, files: TensorFiles, name: str) -> Tensor:
         stored = files.read(name).float()
         scale = 1.0 / stored if self.reciprocal else stored
-        # The mean of absolute values is never 0 or negative; the second look is for a reciprocal of a subnormal.
+        # A mean of absolute values is above 0; the reciprocal of a subnormal number is infinite.
         if not (stored.isfinite() & (stored > 0) & scale.isfinite() & (scale > 0)).all():
             raise files.error(
                 name, "a finite number above 0 whose reciprocal is finite too", f"{stored.item()!r}"

@@ -62,8 +62,8 @@ class PackedProjections:
         """Reads a projection that `check` has passed, as (packed_weight, weight_scale)."""
         packed = files.read(f"{name}.packed_weight")
         check_codes(files, f"{name}.packed_weight", packed)
-        rows, columns = 16 * packed.shape[0], 16 * packed.shape[1]
         # Blocks are independent, so the last row and the last column of blocks are matrices of their own.
+        rows, columns = packing.TILE_ROWS * packed.shape[0], packing.BLOCK_INPUTS * packed.shape[1]
         below = ops.unpack_ternary(packed[-1:], 16, columns)[16 - (rows - out_features) :]
         right = ops.unpack_ternary(packed[:, -1:].contiguous(), rows, 16)[:, 16 - (columns - in_features) :]
         if below.any() or right.any():

@@ -1,0 +1,295 @@
+"""Writes a BitNet b1.58 2B4T checkpoint of random weights in the published format.
+
+    python bench/make_synthetic_checkpoint.py /tmp/bitnet-2b4t                # 1.2 GB, the real shapes
+    python bench/make_synthetic_checkpoint.py /tmp/bitnet-2l --layers 2 --tokenizer
+
+Time and memory of a forward pass do not depend on what the weights say, so benchmarks can do without the
+real ones. Shapes, dtypes, names and the packing are those of microsoft/bitnet-b1.58-2B-4T; the same
+arguments give the same bytes. Weights are written a few MB at a time, whatever the size of the model.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+CHUNK_BYTES = 8 << 20
+"""Bytes made and written at a time: large enough for the speed of the disk, small beside the model."""
+
+INITIAL_STD = 0.02
+"""Standard deviation of the embedding (initializer_range of 2B4T). With a final hidden state of root mean
+square 1 and 2560 inputs the logits of the tied head then have a standard deviation of 1."""
+
+ALIGNMENT = 8
+"""safetensors headers are padded with spaces to a multiple of 8 bytes, so that all tensors are aligned."""
+
+DTYPE_BYTES = {"U8": 1, "BF16": 2}
+
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of the model, as config.json names them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+    @property
+    def special_ids(self) -> tuple[int, int, int]:
+        """Begin of text, end of text, end of turn: 128000, 128001 and 128009 at the real vocabulary size."""
+        reserved = min(256, self.vocab_size // 4)
+        first = self.vocab_size - reserved
+        return first, first + 1, first + min(9, reserved - 1)
+
+    def check(self) -> None:
+        """Exits with a message where the published format cannot hold these sizes."""
+        head_dim, rest = divmod(self.hidden_size, self.num_attention_heads)
+        if rest or head_dim % 2:
+            raise SystemExit(f"--hidden: expected an even multiple of --heads, got {self.hidden_size}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise SystemExit(f"--kv-heads: expected a divisor of --heads, got {self.num_key_value_heads}")
+        for name, rows in (
+            ("--hidden", self.hidden_size),
+            ("--intermediate", self.intermediate_size),
+            ("--kv-heads", self.num_key_value_heads * head_dim),
+        ):
+            if rows % 4:
+                raise SystemExit(
+                    f"{name}: expected {rows} rows to be a multiple of 4, which are packed into one"
+                )
+        if self.vocab_size < 16:
+            raise SystemExit(
+                f"--vocab: expected at least 16, which leaves room for 3 special ids, got {self.vocab_size}"
+            )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file: "packed" (U8), "scale", "norm" or "embedding" (BF16)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    inputs: int = 0  # of the projection that a scale belongs to
+
+    @property
+    def dtype(self) -> str:
+        return "U8" if self.kind == "packed" else "BF16"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def entries(shape: Shape) -> Iterator[Entry]:
+    """Every tensor of the checkpoint."""
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    kv_size = hidden // shape.num_attention_heads * shape.num_key_value_heads
+    yield Entry("model.embed_tokens.weight", "embedding", (shape.vocab_size, hidden))
+    for layer in range(shape.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        for name, size in (
+            ("input_layernorm", hidden),
+            ("post_attention_layernorm", hidden),
+            ("self_attn.attn_sub_norm", hidden),
+            ("mlp.ffn_sub_norm", intermediate),
+        ):
+            yield Entry(f"{prefix}.{name}.weight", "norm", (size,))
+        for name, outputs, inputs in (
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", kv_size, hidden),
+            ("self_attn.v_proj", kv_size, hidden),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", intermediate, hidden),
+            ("mlp.up_proj", intermediate, hidden),
+            ("mlp.down_proj", hidden, intermediate),
+        ):
+            yield Entry(f"{prefix}.{name}.weight", "packed", (outputs // 4, inputs))
+            yield Entry(f"{prefix}.{name}.weight_scale", "scale", (1,), inputs)
+    yield Entry("model.norm.weight", "norm", (hidden,))
+
+
+def contents(entry: Entry, generator: torch.Generator) -> Iterator[Tensor]:
+    """The tensor's numbers, a chunk of uint8 bytes at a time."""
+    for start in range(0, entry.nbytes, CHUNK_BYTES):
+        count = min(CHUNK_BYTES, entry.nbytes - start) // DTYPE_BYTES[entry.dtype]
+        if entry.kind == "packed":
+            # Each weight is -1, 0 or 1 with equal chance; Gaussian master weights quantise to 31 % zeros.
+            yield _legal_bytes()[torch.randint(3**4, (count,), generator=generator)]
+            continue
+        if entry.kind == "scale":
+            # A ternary weight has variance 2/3. This scale keeps the root mean square from input to output.
+            numbers = torch.full((count,), (2 / 3 * entry.inputs) ** -0.5)
+        elif entry.kind == "norm":
+            numbers = 1 + 0.1 * torch.randn(
+                count, generator=generator
+            )  # not all 1, so that leaving it out shows
+        else:
+            numbers = INITIAL_STD * torch.randn(count, generator=generator)
+        yield numbers.bfloat16().view(torch.uint8)
+
+
+def write_weights(file: Path, shape: Shape, seed: int) -> None:
+    """Streams model.safetensors."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries(shape):
+        start, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    generator = torch.Generator().manual_seed(seed)
+    draft = file.with_name(file.name + ".part")
+    with (
+        draft.open("wb") as out,
+        tqdm(total=end, desc=file.name, unit="B", unit_scale=True, disable=None) as progress,
+    ):
+        out.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries(shape):
+            for chunk in contents(entry, generator):
+                out.write(chunk.numpy().data)
+                progress.update(chunk.numel())
+    os.replace(draft, file)
+
+
+def write_json_files(folder: Path, shape: Shape) -> None:
+    """config.json and generation_config.json with the fields of the published ones."""
+    begin, end, turn = shape.special_ids
+    config = {
+        "architectures": ["BitNetForCausalLM"],
+        "bos_token_id": begin,
+        "eos_token_id": end,
+        "hidden_act": "relu2",
+        "hidden_size": shape.hidden_size,
+        "initializer_range": INITIAL_STD,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": 4096,
+        "model_type": "bitnet",
+        "num_attention_heads": shape.num_attention_heads,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+        "quantization_config": {
+            "quant_method": "bitnet",
+            "linear_class": "autobitlinear",
+            "quantization_mode": "offline",
+        },
+    }
+    generation = {
+        "bos_token_id": begin,
+        "eos_token_id": [end, turn],
+        "do_sample": True,
+        "max_length": 4096,
+        "temperature": 0.6,
+        "top_p": 0.9,
+    }
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, shape: Shape) -> None:
+    """A tokenizer that reads text byte by byte and writes a made-up word for every other id."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = dict(zip(shape.special_ids, SPECIAL_TOKENS, strict=True))
+    if shape.special_ids[0] < len(alphabet):
+        raise SystemExit(
+            f"--tokenizer: expected a --vocab of at least 342 for the 256 bytes, got {shape.vocab_size}"
+        )
+    # "Ġ" is how byte-level tokenizers spell a space at the start of a word.
+    words = {
+        special.get(token) or (alphabet[token] if token < len(alphabet) else f"Ġw{token}"): token
+        for token in range(shape.vocab_size)
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL_TOKENS[0]} $A", special_tokens=[(SPECIAL_TOKENS[0], shape.special_ids[0])]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"bos_token": SPECIAL_TOKENS[0], "eos_token": SPECIAL_TOKENS[1], "chat_template": CHAT_TEMPLATE}
+        ),
+        encoding="utf-8",
+    )
+
+
+def _legal_bytes() -> Tensor:
+    """The 81 bytes of four codes in {0, 1, 2}; uint8 [81]."""
+    codes = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    return (codes << torch.tensor([0, 2, 4, 6])).sum(1).to(torch.uint8)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="made where it does not exist; files in it are replaced")
+    for option, default, what in (
+        ("--layers", 30, "decoder layers"),
+        ("--hidden", 2560, "width of the residual stream"),
+        ("--intermediate", 6912, "width inside the feed-forward block"),
+        ("--heads", 20, "query heads"),
+        ("--kv-heads", 5, "key and value heads"),
+        ("--vocab", 128256, "token ids"),
+    ):
+        parser.add_argument(
+            option, type=_positive, default=default, metavar="N", help=f"{what} (default {default})"
+        )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default 0)")
+    parser.add_argument(
+        "--tokenizer", action="store_true", help="write a trivial tokenizer and chat template too"
+    )
+    arguments = parser.parse_args()
+    shape = Shape(
+        arguments.vocab,
+        arguments.hidden,
+        arguments.intermediate,
+        arguments.layers,
+        arguments.heads,
+        arguments.kv_heads,
+    )
+    shape.check()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    write_json_files(arguments.folder, shape)
+    if arguments.tokenizer:
+        write_tokenizer(arguments.folder, shape)
+    write_weights(arguments.folder / "model.safetensors", shape, arguments.seed)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    main()
