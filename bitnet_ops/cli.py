@@ -375,6 +375,7 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:  # Ctrl-C; click has ended the line already
+    except click.Abort:  # Ctrl-C; the line has been ended already
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one must not spoil the exit
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
