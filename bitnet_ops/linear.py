@@ -80,8 +80,8 @@ class BitLinear(nn.Module):
             layer.weight_scale = scale.expand(out_features).contiguous()
         except RuntimeError:
             raise ValueError(
-                f"BitLinear.from_ternary: weight_scale: expected a shape that broadcasts to [{out_features}], "
-                f"got {list(scale.shape)}"
+                f"BitLinear.from_ternary: weight_scale: expected a shape that broadcasts to "
+                f"[{out_features}], got {list(scale.shape)}"
             ) from None
         if bias is not None:
             if bias.shape != (out_features,):
@@ -111,7 +111,9 @@ class BitLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The sizes, as nn.Linear prints them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BitLinear":
         # model.to(torch.bfloat16) must not round the scales: they are numbers of the format, not activations.
