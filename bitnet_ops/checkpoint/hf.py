@@ -103,13 +103,14 @@ class PublishedProjections:
         stored = files.tensors.get(weight)
         if stored is not None and stored.dtype in FLOAT_DTYPES and not self.reciprocal:
             files.expect(weight, FLOAT_DTYPES, whole)
-        elif out_features % WEIGHTS_PER_BYTE:
-            raise CheckpointError(
-                f"tensor {weight!r}: expected a number of rows that {WEIGHTS_PER_BYTE} divides, because the "
-                f"published format packs {WEIGHTS_PER_BYTE} rows into one, got {out_features} by config.json"
+        elif stored is not None and out_features % WEIGHTS_PER_BYTE:
+            raise files.error(
+                weight,
+                f"a number of rows that {WEIGHTS_PER_BYTE} divides, because the format packs as many into one",
+                f"{out_features} by config.json",
             )
         else:
-            files.expect(weight, ("U8",), (out_features // WEIGHTS_PER_BYTE, in_features))
+            files.expect(weight, ("U8",), (-(-out_features // WEIGHTS_PER_BYTE), in_features))
         files.expect(scale, FLOAT_DTYPES, (1,), ())
         return [weight, scale]
 
