@@ -1,6 +1,7 @@
 """Ternary (1.58-bit) language models in PyTorch, on ordinary CPUs at the speed of the memory bus."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 from bitnet_ops.checkpoint import CheckpointError, from_pretrained, save_pretrained
 from bitnet_ops.config import BitNetConfig
@@ -21,7 +22,11 @@ from bitnet_ops.packing import packed_shape
 
 __version__ = version("bitnet_ops")
 
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
+"""Folder of the small model that ships in the package; its README.md is the model card."""
+
 __all__ = [
+    "DEFAULT_MODEL",
     "BitLinear",
     "BitLinearQAT",
     "BitNet",

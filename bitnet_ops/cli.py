@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from . import DEFAULT_MODEL
 from .training.command import train
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from .generate import TextStream
     from .generation_settings import GenerationArguments
     from .model import BitNet
-
-DEFAULT_MODEL = Path(__file__).parent / "default_model"
-"""The small model that ships in the package, for commands without --model."""
 
 DEFAULT_NEW_TOKENS = 200
 """Length of a text on the command line: about a screenful, and Ctrl-C ends it earlier."""
