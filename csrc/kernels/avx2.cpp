@@ -47,21 +47,13 @@ struct Maddubs {
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
 };
 
-struct Inner : YmmBlocks<Maddubs> {
-  // vpaddw has a latency of one cycle: two accumulators are no bottleneck, so one token needs no
-  // loop of its own.
-  static void decode(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    block<1, 1>(tile, blocks, q, 0, acc);
-  }
-};
-
 using Float = FloatKernels<Ymm>;
 
 }  // namespace
 
 extern const KernelTable kAvx2Kernels;
 constexpr KernelTable kAvx2Kernels = {
-    "avx2",           Float::quantize_row, TernaryDriver<Ymm, Inner>::ternary_product,
+    "avx2",           Float::quantize_row, TernaryDriver<Ymm, YmmBlocks<Maddubs>>::ternary_product,
     Float::rms_norm_row, Float::widen_row,    Float::logits,
 };
 

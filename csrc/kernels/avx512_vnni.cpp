@@ -3,8 +3,8 @@
 // Instruction: vpdpbusd zmm, acc_i32x16[i] += sum over j of code_u8x64[4i+j] * q_i8x64[4i+j].
 // Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
 // Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
-//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (decode)
-//              |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
+//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (few
+//              tokens) |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
 //
 // One 64-byte block is one zmm; lane i is row i, and the four activations of step p are broadcast:
 //
@@ -115,41 +115,68 @@ struct Inner {
   // one decoding; 24 chains cover the latency of vpdpbusd (4 or 5 cycles, up to two a cycle).
   static constexpr int kTiles = 2;
   static constexpr int kTokens = 12;
+  // Memory, not arithmetic, limits up to four tokens; one tile at a time is then one stream, which
+  // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md). 4 x 4 accumulators.
+  static constexpr int kTokensStreamed = 4;
   // About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
   static constexpr int64_t kPrefetchBytes = 4096;
 
-  static void decode(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    // Codes are multiplied where they stand in the byte, 4^p times too large, each p into its own
-    // accumulator: no shift inside the loop, and four independent chains. The shifts below are exact.
-    const __m512i mask0_u8x64 = _mm512_set1_epi8(0x03);
-    const __m512i mask1_u8x64 = _mm512_set1_epi8(0x0c);
-    const __m512i mask2_u8x64 = _mm512_set1_epi8(0x30);
-    const __m512i mask3_u8x64 = _mm512_set1_epi8(static_cast<char>(0xc0));
-    __m512i acc0_i32x16 = _mm512_setzero_si512();
-    __m512i acc1_i32x16 = _mm512_setzero_si512();
-    __m512i acc2_i32x16 = _mm512_setzero_si512();
-    __m512i acc3_i32x16 = _mm512_setzero_si512();
-    for (int64_t b = 0; b < blocks; ++b) {
-      _mm_prefetch(reinterpret_cast<const char*>(tile + b * kBlockBytes + kPrefetchBytes), _MM_HINT_T0);
-      const __m512i block_u8x64 = _mm512_loadu_si512(tile + b * kBlockBytes);
-      const int8_t* q_block = q + b * kBlockInputs;
-      acc0_i32x16 =
-          _mm512_dpbusd_epi32(acc0_i32x16, _mm512_and_si512(block_u8x64, mask0_u8x64), broadcast4(q_block));
-      acc1_i32x16 =
-          _mm512_dpbusd_epi32(acc1_i32x16, _mm512_and_si512(block_u8x64, mask1_u8x64), broadcast4(q_block + 4));
-      acc2_i32x16 =
-          _mm512_dpbusd_epi32(acc2_i32x16, _mm512_and_si512(block_u8x64, mask2_u8x64), broadcast4(q_block + 8));
-      acc3_i32x16 =
-          _mm512_dpbusd_epi32(acc3_i32x16, _mm512_and_si512(block_u8x64, mask3_u8x64), broadcast4(q_block + 12));
+  template <int TILES, int TOKENS>
+  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    if constexpr (TILES == 1 && TOKENS <= kTokensStreamed) {
+      block_in_place<TOKENS>(tile, blocks, q, q_stride, acc);
+    } else {
+      block_shifted<TILES, TOKENS>(tile, blocks, q, q_stride, acc);
     }
-    const __m512i low_i32x16 = _mm512_add_epi32(acc0_i32x16, _mm512_srai_epi32(acc1_i32x16, 2));
-    const __m512i high_i32x16 =
-        _mm512_add_epi32(_mm512_srai_epi32(acc2_i32x16, 4), _mm512_srai_epi32(acc3_i32x16, 6));
-    _mm512_storeu_si512(acc, _mm512_add_epi32(low_i32x16, high_i32x16));
+  }
+
+  // Few tokens: codes are multiplied where they stand in the byte, 4^p times too large, each p into
+  // its own accumulator. No shift inside the loop, and four chains for every token; the shifts at the
+  // end are exact.
+  template <int TOKENS>
+  static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    __m512i acc_i32x16[TOKENS][4];
+    for (int t = 0; t < TOKENS; ++t) {
+      for (int p = 0; p < 4; ++p) acc_i32x16[t][p] = _mm512_setzero_si512();
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* address = tile + b * kBlockBytes;
+      _mm_prefetch(reinterpret_cast<const char*>(address + kPrefetchBytes), _MM_HINT_T0);
+      const __m512i block_u8x64 = _mm512_loadu_si512(address);
+      const int8_t* q_block = q + b * kBlockInputs;
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        const __m512i mask_u8x64 = _mm512_set1_epi8(static_cast<char>(0x03 << (2 * p)));
+        const __m512i code_u8x64 = _mm512_and_si512(block_u8x64, mask_u8x64);
+        for (int t = 0; t < TOKENS; ++t) {
+          const __m512i q_i8x64 = broadcast4(q_block + t * q_stride + 4 * p);
+          acc_i32x16[t][p] = _mm512_dpbusd_epi32(acc_i32x16[t][p], code_u8x64, q_i8x64);
+        }
+      }
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      __m512i sum_i32x16 = acc_i32x16[t][0];
+      for (int p = 1; p < 4; ++p) {
+        const unsigned shift = static_cast<unsigned>(2 * p);
+        sum_i32x16 = _mm512_add_epi32(sum_i32x16, _mm512_srai_epi32(acc_i32x16[t][p], shift));
+      }
+      _mm512_storeu_si512(acc + t * kTileRows, sum_i32x16);
+    }
+  }
+
+  // Tiles are read side by side, so the bytes to come after the end of one are not the next in memory
+  // (another tile of this group is there) but those after the whole group.
+  template <int TILES>
+  static void prefetch(const uint8_t* tile, int64_t tile_bytes, int64_t offset) {
+    int64_t ahead = offset + kPrefetchBytes;
+    ahead += ahead < tile_bytes ? 0 : (TILES - 1) * tile_bytes;
+    for (int i = 0; i < TILES; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(tile + i * tile_bytes + ahead), _MM_HINT_T0);
+    }
   }
 
   template <int TILES, int TOKENS>
-  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  static void block_shifted(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     const __m512i mask_u8x64 = _mm512_set1_epi8(0x03);
     const int64_t tile_bytes = blocks * kBlockBytes;
     __m512i acc_i32x16[TOKENS][TILES];
@@ -157,19 +184,17 @@ struct Inner {
       for (int i = 0; i < TILES; ++i) acc_i32x16[t][i] = _mm512_setzero_si512();
     }
     for (int64_t b = 0; b < blocks; ++b) {
+      prefetch<TILES>(tile, tile_bytes, b * kBlockBytes);
       __m512i block_u8x64[TILES];
-      for (int i = 0; i < TILES; ++i) {
-        const uint8_t* address = tile + i * tile_bytes + b * kBlockBytes;
-        _mm_prefetch(reinterpret_cast<const char*>(address + kPrefetchBytes), _MM_HINT_T0);
-        block_u8x64[i] = _mm512_loadu_si512(address);
-      }
+      for (int i = 0; i < TILES; ++i) block_u8x64[i] = _mm512_loadu_si512(tile + i * tile_bytes + b * kBlockBytes);
       const int8_t* q_block = q + b * kBlockInputs;
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
+        const unsigned shift = static_cast<unsigned>(2 * p);
         __m512i code_u8x64[TILES];
         for (int i = 0; i < TILES; ++i) {
           // A 16-bit shift moves bits across bytes, but only into places that the mask clears.
-          code_u8x64[i] = _mm512_and_si512(_mm512_srli_epi16(block_u8x64[i], static_cast<unsigned>(2 * p)), mask_u8x64);
+          code_u8x64[i] = _mm512_and_si512(_mm512_srli_epi16(block_u8x64[i], shift), mask_u8x64);
         }
 #pragma GCC unroll 12
         for (int t = 0; t < TOKENS; ++t) {

@@ -4,8 +4,8 @@
 // Instruction: vpdpbusd ymm, acc_i32x8[i] += sum over j of code_u8x32[4i+j] * q_i8x32[4i+j].
 // Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
 // Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
-//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (decode)
-//              |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
+//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (one
+//              token) |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
 //
 // Half a block is one ymm; lane i is row i (or 8 + i):
 //
@@ -47,10 +47,19 @@ struct Dpbusd {
 };
 
 struct Inner : YmmBlocks<Dpbusd> {
-  static void decode(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    // Codes are multiplied where they stand in the byte, 4^p times too large, each p into its own
-    // accumulator: no shift inside the loop, and eight independent chains to cover the latency of
-    // vpdpbusd (5 cycles). The shifts below are exact.
+  template <int TILES, int TOKENS>
+  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    if constexpr (TOKENS == 1) {
+      block_in_place(tile, blocks, q, acc);
+    } else {
+      YmmBlocks<Dpbusd>::block<TILES, TOKENS>(tile, blocks, q, q_stride, acc);
+    }
+  }
+
+  // One token: codes are multiplied where they stand in the byte, 4^p times too large, each p into its
+  // own accumulator: no shift inside the loop, and eight independent chains to cover the latency of
+  // vpdpbusd (5 cycles). The shifts at the end are exact.
+  static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
     __m256i low_i32x8[4];
     __m256i high_i32x8[4];
     for (int p = 0; p < 4; ++p) {

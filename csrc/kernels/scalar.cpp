@@ -64,11 +64,8 @@ struct Scalar {
 
 struct Inner {
   static constexpr int kTiles = 1;
+  static constexpr int kTokensStreamed = 0;  // nothing to choose: kTiles is 1
   static constexpr int kTokens = 4;  // a decoded code then serves four products
-
-  static void decode(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    block<1, 1>(tile, blocks, q, 0, acc);
-  }
 
   template <int TILES, int TOKENS>
   static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {

@@ -4,7 +4,7 @@
 //
 // Inner provides
 //     kTiles, kTokens                         largest register block, in tiles and tokens
-//     decode(tile, blocks, q, acc)            one token, one tile: acc[16], sums over codes
+//     kTokensStreamed                         up to so many tokens, tiles come one at a time
 //     block<TILES, TOKENS>(tile, blocks, q, q_stride, acc)   acc[TOKENS][TILES * 16]
 // where a sum over codes is sum_k q[k] * (w[n][k] + 1); the row sum of q is taken off here.
 
@@ -87,12 +87,8 @@ struct TernaryDriver {
 
   static void ternary_product(const TernaryProduct& p, int64_t tile_begin, int64_t tile_end) {
     int64_t tile = tile_begin;
-    if (p.tokens == 1) {
-      alignas(64) int32_t acc[kTileRows];
-      for (; tile < tile_end; ++tile) {
-        Inner::decode(p.packed + tile * p.blocks * kBlockBytes, p.blocks, p.q, acc);
-        store_tile<Isa>(p, acc, 0, tile);
-      }
+    if (p.tokens <= Inner::kTokensStreamed) {
+      for (; tile < tile_end; ++tile) tiles<1>(p, tile);
       return;
     }
     for (; tile + Inner::kTiles <= tile_end; tile += Inner::kTiles) tiles<Inner::kTiles>(p, tile);

@@ -102,6 +102,7 @@ template <class Dot>
 struct YmmBlocks {
   // 2 x 6 accumulators + 2 codes + 1 broadcast activation + 1 temporary = 16 registers.
   static constexpr int kTiles = 1;
+  static constexpr int kTokensStreamed = 0;  // nothing to choose: kTiles is 1
   static constexpr int kTokens = 6;
   // About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
   static constexpr int64_t kPrefetchBytes = 4096;
@@ -110,7 +111,7 @@ struct YmmBlocks {
   static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
     const __m256i mask_u8x32 = _mm256_set1_epi8(0x03);
-    for (int t = 0; t < 2 * TOKENS; ++t) _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8 * t), _mm256_setzero_si256());
+    std::memset(acc, 0, TOKENS * kTileRows * sizeof *acc);
     for (int64_t begin = 0; begin < blocks; begin += Dot::kBlocksPerWidening) {
       const int64_t end = blocks - begin < Dot::kBlocksPerWidening ? blocks : begin + Dot::kBlocksPerWidening;
       __m256i acc_low[TOKENS];
