@@ -19,6 +19,7 @@ from subjects import SUBJECTS, Subject
 PROMPT_TOKENS = 128
 DECODED_TOKENS = 32
 ROUNDS = 5
+TABLE = "BitNet b1.58 2B4T and Llama 3.2 1B, random weights, one sequence:"
 
 
 @pytest.fixture(scope="module", params=SUBJECTS)
@@ -38,12 +39,17 @@ def prompt() -> torch.Tensor:
     return torch.randint(1000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
+def put(benchmark, row: str, **columns: float) -> None:
+    """Names the row and the columns of the table that a result belongs to."""
+    benchmark.extra_info |= {"table": TABLE, "row": row, **columns}
+
+
 @pytest.mark.benchmark(group="prefill 128")
 def bench_prefill(benchmark, subject: Subject) -> None:
     """Reads a prompt."""
     benchmark.pedantic(subject.prefill, (prompt(),), rounds=ROUNDS, warmup_rounds=1)
     rate = PROMPT_TOKENS / benchmark.stats.stats.median
-    benchmark.extra_info |= {"model": subject.name, "prefill tok/s": rate}
+    put(benchmark, subject.name, **{f"prefill {PROMPT_TOKENS}, tok/s": rate})
 
 
 @pytest.mark.benchmark(group="decode")
@@ -56,19 +62,21 @@ def bench_decode(benchmark, subject: Subject) -> None:
 
     benchmark.pedantic(decode, setup=lambda: (subject.prefill(prompt()), {}), rounds=ROUNDS, warmup_rounds=1)
     rate = DECODED_TOKENS / benchmark.stats.stats.median
-    share = rate * subject.weight_bytes / read_bandwidth(torch.get_num_threads())
-    benchmark.extra_info |= {
-        "model": subject.name,
-        "decode tok/s": rate,
-        "MB a token": subject.weight_bytes / 1e6,
-        "share of read bandwidth": share,
+    columns = {
+        "decode, tok/s": rate,
+        "read for a token, MB": subject.weight_bytes / 1e6,
+        "share of read bandwidth": rate * subject.weight_bytes / read_bandwidth(torch.get_num_threads()),
     }
+    put(benchmark, subject.name, **columns)
 
 
 @pytest.mark.benchmark(group="memory")
-@pytest.mark.parametrize("name", SUBJECTS)
-def bench_memory(benchmark, name: str) -> None:
+@pytest.mark.parametrize("key", SUBJECTS)
+def bench_memory(benchmark, key: str) -> None:
     """Takes the peak memory of a fresh process, Python and torch included; its time counts for nothing."""
-    command = [sys.executable, Path(__file__).with_name("peak_memory.py"), name]
-    run = benchmark.pedantic(subprocess.run, (command,), {"stdout": subprocess.PIPE, "check": True}, rounds=1)
-    benchmark.extra_info |= {"model": name, "peak memory GB": int(run.stdout) / 1e9}
+    command = [sys.executable, Path(__file__).with_name("peak_memory.py"), key]
+    run = benchmark.pedantic(
+        subprocess.run, (command,), {"stdout": subprocess.PIPE, "check": True, "text": True}, rounds=1
+    )
+    name, peak_bytes = run.stdout.rsplit(maxsplit=1)
+    put(benchmark, name, **{"peak memory, GB": int(peak_bytes) / 1e9})

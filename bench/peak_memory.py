@@ -1,4 +1,4 @@
-"""Prints the peak resident memory of one model that reads a prompt and writes a few tokens.
+"""Prints the name of one model, and its peak resident memory in bytes over a prompt and a few tokens.
 
 Run as a process of its own, because the peak of a process covers everything it ever held:
 
@@ -13,7 +13,7 @@ from subjects import SUBJECTS
 
 
 def main() -> None:
-    """Runs the model and prints its peak in bytes."""
+    """Runs the model and prints its name and peak."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -23,7 +23,7 @@ def main() -> None:
         logits, cache = subject.prefill(torch.randint(1000, (1, arguments.prompt_tokens)))
         for _ in range(4):
             logits = subject.step(logits.argmax(-1, keepdim=True), cache)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(subject.name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""Turns the JSON of a benchmark run into the tables of README.md.
+
+    pytest bench/ --benchmark-only --benchmark-json=results.json
+    python bench/report.py results.json                  # prints the tables
+    python bench/report.py results.json --into README.md   # writes them between the marks
+
+Benchmarks put what belongs into a table in `extra_info`: the key "table" names it, "row" the row, and the
+other keys are columns. Rows of the same name are merged, so several benchmarks can fill one row.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- table -->", "<!-- /table -->"
+
+
+def main() -> None:
+    """Prints or writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="file that --benchmark-json wrote")
+    parser.add_argument("--into", type=Path, help=f"file to replace the text between {BEGIN} and {END} in")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    text = report([one["extra_info"] for one in results["benchmarks"]], results["machine_info"])
+    if arguments.into is None:
+        print(text)
+        return
+    document = arguments.into.read_text(encoding="utf-8")
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        parser.error(f"{arguments.into}: expected the marks {BEGIN} and {END}, got a file without them")
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=arguments.into.parent, delete=False) as draft:
+        draft.write(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    os.replace(draft.name, arguments.into)
+
+
+def report(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """All tables in Markdown, and below them the machine they come from."""
+    tables: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells = dict(row)
+        if "table" in cells:
+            tables.setdefault(cells.pop("table"), {}).setdefault(cells.pop("row"), {}).update(cells)
+    parts = [f"{title}\n\n{table(lines)}" for title, lines in tables.items()]
+    cpu = machine.get("cpu", {}).get("brand_raw", "unknown CPU")
+    facts = [cpu, f"{machine.get('cpu', {}).get('count', '?')} cores", *machine.get("bitnet_ops", [])]
+    return "\n\n".join([*parts, f"Machine: {', '.join(facts)}. Medians."])
+
+
+def table(lines: dict[str, dict[str, Any]]) -> str:
+    """One Markdown table; columns in the order in which rows bring them."""
+    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
+    head = ["", *columns]
+    body = [[name, *(cell(cells.get(column)) for column in columns)] for name, cells in lines.items()]
+    return "\n".join(
+        "| " + " | ".join(line) + " |" for line in [head, ["---"] + ["---:"] * len(columns), *body]
+    )
+
+
+def cell(value: Any) -> str:
+    """A number with three digits that say something, a text as it is, nothing where there is nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()
