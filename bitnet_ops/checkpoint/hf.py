@@ -106,7 +106,7 @@ class PublishedProjections:
         elif stored is not None and out_features % WEIGHTS_PER_BYTE:
             raise files.error(
                 weight,
-                f"a number of rows that {WEIGHTS_PER_BYTE} divides, because the format packs as many into one",
+                f"a number of rows that {WEIGHTS_PER_BYTE} divides, for the format packs as many into one",
                 f"{out_features} by config.json",
             )
         else:
