@@ -100,7 +100,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, StoredTensor] = {}
         self.total_bytes = 0
-        self._handles: dict[Path, safe_open] = {}
+        self._handles: dict[Path, Any] = {}  # of safe_open, whose methods have no types
         self._stack = ExitStack()
         try:
             # With both present the single file counts, as in transformers: it is the one that a later
@@ -137,7 +137,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         """A tensor's data, in memory that belongs to the caller."""
         stored = self.tensors[name]
         try:
-            tensor: Tensor = self._handles[stored.file].get_tensor(name)  # type: ignore[no-untyped-call]
+            tensor: Tensor = self._handles[stored.file].get_tensor(name)
         except (
             SafetensorError,
             OSError,
