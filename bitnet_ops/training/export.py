@@ -40,7 +40,7 @@ def export(
     }
     prompt = torch.tensor([corpus.tokenizer.encode("").ids])
     room = config.max_position_embeddings - prompt.shape[1]
-    ids = model.generate(prompt, max_new_tokens=min(SAMPLE_TOKENS, room), seed=0, **GENERATION)
+    ids = model.generate(prompt, max_new_tokens=min(SAMPLE_TOKENS, room), seed=0)
     sample = corpus.tokenizer.decode(ids[0].tolist())
     save_pretrained(model, folder)
     card = model_card(text, config, corpus, options, result, losses, sample)
