@@ -19,8 +19,8 @@ namespace {
 
 typedef uint64_t u64x8 __attribute__((vector_size(64)));  // the compiler splits it where it must
 
-constexpr size_t kStep = 4;               // vectors an iteration, independent chains
-constexpr size_t kPrefetchVectors = 64;   // 4 KB ahead, as the kernels do
+constexpr size_t kStep = 4;              // vectors an iteration, independent chains
+constexpr size_t kPrefetchVectors = 64;  // 4 KB ahead, as the kernels do
 
 #if defined(__x86_64__) && !defined(__clang__)
 __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))

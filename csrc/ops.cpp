@@ -90,7 +90,8 @@ std::vector<int64_t> shape_of(const Tensor& tensor) {
 }
 
 std::string describe(const Tensor& tensor) {
-  return dtype_name(dtype_code(tensor)) + " " + shape_text(shape_of(tensor)) + (tensor.is_cpu() ? "" : " on another device");
+  return dtype_name(dtype_code(tensor)) + " " + shape_text(shape_of(tensor)) +
+         (tensor.is_cpu() ? "" : " on another device");
 }
 
 bool shape_is(const Tensor& tensor, std::initializer_list<int64_t> expected) {
@@ -222,10 +223,10 @@ void parallel(int64_t count, double ns_per_item, const Work& work) {
 
 // Rough costs for `parallel`, on one core of the machine in bench/LOG.md.
 constexpr double kNsPerQuantizedElement = 0.15;
-constexpr double kNsPerBlock = 3.0;       // 64 bytes at 20 GB/s
-constexpr double kNsPerBlockToken = 1.5;  // four vpdpbusd, or eight with the scalar additions
-constexpr double kNsPerWeightByte = 0.05; // 20 GB/s
-constexpr double kNsPerMultiply = 0.03;   // 16 lanes a cycle, half used
+constexpr double kNsPerBlock = 3.0;        // 64 bytes at 20 GB/s
+constexpr double kNsPerBlockToken = 1.5;   // four vpdpbusd, or eight with the scalar additions
+constexpr double kNsPerWeightByte = 0.05;  // 20 GB/s
+constexpr double kNsPerMultiply = 0.03;    // 16 lanes a cycle, half used
 
 // ---- quantised rows ---------------------------------------------------------------------------------
 
@@ -403,7 +404,8 @@ Tensor ternary_linear(const Tensor& x_any, const Tensor& packed_any, const Tenso
   const Tensor x = as_contiguous(x_any);
   const Tensor packed = as_contiguous(packed_any);
   const Tensor weight_scale = as_contiguous(weight_scale_any);
-  const std::optional<Tensor> bias = bias_any.has_value() ? std::optional<Tensor>(as_contiguous(*bias_any)) : std::nullopt;
+  const std::optional<Tensor> bias =
+      bias_any.has_value() ? std::optional<Tensor>(as_contiguous(*bias_any)) : std::nullopt;
   const Tensor out = empty(with_last(x, out_features), dtype_code(x));
   const int64_t tokens = rows_of(x);
   if (tokens == 0 || out_features == 0) return out;
@@ -503,9 +505,9 @@ Tensor lm_head(const Tensor& x_any, const Tensor& weight_any) {
 
   // Threads share out groups of as many rows as a kernel widens at a time.
   const int64_t groups = round_up(vocabulary, kLogitsScratchRows) / kLogitsScratchRows;
-  const double ns_per_row = static_cast<double>(in_features + 1) *
-                            (static_cast<double>(element_bytes(weight_dtype)) * kNsPerWeightByte +
-                             static_cast<double>(tokens) * kNsPerMultiply);
+  const double ns_per_row =
+      static_cast<double>(in_features + 1) * (static_cast<double>(element_bytes(weight_dtype)) * kNsPerWeightByte +
+                                              static_cast<double>(tokens) * kNsPerMultiply);
   parallel(groups, ns_per_row * kLogitsScratchRows, [&](int64_t begin, int64_t end) {
     static thread_local Scratch rows;
     float* scratch =

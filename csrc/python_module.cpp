@@ -42,8 +42,8 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Kernels of bitnet_ops.", -1, methods, nullptr, nullptr, nullptr,
-                      nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "Kernels of bitnet_ops.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

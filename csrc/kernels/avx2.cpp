@@ -53,8 +53,8 @@ using Float = FloatKernels<Ymm>;
 
 extern const KernelTable kAvx2Kernels;
 constexpr KernelTable kAvx2Kernels = {
-    "avx2",           Float::quantize_row, TernaryDriver<Ymm, YmmBlocks<Maddubs>>::ternary_product,
-    Float::rms_norm_row, Float::widen_row,    Float::logits,
+    "avx2",           Float::quantize_row, TernaryDriver<Ymm, YmmBlocks<Maddubs>>::ternary_product, Float::rms_norm_row,
+    Float::widen_row, Float::logits,
 };
 
 }  // namespace bitnet_ops

@@ -24,7 +24,8 @@
 
 // This list equals the requirement in dispatch.cpp, feature for feature.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
@@ -40,12 +41,11 @@ struct Avx512 {
   using F32 = __m512;
   using I32 = __m512i;
   static constexpr int kLanes = 16;
-  // Four rows x four registers use 16 accumulators, two cycles of latency's worth on any core, and
-  // read x once for four rows.
-  static constexpr int kStreamRows = 4;
   // 4 x 6 accumulators + 4 rows + 1 activation = 29 of 32 registers.
   static constexpr int kLogitsRows = 4;
   static constexpr int kLogitsTokens = 6;
+  // Three tokens of 2560 floats are 30 KB: a fourth would not stay in an L1 of 32 KB.
+  static constexpr int kLogitsTokensStreamed = 3;
   static constexpr int64_t kTokenGroupBytes = 512 << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
 
   static F32 zero() { return _mm512_setzero_ps(); }
@@ -53,16 +53,19 @@ struct Avx512 {
   static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
   static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   static F32 load(const float* p) { return _mm512_loadu_ps(p); }
   static F32 load(const BFloat16* p) {
     const __m256i half_u16x16 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_u16x16), 16));
   }
-  static F32 load(const Float16* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  static void load_even_odd(const BFloat16* p, F32& even, F32& odd) {
+    const __m512i pair_u32x16 = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pair_u32x16, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pair_u32x16, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  static F32 load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
   static void store(BFloat16* p, F32 v) {
     // As from_float: integer rounding to even. vcvtneps2bf16 would flush subnormals to zero.
@@ -85,6 +88,22 @@ struct Avx512 {
     const __m128 f32x4 = _mm_add_ps(_mm256_castps256_ps128(f32x8), _mm256_extractf128_ps(f32x8, 1));
     const __m128 f32x2 = _mm_add_ps(f32x4, _mm_movehl_ps(f32x4, f32x4));
     return _mm_cvtss_f32(_mm_add_ss(f32x2, _mm_movehdup_ps(f32x2)));
+  }
+
+  static void fold_all(F32 (&v)[1], float* out) { *out = fold(v[0]); }
+  // Four folds at once: from four lanes on, the four vectors are transposed rather than reduced.
+  static void fold_all(F32 (&v)[4], float* out) {
+    __m128 f32x4[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m256 f32x8 = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+      f32x4[i] = _mm_add_ps(_mm256_castps256_ps128(f32x8), _mm256_extractf128_ps(f32x8, 1));
+    }
+    // [a0+a2, a1+a3, b0+b2, b1+b3] and the same for c, d
+    const __m128 ab_f32x4 = _mm_add_ps(_mm_movelh_ps(f32x4[0], f32x4[1]), _mm_movehl_ps(f32x4[1], f32x4[0]));
+    const __m128 cd_f32x4 = _mm_add_ps(_mm_movelh_ps(f32x4[2], f32x4[3]), _mm_movehl_ps(f32x4[3], f32x4[2]));
+    const __m128 even_f32x4 = _mm_shuffle_ps(ab_f32x4, cd_f32x4, 0x88);
+    const __m128 odd_f32x4 = _mm_shuffle_ps(ab_f32x4, cd_f32x4, 0xdd);
+    _mm_storeu_ps(out, _mm_add_ps(even_f32x4, odd_f32x4));
   }
 
   static I32 zero_i32() { return _mm512_setzero_si512(); }

@@ -18,7 +18,10 @@
 //     F32                       float32 x kLanes
 //     zero() set1(s) add mul fma(a, b, c)
 //     load(const T*) store(T*, F32)        T = float, BFloat16, Float16; any alignment
+//     load_even_odd(const BFloat16*, F32& even, F32& odd)   2 * kLanes elements
 //     fold(F32)                            the folds kLanes -> 1 above
+//     fold_all(F32[n], float* out)         the same for n vectors, n = 1 and kLogitsRows
+//     prefetch_far(p)                      asks for a cache line, towards L2
 //     I32, zero_i32(), sum(I32)            int32 x kLanes
 //     max_magnitude(I32 m, F32 v)          larger of m and the bits of |v|, as integers
 //     highest(I32)                         the largest lane
@@ -26,6 +29,10 @@
 
 namespace bitnet_ops {
 namespace {
+
+// How far ahead rows of the LM head are asked for, towards L2, whose misses in flight are more than
+// L1's: with two tokens this reads 1.6 times faster than 4 KB towards L1 (bench/LOG.md).
+constexpr int64_t kStreamAheadBytes = 8192;
 
 constexpr float kAbsmaxFloor = 1e-5f;  // reference.ABSMAX_FLOOR
 
@@ -95,8 +102,8 @@ struct FloatKernels {
     *q_sum = Isa::sum(sum);
   }
 
-  static void quantize_row(const void* x, DType dtype, int64_t in_features, int8_t* q, int64_t q_length,
-                           float* x_scale, int32_t* q_sum) {
+  static void quantize_row(const void* x, DType dtype, int64_t in_features, int8_t* q, int64_t q_length, float* x_scale,
+                           int32_t* q_sum) {
     switch (dtype) {
       case DType::kBFloat16:
         return quantize_row_of(static_cast<const BFloat16*>(x), in_features, q, q_length, x_scale, q_sum);
@@ -180,112 +187,177 @@ struct FloatKernels {
 
   // ---- logits -----------------------------------------------------------------------------------
 
-  // One token: ROWS rows of the table stream past, widened in registers, and share the loads of x.
-  template <int ROWS, class T>
-  static void logits_one_token(const Logits& p, int64_t row) {
-    const T* weight = static_cast<const T*>(p.weight) + row * p.in_features;
-    F32 acc[ROWS][kRegisters];
-    for (int i = 0; i < ROWS; ++i) {
-      for (int r = 0; r < kRegisters; ++r) acc[i][r] = Isa::zero();
-    }
-    const int64_t full = p.in_features - p.in_features % kVirtualLanes;
-    for (int64_t k = 0; k < full; k += kVirtualLanes) {
-      for (int i = 0; i < ROWS; ++i) {
-        // ROWS rows are contiguous, so the stream ahead of row i is row i + ROWS, ROWS rows on; a
-        // prefetch past the table is harmless.
-        Isa::prefetch(weight + (i + ROWS) * p.in_features + k);
-        if (sizeof(T) == 4) {  // 64 floats are four cache lines, 64 halves two
-          Isa::prefetch(weight + (i + ROWS) * p.in_features + k + 16);
-          Isa::prefetch(weight + (i + ROWS) * p.in_features + k + 48);
-        }
-        Isa::prefetch(weight + (i + ROWS) * p.in_features + k + 32);
-        for (int r = 0; r < kRegisters; ++r) {
-          const F32 w = Isa::load(weight + i * p.in_features + k + r * kLanes);
-          acc[i][r] = Isa::fma(w, Isa::load(p.x + k + r * kLanes), acc[i][r]);
-        }
+  // Two registers of 2 * kLanes consecutive elements. Two bfloat16 share a 32-bit word, and splitting
+  // the words is cheaper than widening in order: even elements by a shift, odd ones by a mask.
+  static void load_pair(const BFloat16* p, F32& first, F32& second) { Isa::load_even_odd(p, first, second); }
+  template <class T>
+  static void load_pair(const T* p, F32& first, F32& second) {
+    first = Isa::load(p);
+    second = Isa::load(p + kLanes);
+  }
+
+  // The activations in the order of load_pair: themselves, or for bfloat16 a copy in scratch.
+  static const float* in_pair_order(const Logits& p, const BFloat16*, float* scratch) {
+    for (int64_t begin = 0; begin < p.tokens * p.x_stride; begin += 2 * kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        scratch[begin + i] = p.x[begin + 2 * i];
+        scratch[begin + kLanes + i] = p.x[begin + 2 * i + 1];
       }
     }
-    for (int i = 0; i < ROWS; ++i) {
+    return scratch;
+  }
+  template <class T>
+  static const float* in_pair_order(const Logits& p, const T*, float*) {
+    return p.x;
+  }
+
+  // The folds of the header comment. With even and odd elements apart, the folds between registers
+  // stop at one pair; those inside a register keep the parity of a lane down to lane 0 + lane 1.
+  static float fold_pairs(F32 (&acc)[kRegisters], const BFloat16*) {
+    for (int width = kRegisters / 2; width >= 2; width /= 2) {
+      for (int r = 0; r < width; ++r) acc[r] = Isa::add(acc[r], acc[r + width]);
+    }
+    return Isa::fold(acc[0]) + Isa::fold(acc[1]);
+  }
+  template <class T>
+  static float fold_pairs(F32 (&acc)[kRegisters], const T*) {
+    return fold_registers(acc);
+  }
+
+  template <int TOKENS, class T>
+  static void multiply_64(const T* weight, const float* x, int64_t x_stride, F32 (&acc)[TOKENS][kRegisters]) {
+    for (int r = 0; r < kRegisters; r += 2) {
+      F32 first, second;
+      load_pair(weight + r * kLanes, first, second);
+      for (int t = 0; t < TOKENS; ++t) {
+        const float* x_pair = x + t * x_stride + r * kLanes;
+        acc[t][r] = Isa::fma(first, Isa::load(x_pair), acc[t][r]);
+        acc[t][r + 1] = Isa::fma(second, Isa::load(x_pair + kLanes), acc[t][r + 1]);
+      }
+    }
+  }
+
+  // Few tokens: the rows of the table stream past one after another, widened in registers, so that
+  // memory sees one sequential read. TOKENS * kRegisters accumulators.
+  template <int TOKENS, class T>
+  static void logits_streamed(const Logits& p, int64_t row_begin, int64_t row_end, float* scratch) {
+    const T* weight = static_cast<const T*>(p.weight) + row_begin * p.in_features;
+    const float* x = in_pair_order(p, weight, scratch);
+    const int64_t full = p.in_features - p.in_features % kVirtualLanes;
+    for (int64_t row = row_begin; row < row_end; ++row, weight += p.in_features) {
+      F32 acc[TOKENS][kRegisters];
+      for (int t = 0; t < TOKENS; ++t) {
+        for (int r = 0; r < kRegisters; ++r) acc[t][r] = Isa::zero();
+      }
+      for (int64_t k = 0; k < full; k += kVirtualLanes) {
+        const char* ahead = reinterpret_cast<const char*>(weight + k) + kStreamAheadBytes;
+        for (size_t line = 0; line < kVirtualLanes * sizeof(T); line += 64) Isa::prefetch_far(ahead + line);
+        multiply_64<TOKENS>(weight + k, x + k, p.x_stride, acc);
+      }
       if (full < p.in_features) {
         T padded[kVirtualLanes] = {};
-        std::memcpy(padded, weight + i * p.in_features + full,
-                    static_cast<size_t>(p.in_features - full) * sizeof(T));
-        for (int r = 0; r < kRegisters; ++r) {
-          acc[i][r] = Isa::fma(Isa::load(padded + r * kLanes), Isa::load(p.x + full + r * kLanes), acc[i][r]);
-        }
+        std::memcpy(padded, weight + full, static_cast<size_t>(p.in_features - full) * sizeof(T));
+        multiply_64<TOKENS>(padded, x + full, p.x_stride, acc);
       }
-      p.out[row + i] = fold_registers(acc[i]);
+      for (int t = 0; t < TOKENS; ++t) p.out[t * p.vocabulary + row] = fold_pairs(acc[t], weight);
     }
+  }
+
+  // Calls logits_streamed with the number of tokens as a compile-time number, 1 .. TOKENS.
+  template <int TOKENS, class T>
+  static void logits_streamed_of(const Logits& p, int64_t row_begin, int64_t row_end, float* scratch) {
+    if constexpr (TOKENS > 1) {
+      if (p.tokens < TOKENS) return logits_streamed_of<TOKENS - 1, T>(p, row_begin, row_end, scratch);
+    }
+    logits_streamed<TOKENS, T>(p, row_begin, row_end, scratch);
   }
 
   // ROWS widened rows x TOKENS tokens. Register r of every (row, token) pair has a pass of its own, so
   // that ROWS * TOKENS accumulators share ROWS + TOKENS loads; a pass reads its own cache lines only.
+  // Meanwhile the rows that come next are on their way from memory: `ahead`, a part in every step.
   template <int ROWS, int TOKENS>
-  static void logits_block(const Logits& p, const float* rows, int64_t row, int64_t token) {
-    F32 folded[kRegisters][ROWS][TOKENS];
+  static void logits_block(const Logits& p, const float* rows, int64_t row, int64_t token, const char* ahead,
+                           int64_t ahead_step_bytes) {
+    F32 folded[kRegisters][TOKENS][ROWS];
+    const float* x = p.x + token * p.x_stride;
     for (int r = 0; r < kRegisters; ++r) {
-      F32 acc[ROWS][TOKENS];
-      for (int i = 0; i < ROWS; ++i) {
-        for (int t = 0; t < TOKENS; ++t) acc[i][t] = Isa::zero();
+      F32 acc[TOKENS][ROWS];
+      for (int t = 0; t < TOKENS; ++t) {
+        for (int i = 0; i < ROWS; ++i) acc[t][i] = Isa::zero();
       }
-      const float* x = p.x + token * p.x_stride;
       for (int64_t k = r * kLanes; k < p.x_stride; k += kVirtualLanes) {
+        for (int64_t line = 0; line < ahead_step_bytes; line += 64) Isa::prefetch_far(ahead + line);
+        ahead += ahead_step_bytes;
         F32 w[ROWS];
         for (int i = 0; i < ROWS; ++i) w[i] = Isa::load(rows + i * p.x_stride + k);
         for (int t = 0; t < TOKENS; ++t) {
           const F32 v = Isa::load(x + t * p.x_stride + k);
-          for (int i = 0; i < ROWS; ++i) acc[i][t] = Isa::fma(w[i], v, acc[i][t]);
+          for (int i = 0; i < ROWS; ++i) acc[t][i] = Isa::fma(w[i], v, acc[t][i]);
         }
       }
-      for (int i = 0; i < ROWS; ++i) {
-        for (int t = 0; t < TOKENS; ++t) folded[r][i][t] = acc[i][t];
+      for (int t = 0; t < TOKENS; ++t) {
+        for (int i = 0; i < ROWS; ++i) folded[r][t][i] = acc[t][i];
       }
     }
-    for (int t = 0; t < TOKENS; ++t) {
-      for (int i = 0; i < ROWS; ++i) {
-        F32 registers[kRegisters];
-        for (int r = 0; r < kRegisters; ++r) registers[r] = folded[r][i][t];
-        p.out[(token + t) * p.vocabulary + row + i] = fold_registers(registers);
+    for (int width = kRegisters / 2; width >= 1; width /= 2) {
+      for (int r = 0; r < width; ++r) {
+        for (int t = 0; t < TOKENS; ++t) {
+          for (int i = 0; i < ROWS; ++i) folded[r][t][i] = Isa::add(folded[r][t][i], folded[r + width][t][i]);
+        }
       }
     }
+    for (int t = 0; t < TOKENS; ++t) Isa::fold_all(folded[0][t], p.out + (token + t) * p.vocabulary + row);
   }
 
-  // Largest token block first; the rest goes in blocks of half the size, down to one.
+  // Calls logits_block with `count` as a compile-time number, 1 .. TOKENS.
   template <int ROWS, int TOKENS>
-  static int64_t logits_blocks(const Logits& p, const float* rows, int64_t row, int64_t token, int64_t token_end) {
-    for (; token + TOKENS <= token_end; token += TOKENS) logits_block<ROWS, TOKENS>(p, rows, row, token);
-    if constexpr (TOKENS > 1) return logits_blocks<ROWS, TOKENS / 2>(p, rows, row, token, token_end);
-    return token;
+  static void logits_block_of(int64_t count, const Logits& p, const float* rows, int64_t row, int64_t token,
+                              const char* ahead, int64_t ahead_step_bytes) {
+    if constexpr (TOKENS > 1) {
+      if (count < TOKENS) {
+        return logits_block_of<ROWS, TOKENS - 1>(count, p, rows, row, token, ahead, ahead_step_bytes);
+      }
+    }
+    logits_block<ROWS, TOKENS>(p, rows, row, token, ahead, ahead_step_bytes);
+  }
+
+  // Widens ROWS rows and multiplies them with tokens [token_begin, token_end), in equal blocks.
+  template <int ROWS, class T>
+  static void logits_rows(const Logits& p, int64_t row, int64_t token_begin, int64_t token_end, float* scratch) {
+    const T* weight = static_cast<const T*>(p.weight) + row * p.in_features;
+    for (int i = 0; i < ROWS; ++i) {
+      widen_row_of(weight + i * p.in_features, p.in_features, scratch + i * p.x_stride, p.x_stride);
+    }
+    const int64_t count = token_end - token_begin;
+    const int64_t blocks = (count + Isa::kLogitsTokens - 1) / Isa::kLogitsTokens;
+    // The next ROWS rows, spread over all steps of the first block: a step covers kLanes inputs.
+    const char* ahead = reinterpret_cast<const char*>(weight + ROWS * p.in_features);
+    int64_t ahead_step_bytes = ROWS * kLanes * static_cast<int64_t>(sizeof(T));
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = count * block / blocks;
+      const int64_t end = count * (block + 1) / blocks;
+      logits_block_of<ROWS, Isa::kLogitsTokens>(end - begin, p, scratch, row, token_begin + begin, ahead,
+                                                ahead_step_bytes);
+      ahead_step_bytes = 0;
+    }
   }
 
   template <class T>
   static void logits_of(const Logits& p, int64_t row_begin, int64_t row_end, float* scratch) {
-    if (p.tokens == 1) {
-      int64_t row = row_begin;
-      for (; row + Isa::kStreamRows <= row_end; row += Isa::kStreamRows) {
-        logits_one_token<Isa::kStreamRows, T>(p, row);
-      }
-      for (; row < row_end; ++row) logits_one_token<1, T>(p, row);
-      return;
+    if (p.tokens <= Isa::kLogitsTokensStreamed) {
+      return logits_streamed_of<Isa::kLogitsTokensStreamed, T>(p, row_begin, row_end, scratch);
     }
     // A group of tokens stays in L2 (Isa::kTokenGroupBytes) while all rows pass; then the next group.
     int64_t group = Isa::kTokenGroupBytes / (p.x_stride * static_cast<int64_t>(sizeof(float)) + 1);
     group -= group % Isa::kLogitsTokens;
     if (group < Isa::kLogitsTokens) group = Isa::kLogitsTokens;
-    const T* weight = static_cast<const T*>(p.weight);
     for (int64_t token = 0; token < p.tokens; token += group) {
       const int64_t token_end = token + group < p.tokens ? token + group : p.tokens;
       int64_t row = row_begin;
       for (; row + Isa::kLogitsRows <= row_end; row += Isa::kLogitsRows) {
-        for (int i = 0; i < Isa::kLogitsRows; ++i) {
-          widen_row_of(weight + (row + i) * p.in_features, p.in_features, scratch + i * p.x_stride, p.x_stride);
-        }
-        logits_blocks<Isa::kLogitsRows, Isa::kLogitsTokens>(p, scratch, row, token, token_end);
+        logits_rows<Isa::kLogitsRows, T>(p, row, token, token_end, scratch);
       }
-      for (; row < row_end; ++row) {
-        widen_row_of(weight + row * p.in_features, p.in_features, scratch, p.x_stride);
-        logits_blocks<1, Isa::kLogitsTokens>(p, scratch, row, token, token_end);
-      }
+      for (; row < row_end; ++row) logits_rows<1, T>(p, row, token, token_end, scratch);
     }
   }
 

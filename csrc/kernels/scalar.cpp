@@ -23,9 +23,9 @@ struct Scalar {
   using F32 = float;
   using I32 = int32_t;
   static constexpr int kLanes = 1;
-  static constexpr int kStreamRows = 1;
   static constexpr int kLogitsRows = 1;
   static constexpr int kLogitsTokens = 1;
+  static constexpr int kLogitsTokensStreamed = 1;
   static constexpr int64_t kTokenGroupBytes = 128 << 10;  // half of the smallest common L2, 256 KB
 
   static F32 zero() { return 0.0f; }
@@ -41,8 +41,16 @@ struct Scalar {
   static void store(T* p, F32 v) {
     from_float(v, p);
   }
+  static void load_even_odd(const BFloat16* p, F32& even, F32& odd) {
+    even = to_float(p[0]);
+    odd = to_float(p[1]);
+  }
   static float fold(F32 v) { return v; }
-  static void prefetch(const void* p) { __builtin_prefetch(p); }
+  template <int N>
+  static void fold_all(F32 (&v)[N], float* out) {
+    for (int i = 0; i < N; ++i) out[i] = v[i];
+  }
+  static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
   static I32 zero_i32() { return 0; }
   static int32_t sum(I32 v) { return v; }
@@ -65,7 +73,7 @@ struct Scalar {
 struct Inner {
   static constexpr int kTiles = 1;
   static constexpr int kTokensStreamed = 0;  // nothing to choose: kTiles is 1
-  static constexpr int kTokens = 4;  // a decoded code then serves four products
+  static constexpr int kTokens = 4;          // a decoded code then serves four products
 
   template <int TILES, int TOKENS>
   static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
@@ -93,8 +101,8 @@ using Float = FloatKernels<Scalar>;
 
 extern const KernelTable kScalarKernels;
 constexpr KernelTable kScalarKernels = {
-    "scalar",         Float::quantize_row, TernaryDriver<Scalar, Inner>::ternary_product,
-    Float::rms_norm_row, Float::widen_row,    Float::logits,
+    "scalar",         Float::quantize_row, TernaryDriver<Scalar, Inner>::ternary_product, Float::rms_norm_row,
+    Float::widen_row, Float::logits,
 };
 
 }  // namespace bitnet_ops

@@ -10,10 +10,10 @@ struct Ymm {
   using F32 = __m256;
   using I32 = __m256i;
   static constexpr int kLanes = 8;
-  static constexpr int kStreamRows = 1;  // eight accumulators for one row are half of the registers
   // 3 x 4 accumulators + 3 rows + 1 activation = 16 registers.
   static constexpr int kLogitsRows = 3;
   static constexpr int kLogitsTokens = 4;
+  static constexpr int kLogitsTokensStreamed = 1;         // x 8 accumulators
   static constexpr int64_t kTokenGroupBytes = 128 << 10;  // half of the smallest common L2, 256 KB
 
   static F32 zero() { return _mm256_setzero_ps(); }
@@ -21,12 +21,17 @@ struct Ymm {
   static F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
   static F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   static F32 load(const float* p) { return _mm256_loadu_ps(p); }
   static F32 load(const BFloat16* p) {
     const __m128i half_u16x8 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_u16x8), 16));
+  }
+  static void load_even_odd(const BFloat16* p, F32& even, F32& odd) {
+    const __m256i pair_u32x8 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pair_u32x8, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pair_u32x8, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static F32 load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store(float* p, F32 v) { _mm256_storeu_ps(p, v); }
@@ -53,6 +58,11 @@ struct Ymm {
     return _mm_cvtss_f32(_mm_add_ss(f32x2, _mm_movehdup_ps(f32x2)));
   }
 
+  template <int N>
+  static void fold_all(F32 (&v)[N], float* out) {
+    for (int i = 0; i < N; ++i) out[i] = fold(v[i]);
+  }
+
   static I32 zero_i32() { return _mm256_setzero_si256(); }
   static int32_t sum(I32 v) {
     __m128i i32x4 = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -69,8 +79,7 @@ struct Ymm {
   }
   static I32 quantize(F32 v, F32 s, int8_t* q, I32 sum) {
     // Rounding is explicit, half to even, whatever the caller's MXCSR says.
-    const __m256 rounded_f32x8 =
-        _mm256_round_ps(_mm256_mul_ps(v, s), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 rounded_f32x8 = _mm256_round_ps(_mm256_mul_ps(v, s), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256i rounded_i32x8 = _mm256_cvtps_epi32(rounded_f32x8);
     const __m128i q_i16x8 =
         _mm_packs_epi32(_mm256_castsi256_si128(rounded_i32x8), _mm256_extracti128_si256(rounded_i32x8, 1));

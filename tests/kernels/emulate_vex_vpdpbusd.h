@@ -61,8 +61,8 @@ inline uint64_t general_register(const ucontext_t* context, int number) {
 }
 
 [[noreturn]] inline void not_ours(const uint8_t* code) {
-  std::fprintf(stderr, "SIGILL at an instruction that is no VEX vpdpbusd: %02x %02x %02x %02x %02x\n", code[0],
-               code[1], code[2], code[3], code[4]);
+  std::fprintf(stderr, "SIGILL at an instruction that is no VEX vpdpbusd: %02x %02x %02x %02x %02x\n", code[0], code[1],
+               code[2], code[3], code[4]);
   std::abort();
 }
 

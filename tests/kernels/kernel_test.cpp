@@ -81,13 +81,21 @@ void compare(const Buffer<T>& expected, const Buffer<T>& given, const std::strin
 template <class T>
 constexpr DType dtype_of();
 template <>
-constexpr DType dtype_of<float>() { return DType::kFloat32; }
+constexpr DType dtype_of<float>() {
+  return DType::kFloat32;
+}
 template <>
-constexpr DType dtype_of<BFloat16>() { return DType::kBFloat16; }
+constexpr DType dtype_of<BFloat16>() {
+  return DType::kBFloat16;
+}
 template <>
-constexpr DType dtype_of<Float16>() { return DType::kFloat16; }
+constexpr DType dtype_of<Float16>() {
+  return DType::kFloat16;
+}
 template <>
-constexpr DType dtype_of<int32_t>() { return DType::kInt32; }
+constexpr DType dtype_of<int32_t>() {
+  return DType::kInt32;
+}
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -96,14 +104,22 @@ enum RowKind { kRandom, kZero, kTies, kExtremes, kTiny, kHuge, kOneNaN, kOneInfi
 
 float element(RowKind kind, int64_t k, int64_t count, Random& random) {
   switch (kind) {
-    case kZero: return k % 2 == 0 ? 0.0f : -0.0f;
-    case kTies: return k == 0 ? 127.0f : static_cast<float>(k % 253 - 126) + 0.5f;  // scale 1: exact .5
-    case kExtremes: return k % 2 == 0 ? 3.0f : -3.0f;
-    case kTiny: return random.uniform() * 1e-39f;  // subnormal, below the floor of absmax
-    case kHuge: return random.uniform() * 6e4f;    // near the end of float16
-    case kOneNaN: return k == count / 2 ? std::nanf("") : random.uniform();
-    case kOneInfinity: return k == count - 1 ? -kInfinity : random.uniform();
-    default: return random.uniform() * 4.0f;
+    case kZero:
+      return k % 2 == 0 ? 0.0f : -0.0f;
+    case kTies:
+      return k == 0 ? 127.0f : static_cast<float>(k % 253 - 126) + 0.5f;  // scale 1: exact .5
+    case kExtremes:
+      return k % 2 == 0 ? 3.0f : -3.0f;
+    case kTiny:
+      return random.uniform() * 1e-39f;  // subnormal, below the floor of absmax
+    case kHuge:
+      return random.uniform() * 6e4f;  // near the end of float16
+    case kOneNaN:
+      return k == count / 2 ? std::nanf("") : random.uniform();
+    case kOneInfinity:
+      return k == count - 1 ? -kInfinity : random.uniform();
+    default:
+      return random.uniform() * 4.0f;
   }
 }
 
@@ -168,7 +184,8 @@ void test_widening_every_value() {
 // float32 to 16 bits around every rounding boundary: without inputs the result is the bias.
 template <class T>
 void test_narrowing() {
-  const uint32_t low_halves[] = {0x0000, 0x0001, 0x0fff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x7fff, 0x8000, 0x8001, 0xffff};
+  const uint32_t low_halves[] = {0x0000, 0x0001, 0x0fff, 0x1000, 0x1001, 0x2fff,
+                                 0x3000, 0x7fff, 0x8000, 0x8001, 0xffff};
   for (const uint32_t low : low_halves) {
     const int64_t rows = 65536;
     Buffer<float> bias(rows), weight_scale(rows), x_scale(1);
@@ -178,8 +195,9 @@ void test_narrowing() {
     for (int64_t i = 0; i < rows; ++i) bias.data[i] = bits_float(static_cast<uint32_t>(i) << 16 | low);
     Buffer<T> out[2] = {Buffer<T>(rows), Buffer<T>(rows)};
     for (int i = 0; i < 2; ++i) {
-      const TernaryProduct product{packed.data, 0,           q.data,       64,           q_sum.data,       1,
-                                   rows,        dtype_of<T>(), out[i].data, x_scale.data, weight_scale.data, bias.data};
+      const TernaryProduct product{
+          packed.data,       0,        q.data, 64, q_sum.data, 1, rows, dtype_of<T>(), out[i].data, x_scale.data,
+          weight_scale.data, bias.data};
       (i == 0 ? scalar : tested)->ternary_product(product, 0, rows / kTileRows);
     }
     compare(out[0], out[1], "narrowing, low half " + std::to_string(low));
@@ -205,7 +223,8 @@ void test_product(const ProductCase& c, Random& random) {
   const int64_t q_stride = (c.in_features + kAlign - 1) / kAlign * kAlign;
   constexpr uint8_t kPatterns[] = {0, 0x00, 0x55, 0xaa, 0xff};
   Buffer<uint8_t> packed(tiles * blocks * kBlockBytes);
-  for (size_t i = 0; i < packed.count; ++i) packed.data[i] = c.weights == kAnyByte ? random.byte() : kPatterns[c.weights];
+  for (size_t i = 0; i < packed.count; ++i)
+    packed.data[i] = c.weights == kAnyByte ? random.byte() : kPatterns[c.weights];
   Buffer<int8_t> q(c.tokens * q_stride);
   Buffer<int32_t> q_sum(c.tokens);
   Buffer<float> x_scale(c.tokens), weight_scale(c.out_features), bias(c.out_features);
@@ -224,9 +243,9 @@ void test_product(const ProductCase& c, Random& random) {
   for (int i = 0; i < 2; ++i) {
     // Results of other tiles are another thread's: they must stay as they are.
     std::memset(static_cast<void*>(out[i].data), 0x3c, out[i].count * sizeof(T));
-    const TernaryProduct product{packed.data, blocks,        q.data,      q_stride,     q_sum.data,        c.tokens,
-                                 c.out_features, dtype_of<T>(), out[i].data, x_scale.data, weight_scale.data,
-                                 c.bias ? bias.data : nullptr};
+    const TernaryProduct product{
+        packed.data,    blocks,        q.data,      q_stride,     q_sum.data,        c.tokens,
+        c.out_features, dtype_of<T>(), out[i].data, x_scale.data, weight_scale.data, c.bias ? bias.data : nullptr};
     (i == 0 ? scalar : tested)->ternary_product(product, c.tile_begin, c.tile_end);
   }
   compare(out[0], out[1],
@@ -251,8 +270,9 @@ void test_sums() {
   for (int weights = 0; weights < kWeightKinds; ++weights) {
     for (int activations = 0; activations < kActivationKinds; ++activations) {
       for (const int64_t tokens : {1, 3}) {
-        test_product<T>({17, 600, tokens, static_cast<Weights>(weights), static_cast<Activations>(activations), false, 0, 2},
-                        random);
+        test_product<T>(
+            {17, 600, tokens, static_cast<Weights>(weights), static_cast<Activations>(activations), false, 0, 2},
+            random);
       }
     }
   }
@@ -291,12 +311,12 @@ void test_logits() {
         fill_row(weight.data, vocabulary * in_features, kRandom, random);
         Buffer<float> out[2] = {Buffer<float>(tokens * vocabulary), Buffer<float>(tokens * vocabulary)};
         for (int i = 0; i < 2; ++i) {
-          const Logits logits{x.data,      stride,     tokens,      weight.data, dtype_of<T>(), in_features,
-                              vocabulary, out[i].data};
+          const Logits logits{x.data, stride, tokens, weight.data, dtype_of<T>(), in_features, vocabulary, out[i].data};
           (i == 0 ? scalar : tested)->logits(logits, begin, vocabulary, scratch.data);
         }
-        compare(out[0], out[1], "logits " + std::to_string(tokens) + "x" + std::to_string(in_features) + "x" +
-                                    std::to_string(vocabulary));
+        compare(
+            out[0], out[1],
+            "logits " + std::to_string(tokens) + "x" + std::to_string(in_features) + "x" + std::to_string(vocabulary));
       }
     }
   }
