@@ -1,7 +1,13 @@
 """Ternary (1.58-bit) language models in PyTorch, on ordinary CPUs at the speed of the memory bus."""
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
+
+with warnings.catch_warnings():
+    # torch warns where NumPy is not installed; nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch  # noqa: F401
 
 from bitnet_ops.checkpoint import CheckpointError, from_pretrained, save_pretrained
 from bitnet_ops.config import BitNetConfig
