@@ -47,7 +47,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     absmax = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     finite = absmax.isfinite()
-    scale = 127.0 / absmax.clamp(min=ABSMAX_FLOOR)
+    # Two roundings, not one: that is how PyTorch evaluates 127 / tensor, here and in transformers.
+    scale = 127.0 * absmax.clamp(min=ABSMAX_FLOOR).reciprocal()
     q = torch.where(finite, (x * scale).round().clamp(-128, 127), 0.0)
     return q.to(torch.int8), torch.where(finite, 1.0 / scale, torch.nan).squeeze(-1)
 

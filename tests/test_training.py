@@ -1,5 +1,6 @@
 """Training: what is held out, determinism, resuming, the folder that comes out."""
 
+import itertools
 import json
 import math
 
@@ -26,7 +27,9 @@ CONFIG = BitNetConfig(
     eos_token_id=0,
     dropout=0.1,
 )
-OPTIONS = TrainOptions(steps=6, batch_size=2, sequence_length=16, evaluate_every=2, device="cpu", autocast=False)
+OPTIONS = TrainOptions(
+    steps=6, batch_size=2, sequence_length=16, evaluate_every=2, device="cpu", autocast=False
+)
 
 
 def novel(chapters: int = 20) -> str:
@@ -35,7 +38,7 @@ def novel(chapters: int = 20) -> str:
     parts = []
     for chapter in range(chapters):
         lines = [
-            f"{names[(chapter + i) % 6]} walked to the village with\n{names[(chapter * i) % 6]},  and was happy."
+            f"{names[(chapter + i) % 6]} walked to the village\nwith {names[(chapter * i) % 6]},  happy."
             for i in range(12)
         ]
         parts.append(f"CHAPTER {chapter + 1}\n\n\n" + "\n\n".join(lines))
@@ -95,7 +98,9 @@ def test_a_text_without_chapters_is_cut_at_paragraphs():
 
 def test_ids_decode_to_the_chapters(corpus):
     decoded = corpus.tokenizer.decode(corpus.test.ids.tolist(), skip_special_tokens=False)
-    assert decoded == "".join(text.END_OF_TEXT + chapter for chapter in corpus.test.chapters) + text.END_OF_TEXT
+    assert (
+        decoded == "".join(text.END_OF_TEXT + chapter for chapter in corpus.test.chapters) + text.END_OF_TEXT
+    )
     odd = "naïve café — 日本 \x00\t"
     assert corpus.tokenizer.decode(corpus.tokenizer.encode(odd).ids) == odd
 
@@ -123,7 +128,9 @@ def test_same_seed_same_weights_and_resuming_changes_nothing(tmp_path, corpus, o
     assert same(weights(whole), weights(again))
 
     other_seed = TrainOptions(**{**vars(options), "seed": 1})
-    assert not same(weights(whole), weights(train(CONFIG, corpus, other_seed, tmp_path / "c", progress=False)))
+    assert not same(
+        weights(whole), weights(train(CONFIG, corpus, other_seed, tmp_path / "c", progress=False))
+    )
 
     # Stop the third run in the middle of a step after its second checkpoint.
     calls = 0
@@ -197,8 +204,8 @@ def test_schedule_rises_and_falls():
     assert 0 < rates[0] < 0.02
     assert rates[100] == pytest.approx(1)
     assert rates[1000] == pytest.approx(0.05)
-    assert all(a <= b for a, b in zip(rates[:100], rates[1:101], strict=True))
-    assert all(a >= b for a, b in zip(rates[100:-1], rates[101:], strict=True))
+    assert all(a <= b for a, b in itertools.pairwise(rates[:101]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
 
 
 def test_unknown_optimizer_is_named(tmp_path, corpus):
@@ -206,10 +213,23 @@ def test_unknown_optimizer_is_named(tmp_path, corpus):
         train(CONFIG, corpus, TrainOptions(**{**vars(OPTIONS), "optimizer": "sgd"}), tmp_path)
 
 
-ARGUMENTS = (
-    "--vocab-size 300 --hidden-size 32 --intermediate-size 48 --layers 2 --heads 4 --kv-heads 2 --context 64 "
-    "--steps 4 --batch-size 2 --sequence-length 16 --evaluate-every 2 --held-out 0.1 --threads 1 --device cpu"
-).split()
+SIZES = {
+    "vocab-size": 300,
+    "hidden-size": 32,
+    "intermediate-size": 48,
+    "layers": 2,
+    "heads": 4,
+    "kv-heads": 2,
+    "context": 64,
+    "steps": 4,
+    "batch-size": 2,
+    "sequence-length": 16,
+    "evaluate-every": 2,
+    "held-out": 0.1,
+    "threads": 1,
+    "device": "cpu",
+}
+ARGUMENTS = [f"--{name}={value}" for name, value in SIZES.items()]
 
 
 def test_command_writes_a_folder_that_loads(tmp_path, novel_file):
