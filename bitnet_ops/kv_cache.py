@@ -14,7 +14,8 @@ class KVCache:
     Attributes:
         keys, values: one tensor [batch, kv_heads, capacity, head_dim] per layer.
         length: tokens stored so far, the same for every row (shorter prompts are padded on the left).
-        visible: bool [batch, capacity], False where a token is padding; None when nothing is padded.
+        padded: whether any token stored so far may be padding.
+        visible: bool [batch, capacity], False where a token is padding; written only where ``padded``.
     """
 
     def __init__(
@@ -31,7 +32,8 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.visible: Tensor | None = None
+        self.padded = False
+        self.visible = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
         self.length = 0
 
     @property

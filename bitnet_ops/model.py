@@ -225,22 +225,19 @@ def positions_and_mask(
         S keys stored so far, or None where plain causal attention (T > 1 and nothing cached) or full
         attention (T = 1) is meant.
     """
-    batch, new = input_ids.shape
+    new = input_ids.shape[1]
     start = 0 if cache is None else cache.length
     end = start + new
     device = input_ids.device
-    visible = None if cache is None else cache.visible
-    if attention_mask is not None or visible is not None:
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        fresh = attention_mask.bool()
+    visible = None
+    if attention_mask is not None or (cache is not None and cache.padded):
+        visible = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        visible = visible.bool()
         if cache is not None:
-            if visible is None:
-                visible = cache.visible = torch.ones(batch, cache.capacity, dtype=torch.bool, device=device)
-            visible[:, start:end] = fresh
-            fresh = visible[:, :end]
-        positions = (fresh.cumsum(1) - 1).clamp(min=0)[:, start:]
-        visible = fresh
+            cache.padded = True
+            cache.visible[:, start:end] = visible
+            visible = cache.visible[:, :end]
+        positions = (visible.cumsum(1) - 1).clamp(min=0)[:, start:]
     else:
         positions = torch.arange(start, end, device=device).unsqueeze(0)
         if new == 1 or start == 0:
