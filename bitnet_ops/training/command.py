@@ -22,7 +22,7 @@ import click
     help="Folder for the checkpoint, the log and, at the end, the packed model.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
-@click.option("--steps", default=6000, type=click.IntRange(1), help="Optimiser steps.")
+@click.option("--steps", default=5000, type=click.IntRange(1), help="Optimiser steps.")
 @click.option("--batch-size", default=4, type=click.IntRange(1), help="Sequences in a step.")
 @click.option("--sequence-length", default=256, type=click.IntRange(2), help="Tokens in a sequence.")
 @click.option("--vocab-size", default=4096, type=click.IntRange(257), help="Entries of the tokenizer.")

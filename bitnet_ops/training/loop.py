@@ -49,7 +49,7 @@ class TrainOptions:
         compile: run through torch.compile.
     """
 
-    steps: int = 6000
+    steps: int = 5000
     batch_size: int = 4
     sequence_length: int = 256
     learning_rate: float = 3e-3
