@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache
+from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache, ops
 
 CONTEXT = 512
 """Tokens a cache has room for."""
@@ -38,22 +38,22 @@ def bitnet_2b4t() -> Subject:
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = BitNet(config)
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if isinstance(child, BitLinear):
-                shape = (child.out_features, child.in_features)
-                w = torch.randint(-1, 2, shape, dtype=torch.int8, generator=generator)
-                # Two thirds of the weights are not zero: this scale keeps the variance of the input.
-                setattr(module, name, BitLinear.from_ternary(w, (1.5 / child.in_features) ** 0.5))
-    for name, parameter in list(model.named_parameters()):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() == 1:
-            owner.weight = torch.nn.Parameter(torch.ones(parameter.shape))
-        else:
-            weight = torch.empty(parameter.shape, dtype=torch.bfloat16).uniform_(
-                -0.03, 0.03, generator=generator
-            )
-            owner.weight = torch.nn.Parameter(weight)
+        model.model.embed_tokens.to(torch.bfloat16)
+    # All memory that stays before any that does not: freed pieces in between would be holes in the heap.
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            shape = (module.out_features, module.in_features)
+            w = torch.randint(-1, 2, shape, dtype=torch.int8, generator=generator)
+            module.packed_weight.copy_(ops.pack_ternary(w))
+            # Two thirds of the weights are not zero: this scale keeps the variance of the input.
+            module.weight_scale.fill_((1.5 / module.in_features) ** 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.uniform_(-0.03, 0.03, generator=generator)
     model.eval()
 
     def prefill(ids: Tensor) -> tuple[Tensor, object]:
