@@ -11,6 +11,7 @@ other keys are columns. Rows of the same name are merged, so several benchmarks 
 import argparse
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def main() -> None:
         parser.error(f"{arguments.into}: expected the marks {BEGIN} and {END}, got a file without them")
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=arguments.into.parent, delete=False) as draft:
         draft.write(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    shutil.copymode(arguments.into, draft.name)
     os.replace(draft.name, arguments.into)
 
 
