@@ -3,7 +3,7 @@
 Speed and memory don't depend on what the weights are, so nothing has to be downloaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +48,7 @@ def bitnet_2b4t() -> Subject:
             module.packed_weight.copy_(ops.pack_ternary(w))
             # Two thirds of the weights are not zero: this scale keeps the variance of the input.
             module.weight_scale.fill_((1.5 / module.in_features) ** 0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.uniform_(-0.03, 0.03, generator=generator)
+    fill(model.parameters(), generator)
     model.eval()
 
     def prefill(ids: Tensor) -> tuple[Tensor, object]:
@@ -92,12 +87,7 @@ def llama_3_2_1b(dtype: torch.dtype) -> Subject:
     model = model.to(dtype).to_empty(device="cpu")
     model.tie_weights()
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.uniform_(-0.03, 0.03, generator=generator)
+    fill(model.parameters(), generator)
     # to_empty left the rotary frequencies, a buffer, unset.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.eval()
@@ -111,6 +101,16 @@ def llama_3_2_1b(dtype: torch.dtype) -> Subject:
 
     name = f"Llama 3.2 1B {str(dtype).removeprefix('torch.')}, transformers"
     return Subject(name, prefill, step, sum(p.nbytes for p in model.parameters()))
+
+
+def fill(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
+    """Norms of ones, small random matrices."""
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.uniform_(-0.03, 0.03, generator=generator)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
