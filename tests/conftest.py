@@ -1,6 +1,7 @@
 """Fixtures that every test file may use."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,3 +33,9 @@ def threads() -> Iterator[None]:
 def seed() -> None:
     """Gives every test the same random numbers, alone or in company."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the source tree: a program started there would import its bitnet_ops/, which may not be built."""
+    monkeypatch.chdir(tmp_path)
