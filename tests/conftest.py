@@ -37,5 +37,5 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the source tree: a program started there would import its bitnet_ops/, which may not be built."""
+    """Leaves the source tree: a program started there would import its bitnet_ops/, maybe not built."""
     monkeypatch.chdir(tmp_path)
