@@ -67,6 +67,22 @@ def median(benchmark) -> float:
     return benchmark.stats.stats.median
 
 
+def row(isa: str, threads: int, name: str) -> str:
+    """Name of a row of the tables."""
+    return f"{isa}, {threads} thread{'s'[: threads != 1]}, {name}"
+
+
+def put_bandwidth(benchmark, name: str, weight_bytes: int, threads: int) -> None:
+    """Fills a row of the decode table for a round that read so many bytes of weights."""
+    rate = weight_bytes / median(benchmark)
+    benchmark.extra_info |= {
+        "table": "Decode (one token), weights streamed from memory:",
+        "row": name,
+        "GB/s": rate / 1e9,
+        "share of read bandwidth": rate / read_bandwidth(threads),
+    }
+
+
 @pytest.mark.benchmark(group="decode")
 @pytest.mark.parametrize("name", SHAPES)
 def bench_decode(benchmark, name: str, isa: str, threads: int) -> None:
@@ -82,13 +98,7 @@ def bench_decode(benchmark, name: str, isa: str, threads: int) -> None:
             ops.ternary_linear(x, weights, layer.weight_scale, None, out_features=out_features)
 
     benchmark.pedantic(decode, rounds=ROUNDS, warmup_rounds=1)
-    rate = copies * layer.packed_weight.nbytes / median(benchmark)
-    benchmark.extra_info |= {
-        "table": "Decode (one token), ternary weights streamed from memory:",
-        "row": f"{isa}, {threads} thread{'s'[: threads != 1]}, {name}",
-        "GB/s": rate / 1e9,
-        "share of read bandwidth": rate / read_bandwidth(threads),
-    }
+    put_bandwidth(benchmark, row(isa, threads, name), copies * layer.packed_weight.nbytes, threads)
 
 
 @pytest.mark.benchmark(group="head")
@@ -97,13 +107,7 @@ def bench_lm_head(benchmark, isa: str, threads: int) -> None:
     weight = torch.empty(CONFIG.vocab_size, CONFIG.hidden_size, dtype=torch.bfloat16).uniform_(-1, 1)
     x = torch.randn(1, CONFIG.hidden_size)
     benchmark.pedantic(ops.lm_head, (x, weight), rounds=ROUNDS, warmup_rounds=1)
-    rate = weight.nbytes / median(benchmark)
-    benchmark.extra_info |= {
-        "table": "Decode (one token), ternary weights streamed from memory:",
-        "row": f"{isa}, {threads} thread{'s'[: threads != 1]}, head in bfloat16",
-        "GB/s": rate / 1e9,
-        "share of read bandwidth": rate / read_bandwidth(threads),
-    }
+    put_bandwidth(benchmark, row(isa, threads, "head in bfloat16"), weight.nbytes, threads)
 
 
 @pytest.mark.benchmark(group="prefill")
@@ -117,7 +121,7 @@ def bench_prefill(benchmark, name: str, isa: str, threads: int) -> None:
     seconds = median(benchmark)
     benchmark.extra_info |= {
         "table": f"Prefill ({PREFILL_TOKENS} tokens), multiplications a second:",
-        "row": f"{isa}, {threads} thread{'s'[: threads != 1]}, {name}",
+        "row": row(isa, threads, name),
         "GMAC/s": PREFILL_TOKENS * out_features * in_features / seconds / 1e9,
         "times as fast as torch bfloat16": bfloat16_seconds(x, out_features) / seconds,
     }

@@ -248,6 +248,19 @@ QuantizedRows reserve_rows(int64_t rows, int64_t in_features) {
           reinterpret_cast<float*>(base + q_bytes + each)};
 }
 
+// The operands; where the result goes, and how it is scaled, is for the operator to fill in.
+TernaryProduct product_of(const QuantizedRows& rows, const Tensor& packed, int64_t tokens, int64_t out_features) {
+  TernaryProduct product{};
+  product.packed = data<uint8_t>(packed);
+  product.blocks = packed.size(1);
+  product.q = rows.q;
+  product.q_stride = rows.q_stride;
+  product.q_sum = rows.q_sum;
+  product.tokens = tokens;
+  product.out_features = out_features;
+  return product;
+}
+
 void run_product(TernaryProduct& product, const KernelTable& table) {
   const int64_t tiles = tiles_of(product.out_features);
   // A kernel works on pairs of tiles when there are several tokens: threads share out whole pairs.
@@ -376,14 +389,7 @@ Tensor ternary_matmul(const Tensor& q_any, const Tensor& packed_any, int64_t out
       rows.q_sum[row] = sum;
     }
   });
-  TernaryProduct product{};
-  product.packed = data<uint8_t>(packed);
-  product.blocks = blocks_of(in_features);
-  product.q = rows.q;
-  product.q_stride = rows.q_stride;
-  product.q_sum = rows.q_sum;
-  product.tokens = tokens;
-  product.out_features = out_features;
+  TernaryProduct product = product_of(rows, packed, tokens, out_features);
   product.out_dtype = DType::kInt32;
   product.out = mutable_data<int32_t>(out);
   run_product(product, table);
@@ -419,14 +425,7 @@ Tensor ternary_linear(const Tensor& x_any, const Tensor& packed_any, const Tenso
                          rows.q_stride, rows.x_scale + row, rows.q_sum + row);
     }
   });
-  TernaryProduct product{};
-  product.packed = data<uint8_t>(packed);
-  product.blocks = blocks_of(in_features);
-  product.q = rows.q;
-  product.q_stride = rows.q_stride;
-  product.q_sum = rows.q_sum;
-  product.tokens = tokens;
-  product.out_features = out_features;
+  TernaryProduct product = product_of(rows, packed, tokens, out_features);
   product.out_dtype = dtype;
   product.out = mutable_data<void>(out);
   product.x_scale = rows.x_scale;
