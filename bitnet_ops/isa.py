@@ -8,6 +8,7 @@ the same bits, so a switch only changes the time.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch  # noqa: F401  brings libtorch, which the extension links against, into the process
 
@@ -15,8 +16,9 @@ try:
     from bitnet_ops import _C
 except ImportError as error:
     raise ImportError(
-        "bitnet_ops is not built: its extension module bitnet_ops._C does not load "
-        f"({error}). In a source tree run `pip install -e . --no-build-isolation`."
+        "bitnet_ops is not built: its extension module bitnet_ops._C does not load from "
+        f"{Path(__file__).parent} ({error}). If that is a source tree: start Python elsewhere to use the "
+        "installed package, or run `pip install -e . --no-build-isolation` to build here."
     ) from error
 
 ENVIRONMENT_VARIABLE = "BITNET_OPS_ISA"
