@@ -6,6 +6,7 @@ All models run in one process, one after the other, on random weights; every row
 read bandwidth measured in the same run a decoded token gets.
 """
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,10 +63,11 @@ def bench_decode(benchmark, subject: Subject) -> None:
 
     benchmark.pedantic(decode, setup=lambda: (subject.prefill(prompt()), {}), rounds=ROUNDS, warmup_rounds=1)
     rate = DECODED_TOKENS / benchmark.stats.stats.median
+    bandwidth = statistics.median(read_bandwidth(torch.get_num_threads()) for _ in range(ROUNDS))
     columns = {
         "decode, tok/s": rate,
         "read for a token, MB": subject.weight_bytes / 1e6,
-        "share of read bandwidth": rate * subject.weight_bytes / read_bandwidth(torch.get_num_threads()),
+        "share of read bandwidth": rate * subject.weight_bytes / bandwidth,
     }
     put(benchmark, subject.name, **columns)
 

@@ -1,81 +1,85 @@
-// Measures how fast memory can be read: the figure that decode speed is compared with.
+// How fast memory can be read: the limit of decode. Part of the probe library that probes.py builds and loads.
 //
-//     read_bandwidth THREADS MEGABYTES REPEATS     prints GB/s of each repeat, one a line
-//
-// Every thread sums its own part of one buffer, larger than any cache, 64 bytes at a time with
-// independent accumulators and a prefetch: a plain sequential read, nothing else.
+// A limit has to be fair: no plain read of the same bytes should beat it. What reads fastest differs between
+// machines (pages of 4 KB or 2 MB, the prefetchers, how many streams a core follows), so there are several
+// variants; probes.py finds the best one for this machine and takes it for every later measurement.
 
 #include <sys/mman.h>
 
-#include <atomic>
-#include <chrono>
+#include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <thread>
-#include <vector>
+
+#include "on_threads.h"
 
 namespace {
 
-typedef uint64_t u64x8 __attribute__((vector_size(64)));  // the compiler splits it where it must
+typedef uint64_t Line __attribute__((vector_size(64)));  // a cache line; the compiler splits it where it must
 
-constexpr size_t kStep = 4;              // vectors an iteration, independent chains
-constexpr size_t kPrefetchVectors = 64;  // 4 KB ahead, as the kernels do
+constexpr size_t kUnroll = 4;  // lines of a stream in one iteration, each its own chain of additions
 
-#if defined(__x86_64__) && !defined(__clang__)
-__attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
-#endif
-uint64_t sum(const u64x8* data, size_t vectors) {
-  u64x8 acc[kStep] = {};
-  for (size_t i = 0; i < vectors; i += kStep) {
-    for (size_t j = 0; j < kStep; ++j) {
-      __builtin_prefetch(data + i + j + kPrefetchVectors);
-      acc[j] += data[i + j];
+// Sums `lines` lines, read as `kStreams` sequential streams side by side.
+template <size_t kStreams, size_t kAheadBytes>
+uint64_t sum(const Line* data, size_t lines) {
+  const size_t part = lines / kStreams;
+  Line acc[kUnroll] = {};
+  for (size_t i = 0; i + kUnroll <= part; i += kUnroll) {
+    for (size_t s = 0; s < kStreams; ++s) {
+      for (size_t j = 0; j < kUnroll; ++j) {
+        const Line* line = data + s * part + i + j;
+        if (kAheadBytes > 0) __builtin_prefetch(reinterpret_cast<const char*>(line) + kAheadBytes);
+        acc[j] += *line;
+      }
     }
   }
-  u64x8 total = acc[0] + acc[1] + acc[2] + acc[3];
+  const Line total = acc[0] + acc[1] + acc[2] + acc[3];
   uint64_t result = 0;
   for (int i = 0; i < 8; ++i) result += total[i];
   return result;
 }
 
+struct Variant {
+  uint64_t (*sum)(const Line* data, size_t lines);
+  bool large_pages;
+};
+
+constexpr Variant kVariants[] = {
+    {sum<1, 0>, true},    {sum<1, 0>, false},     // the hardware's own prefetchers
+    {sum<1, 4096>, true}, {sum<1, 4096>, false},  // as far ahead as the kernels
+    {sum<1, 8192>, true}, {sum<1, 8192>, false},  //
+    {sum<2, 0>, true},    {sum<2, 0>, false},     //
+    {sum<2, 4096>, true}, {sum<2, 4096>, false},  //
+};
+
+// Many times the last-level cache of common CPUs. Calls read the two halves in turn.
+constexpr size_t kBufferBytes = size_t{512} << 20;
+constexpr size_t kReadBytes = kBufferBytes / 2;
+
+// Memory of its own (not the zero page that untouched memory shares), made once per process.
+const Line* buffer(bool large_pages) {
+  void* memory = mmap(nullptr, kBufferBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  madvise(memory, kBufferBytes, large_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+  auto* words = static_cast<uint64_t*>(memory);
+  for (size_t i = 0; i < kBufferBytes / sizeof(uint64_t); ++i) words[i] = i;
+  return static_cast<const Line*>(memory);
+}
+
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 4) {
-    std::fprintf(stderr, "usage: read_bandwidth THREADS MEGABYTES REPEATS\n");
-    return 2;
-  }
-  const size_t threads = std::strtoul(argv[1], nullptr, 10);
-  const size_t bytes = std::strtoul(argv[2], nullptr, 10) << 20;
-  const int repeats = std::atoi(argv[3]);
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (threads == 0 || memory == MAP_FAILED) return 1;
-  madvise(memory, bytes, MADV_HUGEPAGE);
-  auto* words = static_cast<uint64_t*>(memory);
-  for (size_t i = 0; i < bytes / sizeof(uint64_t); ++i) words[i] = i;  // real pages, not the shared zero page
+extern "C" int read_variants() { return sizeof kVariants / sizeof *kVariants; }
 
-  const auto* vectors = static_cast<const u64x8*>(memory);
-  const size_t part = bytes / sizeof(u64x8) / threads / kStep * kStep;
-  std::atomic<uint64_t> sink{0};
-  for (int repeat = 0; repeat < repeats; ++repeat) {
-    std::atomic<size_t> ready{0};
-    std::atomic<bool> go{false};
-    std::vector<std::thread> workers;
-    for (size_t t = 1; t < threads; ++t) {
-      workers.emplace_back([&, t] {
-        ++ready;
-        while (!go) std::this_thread::yield();
-        sink += sum(vectors + t * part, part);
-      });
-    }
-    while (ready + 1 < threads) std::this_thread::yield();
-    const auto start = std::chrono::steady_clock::now();
-    go = true;
-    sink += sum(vectors, part);
-    for (std::thread& worker : workers) worker.join();
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    std::printf("%.2f\n", static_cast<double>(threads * part * sizeof(u64x8)) / elapsed.count() / 1e9);
-  }
-  return sink == 0;  // the sum is used, so it is computed
+// Bytes per second that `threads` threads read together; 0 without memory.
+extern "C" double read_bandwidth(int variant, int threads) {
+  static const Line* const kSmallPages = buffer(false);
+  static const Line* const kLargePages = buffer(true);
+  static size_t offset = 0;
+  static std::atomic<uint64_t> sink{0};  // the sums are used, so they are computed
+  const Variant& chosen = kVariants[variant];
+  const Line* data = chosen.large_pages ? kLargePages : kSmallPages;
+  if (data == nullptr) return 0.0;
+  data += offset / sizeof(Line);
+  offset = (offset + kReadBytes) % kBufferBytes;
+  const size_t part = kReadBytes / sizeof(Line) / threads;
+  const double seconds = seconds_on_threads(threads, [&](int t) { sink += chosen.sum(data + t * part, part); });
+  return kReadBytes / seconds;
 }
