@@ -40,9 +40,9 @@ def prompt() -> torch.Tensor:
     return torch.randint(1000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def put(benchmark, row: str, **columns: float) -> None:
+def put(benchmark, model: str, **columns: float) -> None:
     """Names the row and the columns of the table that a result belongs to."""
-    benchmark.extra_info |= {"table": TABLE, "row": row, **columns}
+    benchmark.extra_info |= {"table": TABLE, "row": {"model": model}, **columns}
 
 
 @pytest.mark.benchmark(group="prefill 128")

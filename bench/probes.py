@@ -62,5 +62,6 @@ def read_bandwidth(threads: int) -> float:
 
 def multiply_rate(instruction: str, threads: int) -> float | None:
     """Multiplications per second of ``threads`` threads that do nothing else; None where there is no such
-    instruction."""
+    instruction.
+    """
     return _library().multiply_rate(instruction.encode(), threads) or None

@@ -4,8 +4,9 @@
     python bench/report.py results.json                  # prints the tables
     python bench/report.py results.json --into README.md   # writes them between the marks
 
-Benchmarks put what belongs into a table in `extra_info`: the key "table" names it, "row" the row, and the
-other keys are columns. Rows of the same name are merged, so several benchmarks can fill one row.
+Benchmarks put what belongs into a table in `extra_info`: the key "table" names it, "row" holds the columns
+that tell its rows apart, and the other keys are columns of results. Equal rows are merged, so several
+benchmarks can fill one row.
 """
 
 import argparse
@@ -43,25 +44,25 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """All tables in Markdown, and below them the machine they come from."""
-    tables: dict[str, dict[str, dict[str, Any]]] = {}
+    tables: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
     for row in rows:
-        cells = dict(row)
-        if "table" in cells:
-            tables.setdefault(cells.pop("table"), {}).setdefault(cells.pop("row"), {}).update(cells)
-    parts = [f"{title}\n\n{table(lines)}" for title, lines in tables.items()]
+        if "table" in row:
+            cells = {**row["row"], **row}
+            title, key = cells.pop("table"), tuple(cells.pop("row").items())
+            tables.setdefault(title, {}).setdefault(key, {}).update(cells)
+    parts = [f"{title}\n\n{table(list(lines.values()))}" for title, lines in tables.items()]
     cpu = machine.get("cpu", {}).get("brand_raw", "unknown CPU")
     facts = [cpu, f"{machine.get('cpu', {}).get('count', '?')} cores", *machine.get("bitnet_ops", [])]
     return "\n\n".join([*parts, f"Machine: {', '.join(facts)}. Medians."])
 
 
-def table(lines: dict[str, dict[str, Any]]) -> str:
-    """One Markdown table; columns in the order in which rows bring them."""
-    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
-    head = ["", *columns]
-    body = [[name, *(cell(cells.get(column)) for column in columns)] for name, cells in lines.items()]
-    return "\n".join(
-        "| " + " | ".join(line) + " |" for line in [head, ["---"] + ["---:"] * len(columns), *body]
-    )
+def table(lines: list[dict[str, Any]]) -> str:
+    """One Markdown table; columns in the order in which rows bring them, texts to the left."""
+    columns = list(dict.fromkeys(column for cells in lines for column in cells))
+    texts = {column for cells in lines for column, value in cells.items() if isinstance(value, str)}
+    rule = ["---" if column in texts else "---:" for column in columns]
+    body = [[cell(cells.get(column)) for column in columns] for cells in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, rule, *body])
 
 
 def cell(value: Any) -> str:

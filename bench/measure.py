@@ -1,0 +1,94 @@
+"""Times one row of a table, with whatever it is compared with measured right beside it.
+
+The speed of a shared machine moves within seconds, so two figures are compared only where they were taken
+within a few milliseconds of each other: before every timed round all the others take their turn, a ratio is
+formed per round, and the table shows the median of the ratios.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from probes import INSTRUCTIONS, multiply_rate, read_bandwidth
+
+SETTLE_SECONDS = 0.01
+"""Idle workers of torch's pool go on spinning for some milliseconds, where a probe wants their cores."""
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Time of one run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(
+    benchmark, run: Callable[[], Any], others: Mapping[str, Callable[[], float | None]], rounds: int
+) -> dict[str, list[float | None]]:
+    """Times ``run`` with pytest-benchmark, and calls the others before every round.
+
+    Returns:
+        What each of the others gave in each round, and under "seconds" the rounds' own times.
+    """
+    beside: dict[str, list[float | None]] = {name: [] for name in others}
+
+    def take_turns() -> None:
+        for name, other in others.items():
+            beside[name].append(other())
+
+    benchmark.pedantic(run, setup=take_turns, rounds=rounds, warmup_rounds=1)
+    return {name: values[1 : rounds + 1] for name, values in beside.items()} | {
+        "seconds": benchmark.stats.stats.data
+    }
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median of the ratios of the rounds."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Interquartile range over median, in per cent."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{(high - low) / middle:.0%}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a round has to do at least, whatever the kernel.
+
+    Attributes:
+        weight_bytes: read from memory.
+        products: multiplications of two bytes, or 0 where no instruction's rate is a limit.
+    """
+
+    weight_bytes: int
+    products: int = 0
+
+
+def limits(isa: str, threads: int) -> dict[str, Callable[[], float | None]]:
+    """The probes to measure beside a row, by the names that `limit_columns` looks for."""
+
+    def bandwidth() -> float:
+        if threads > 1:
+            time.sleep(SETTLE_SECONDS)
+        return read_bandwidth(threads)
+
+    instruction = INSTRUCTIONS.get(isa)
+    return {
+        "read bandwidth": bandwidth,
+        "multiply rate": lambda: instruction and multiply_rate(instruction, threads),
+    }
+
+
+def limit_columns(work: Work, isa: str, rounds: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The columns "share of limit" and "limit": how much of a round the binding limit explains."""
+    read = [work.weight_bytes / rate for rate in rounds["read bandwidth"]]
+    multiply = [work.products / rate if rate else 0.0 for rate in rounds["multiply rate"]]
+    memory_binds = statistics.median(read) >= statistics.median(multiply)
+    return {
+        "share of limit": median_ratio(read if memory_binds else multiply, rounds["seconds"]),
+        "limit": "reading" if memory_binds else INSTRUCTIONS[isa],
+    }
