@@ -16,17 +16,27 @@ STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch tha
 
 SOURCES = [
     "csrc/ops.cpp",
+    "csrc/ternary_ops.cpp",
     "csrc/python_module.cpp",
     "csrc/dispatch.cpp",
     "csrc/cpu_features.cpp",
-    "csrc/tile16.cpp",
+    "csrc/layouts/column.cpp",
+    "csrc/layouts/row.cpp",
+    "csrc/layouts/tile16.cpp",
+    "csrc/layouts/tile16_base3.cpp",
     "csrc/kernels/scalar.cpp",
 ]
 SOURCES_BY_ARCHITECTURE = {
     "x86_64": [
         "csrc/kernels/avx2.cpp",
         "csrc/kernels/avx_vnni.cpp",
+        "csrc/kernels/avx512_vbmi.cpp",
         "csrc/kernels/avx512_vnni.cpp",
+    ],
+    "aarch64": [
+        "csrc/kernels/neon.cpp",
+        "csrc/kernels/neon_dotprod.cpp",
+        "csrc/kernels/neon_i8mm.cpp",
     ],
 }
 ARCHITECTURE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}

@@ -52,7 +52,7 @@ class BitLinear(nn.Module):
         self.out_features = out_features
         shape = packing.packed_shape(out_features, in_features)
         self.register_buffer(
-            "packed_weight", torch.full(shape, packing.ZERO_BYTE, dtype=torch.uint8, device=device)
+            "packed_weight", torch.full(shape, packing.zero_byte("tile16"), dtype=torch.uint8, device=device)
         )
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         self.register_buffer(

@@ -1,11 +1,12 @@
-"""The packed layout of ternary weights, drawn, and packed and unpacked in plain PyTorch.
+"""The packed layouts of ternary weights, drawn, and packed and unpacked in plain PyTorch.
 
-This module is the specification of the operators ``pack_ternary`` and ``unpack_ternary``; a file
-packed on one CPU is read on any other.
+This module is the specification of the operators ``pack_ternary`` and ``unpack_ternary``; a matrix
+packed on one CPU is read on any other. Every layout stores a weight as its code ``c = w + 1``, so -1, 0, 1
+become 0, 1, 2, in cache lines of 64 bytes; rows and columns of padding hold weight 0, code 1.
 
-``tile16`` stores a weight in 2 bits as its code ``c = w + 1``, so -1, 0, 1 become 0, 1, 2. One block of
-64 bytes holds 16 rows (out_features) x 16 inputs (in_features); the blocks of 16 rows follow one
-another along the inputs, then come the next 16 rows: one sequential stream::
+``tile16`` (2 bits a weight), [ceil(N / 16), ceil(K / 16), 64]. One block of 64 bytes holds 16 rows
+(out_features) x 16 inputs (in_features); the blocks of 16 rows follow one another along the inputs, then
+come the next 16 rows: one sequential stream::
 
     packed[tile, block, 4 * r + j]         row 16 * tile + r, inputs 16 * block + 4 * p + j
 
@@ -14,26 +15,46 @@ another along the inputs, then come the next 16 rows: one sequential stream::
 
     (block >> 2p) & 3   =   | row 0: j=0 j=1 j=2 j=3 | row 1: j=0 .. j=3 | ... | row 15: j=0 .. j=3 |
 
-so a shift and a mask give, for 16 rows, four neighbouring inputs each: the operand of one instruction
-that multiplies four bytes and adds them up, against four activations that all rows share. Rows and
-columns of padding hold weight 0, code 1.
+so a shift and a mask give a step: for 16 rows, four neighbouring inputs each, the operand of one instruction
+that multiplies four bytes and adds them up, against four activations that all rows share.
+
+``tile16_base3`` (1.6 bits a weight), [ceil(N / 16), ceil(K / 20), 64]. The same with five steps to a byte,
+as digits in base 3::
+
+    packed[tile, block, 4 * r + j]  =  sum over p = 0..4 of 3^p * code of row 16 * tile + r, input 20 * block + 4 * p + j
+
+``row`` (2 bits), [N, ceil(K / 256), 64]. The four-byte words of ``tile16`` that belong to one row, one after
+another, so that a row nobody needs is never read::
+
+    packed[n, chunk, 4 * b + j]            row n, inputs 256 * chunk + 16 * b + 4 * p + j at bits 2p
+
+``column`` (2 bits), [K, ceil(N / 256), 64]. The codes of one input side by side, so that an input of
+zero costs nothing. A panel is 256 rows; interleaving the bytes of four inputs within 16-byte lanes, which
+every vector unit can, gives a step of ``tile16``::
+
+    packed[k, panel, 16 * l + 4 * u + d]   input k, rows 256 * panel + 64 * p + 16 * u + 4 * l + d at bits 2p
 """
 
 import torch
 from torch import Tensor
 
+LAYOUTS = ("tile16", "tile16_base3", "row", "column")
 TILE_ROWS = 16
 BLOCK_INPUTS = 16
+BASE3_BLOCK_INPUTS = 20
+CHUNK_INPUTS = 256
+PANEL_ROWS = 256
 BLOCK_BYTES = 64
-ZERO_BYTE = 0b01_01_01_01
-"""Four weights of 0: what padding and a fresh layer hold."""
+
 _STEPS = 4  # p: 2-bit codes to a byte
+_BASE3_STEPS = 5
 _NEIGHBOURS = 4  # j: bytes to a row, multiplied by one instruction
 
 
-def _check_layout(layout: str) -> None:
-    if layout != "tile16":
-        raise ValueError(f"layout must be 'tile16', got {layout!r}")
+def check_layout(layout: str) -> None:
+    """Raises ValueError for an unknown layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
 
 
 def packed_shape(out_features: int, in_features: int, layout: str = "tile16") -> tuple[int, int, int]:
@@ -42,10 +63,7 @@ def packed_shape(out_features: int, in_features: int, layout: str = "tile16") ->
     Args:
         out_features: rows of the matrix.
         in_features: columns of the matrix.
-        layout: "tile16".
-
-    Returns:
-        ``(ceil(out_features / 16), ceil(in_features / 16), 64)``.
+        layout: one of `LAYOUTS`.
 
     Raises:
         ValueError: for an unknown layout.
@@ -53,9 +71,45 @@ def packed_shape(out_features: int, in_features: int, layout: str = "tile16") ->
     Example:
         >>> packed_shape(6912, 2560)
         (432, 160, 64)
+        >>> packed_shape(6912, 2560, "row")
+        (6912, 10, 64)
     """
-    _check_layout(layout)
-    return -(-out_features // TILE_ROWS), -(-in_features // BLOCK_INPUTS), BLOCK_BYTES
+    check_layout(layout)
+    if layout == "row":
+        return out_features, -(-in_features // CHUNK_INPUTS), BLOCK_BYTES
+    if layout == "column":
+        return in_features, -(-out_features // PANEL_ROWS), BLOCK_BYTES
+    inputs = BASE3_BLOCK_INPUTS if layout == "tile16_base3" else BLOCK_INPUTS
+    return -(-out_features // TILE_ROWS), -(-in_features // inputs), BLOCK_BYTES
+
+
+def zero_byte(layout: str) -> int:
+    """The byte that holds nothing but weights of 0: what padding and a fresh layer consist of."""
+    check_layout(layout)
+    return sum(3**p for p in range(_BASE3_STEPS)) if layout == "tile16_base3" else 0b01_01_01_01
+
+
+def _padded(out_features: int, in_features: int, layout: str) -> tuple[int, int]:
+    """Rows and columns of the matrix with its padding."""
+    first, second, _ = packed_shape(out_features, in_features, layout)
+    if layout == "row":
+        return first, second * CHUNK_INPUTS
+    if layout == "column":
+        return second * PANEL_ROWS, first
+    inputs = BASE3_BLOCK_INPUTS if layout == "tile16_base3" else BLOCK_INPUTS
+    return first * TILE_ROWS, second * inputs
+
+
+# The axes of the padded matrix [N, K], split up, and their order in the packed tensor; p, the place inside
+# a byte, comes last.
+def _axes(shape: tuple[int, int, int], layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    first, second, _ = shape
+    if layout == "row":  # n, chunk, b, p, j
+        return (first, second, CHUNK_INPUTS // BLOCK_INPUTS, _STEPS, _NEIGHBOURS), (0, 1, 2, 4, 3)
+    if layout == "column":  # panel, p, u, l, d, k
+        return (second, 4, 4, 4, 4, first), (5, 0, 3, 2, 4, 1)
+    steps = _BASE3_STEPS if layout == "tile16_base3" else _STEPS
+    return (first, TILE_ROWS, second, steps, _NEIGHBOURS), (0, 2, 1, 4, 3)  # tile, r, block, p, j
 
 
 def pack(w: Tensor, layout: str = "tile16") -> Tensor:
@@ -63,19 +117,20 @@ def pack(w: Tensor, layout: str = "tile16") -> Tensor:
 
     Args:
         w: int8 [N, K], values -1, 0, 1.
-        layout: "tile16".
+        layout: one of `LAYOUTS`.
 
     Returns:
         uint8 of shape ``packed_shape(N, K, layout)``.
     """
     out_features, in_features = w.shape
-    tiles, blocks, _ = packed_shape(out_features, in_features, layout)
-    code = torch.ones(tiles * TILE_ROWS, blocks * BLOCK_INPUTS, dtype=torch.uint8, device=w.device)
+    shape = packed_shape(out_features, in_features, layout)
+    code = torch.ones(_padded(out_features, in_features, layout), dtype=torch.uint8, device=w.device)
     code[:out_features, :in_features] = (w + 1).to(torch.uint8)
-    # [tile, r, block, p, j] -> [tile, block, r, j, p]
-    code = code.view(tiles, TILE_ROWS, blocks, _STEPS, _NEIGHBOURS).permute(0, 2, 1, 4, 3)
-    place = torch.tensor([1, 4, 16, 64], dtype=torch.uint8, device=w.device)  # 4^p: bits 2p and 2p + 1
-    return (code * place).sum(-1, dtype=torch.uint8).reshape(tiles, blocks, BLOCK_BYTES)
+    sizes, order = _axes(shape, layout)
+    digits = code.view(sizes).permute(order)
+    base = 3 if layout == "tile16_base3" else 4
+    place = torch.tensor([base**p for p in range(digits.shape[-1])], dtype=torch.uint8, device=w.device)
+    return (digits * place).sum(-1, dtype=torch.uint8).reshape(shape)
 
 
 def unpack(packed: Tensor, out_features: int, in_features: int, layout: str = "tile16") -> Tensor:
@@ -85,14 +140,15 @@ def unpack(packed: Tensor, out_features: int, in_features: int, layout: str = "t
         packed: uint8 of shape ``packed_shape(out_features, in_features, layout)``.
         out_features: rows of the matrix.
         in_features: columns of the matrix.
-        layout: "tile16".
+        layout: one of `LAYOUTS`.
 
     Returns:
         int8 [out_features, in_features].
     """
-    tiles, blocks, _ = packed_shape(out_features, in_features, layout)
-    shift = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
-    byte = packed.view(tiles, blocks, TILE_ROWS, _NEIGHBOURS)
-    code = (byte.unsqueeze(-1) >> shift) & 3  # [tile, block, r, j, p]
-    w = code.permute(0, 2, 1, 4, 3).reshape(tiles * TILE_ROWS, blocks * BLOCK_INPUTS).to(torch.int8) - 1
-    return w[:out_features, :in_features].contiguous()
+    sizes, order = _axes(packed_shape(out_features, in_features, layout), layout)
+    base, steps = (3, _BASE3_STEPS) if layout == "tile16_base3" else (4, _STEPS)
+    place = torch.tensor([base**p for p in range(steps)], dtype=torch.uint8, device=packed.device)
+    digits = packed.reshape(*(sizes[axis] for axis in order[:-1]), 1) // place % base
+    back = [order.index(axis) for axis in range(len(order))]
+    code = digits.permute(back).reshape(_padded(out_features, in_features, layout))
+    return (code.to(torch.int8) - 1)[:out_features, :in_features].contiguous()

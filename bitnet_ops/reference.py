@@ -31,26 +31,32 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-1, 1).to(torch.int8), scale
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds activations to int8: absmax per row of the last axis, in float32 arithmetic.
+LARGEST_Q = {8: 127, 16: 127 * 256 + 127}
+"""What absmax becomes, by activation bits. 32639 is the largest q = 256 * hi + lo of two signed bytes."""
 
-    ``s = 127 / max(|x|)``, ``q = round_half_to_even(x * s)``, ``x_scale = 1 / s``; ``x`` is about
+
+def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Rounds activations to integers: absmax per row of the last axis, in float32 arithmetic.
+
+    ``s = LARGEST_Q[bits] / max(|x|)``, ``q = round_half_to_even(x * s)``, ``x_scale = 1 / s``; ``x`` is about
     ``q * x_scale``. A row that holds a NaN or an infinity gets ``q = 0`` and ``x_scale = NaN``, which
     makes every product with it NaN.
 
     Args:
         x: float tensor [..., K].
+        bits: 8 or 16.
 
     Returns:
-        ``(q, x_scale)``: int8 [..., K] and float32 [...].
+        ``(q, x_scale)``: int8 or int16 [..., K] and float32 [...].
     """
     x = x.float()
     absmax = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     finite = absmax.isfinite()
     # Two roundings, not one: that is how PyTorch evaluates 127 / tensor, here and in transformers.
-    scale = 127.0 * absmax.clamp(min=ABSMAX_FLOOR).reciprocal()
-    q = torch.where(finite, (x * scale).round().clamp(-128, 127), 0.0)
-    return q.to(torch.int8), torch.where(finite, 1.0 / scale, torch.nan).squeeze(-1)
+    scale = float(LARGEST_Q[bits]) * absmax.clamp(min=ABSMAX_FLOOR).reciprocal()
+    q = torch.where(finite, (x * scale).round().clamp(-LARGEST_Q[bits] - 1, LARGEST_Q[bits]), 0.0)
+    dtype = torch.int16 if bits == 16 else torch.int8
+    return q.to(dtype), torch.where(finite, 1.0 / scale, torch.nan).squeeze(-1)
 
 
 def ternary_matmul(q: Tensor, w: Tensor) -> Tensor:
@@ -66,23 +72,50 @@ def ternary_matmul(q: Tensor, w: Tensor) -> Tensor:
     return (q.to(torch.int32) @ w.to(torch.int32).T).to(torch.int32)
 
 
-def ternary_linear(x: Tensor, w: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def ternary_linear(
+    x: Tensor,
+    w: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation_bits: int = 8,
+    group_size: int = 0,
+    active: Tensor | None = None,
+) -> Tensor:
     """BitLinear: ``y = acc * (x_scale * weight_scale) + bias``, rounded once to the dtype of ``x``.
+
+    With a scale for every ``group_size`` inputs, ``y = x_scale * sum_g acc_g * weight_scale[g] + bias``, where
+    the sum goes through the groups in order, each product and each addition rounded to float32.
 
     Args:
         x: float [..., K].
         w: int8 [N, K], ternary.
-        weight_scale: float32 [N], the multiplier that turns ``w`` back into weights.
+        weight_scale: float32 [N], the multiplier that turns ``w`` back into weights, or
+            [ceil(K / group_size), N].
         bias: float32 [N] or None.
+        activation_bits: 8 or 16.
+        group_size: inputs that share a scale; 0 for one scale a row.
+        active: bool [..., N] or None: results that are wanted; the others are 0.
 
     Returns:
         [..., N] in the dtype of ``x``.
     """
-    q, x_scale = quantize_activations(x)
-    acc = ternary_matmul(q.reshape(-1, q.shape[-1]), w).reshape(*q.shape[:-1], w.shape[0])
-    y = acc.float() * (x_scale.unsqueeze(-1) * weight_scale)
+    q, x_scale = quantize_activations(x, activation_bits)
+    x_scale = x_scale.unsqueeze(-1)
+
+    def product(k: slice) -> Tensor:  # in int64: 16-bit activations can exceed int32
+        return (q[..., k].to(torch.int64) @ w[:, k].to(torch.int64).T).float()
+
+    if group_size == 0:
+        y = product(slice(None)) * (x_scale * weight_scale)
+    else:
+        y = torch.zeros(*x.shape[:-1], w.shape[0], device=x.device)
+        for g, scale in enumerate(weight_scale):
+            y = y + product(slice(g * group_size, (g + 1) * group_size)) * scale
+        y = y * x_scale
     if bias is not None:
         y = y + bias
+    if active is not None:
+        y = torch.where(active, y, 0.0)
     return y.to(x.dtype)
 
 

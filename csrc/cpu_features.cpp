@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace bitnet_ops {
@@ -41,12 +45,50 @@ uint32_t cpu_features() {
   features |= feature_if(ebx, 5, kAvx2);
   if ((xcr0 & kSavesZmm) == kSavesZmm) {
     features |= feature_if(ebx, 16, kAvx512F) | feature_if(ebx, 17, kAvx512Dq) | feature_if(ebx, 30, kAvx512Bw) |
-                feature_if(ebx, 31, kAvx512Vl) | feature_if(ecx, 11, kAvx512Vnni);
+                feature_if(ebx, 31, kAvx512Vl) | feature_if(ecx, 11, kAvx512Vnni) | feature_if(ecx, 1, kAvx512Vbmi);
   }
   if (highest_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
     features |= feature_if(eax, 4, kAvxVnni);
   }
   return features;
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+namespace {
+
+// Bits of the kernel's ABI, arch/arm64/include/uapi/asm/hwcap.h, which older system headers lack.
+constexpr unsigned long kHwcapCrc32 = 1ul << 7;
+constexpr unsigned long kHwcapAtomics = 1ul << 8;
+constexpr unsigned long kHwcapAsimdRdm = 1ul << 12;
+constexpr unsigned long kHwcapAsimdDp = 1ul << 20;
+constexpr unsigned long kHwcap2I8mm = 1ul << 13;
+
+}  // namespace
+
+uint32_t cpu_features() {
+  const unsigned long hwcap = getauxval(AT_HWCAP);
+  constexpr unsigned long kArmV82Bits = kHwcapCrc32 | kHwcapAtomics | kHwcapAsimdRdm;
+  return ((hwcap & kArmV82Bits) == kArmV82Bits ? kArmV82 : 0u) | (hwcap & kHwcapAsimdDp ? kDotprod : 0u) |
+         (getauxval(AT_HWCAP2) & kHwcap2I8mm ? kI8mm : 0u);
+}
+
+#elif defined(__aarch64__) && defined(__APPLE__)
+
+namespace {
+
+bool has(const char* name) {
+  int value = 0;
+  size_t bytes = sizeof value;
+  return sysctlbyname(name, &value, &bytes, nullptr, 0) == 0 && value != 0;
+}
+
+}  // namespace
+
+uint32_t cpu_features() {
+  // Every Apple CPU that runs macOS is armv8.4-a or later.
+  return kArmV82 | (has("hw.optional.arm.FEAT_DotProd") ? kDotprod : 0u) |
+         (has("hw.optional.arm.FEAT_I8MM") ? kI8mm : 0u);
 }
 
 #else

@@ -16,6 +16,11 @@ enum CpuFeature : uint32_t {
   kAvx512Dq = 1u << 6,
   kAvx512Vl = 1u << 7,
   kAvx512Vnni = 1u << 8,
+  kAvx512Vbmi = 1u << 9,
+
+  kArmV82 = 1u << 16,  // what armv8.2-a lets a compiler use: atomics (LSE), CRC32, rounding multiplies (RDM)
+  kDotprod = 1u << 17,
+  kI8mm = 1u << 18,
 };
 
 // The set of features that are safe to use, as a sum of CpuFeature bits. Never throws.

@@ -12,6 +12,11 @@ extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512VnniKernels;
+extern const KernelTable kAvx512VbmiKernels;
+#elif defined(__aarch64__)
+extern const KernelTable kNeonKernels;
+extern const KernelTable kNeonDotprodKernels;
+extern const KernelTable kNeonI8mmKernels;
 #endif
 
 namespace {
@@ -24,9 +29,15 @@ struct Requirement {
 // Best first.
 constexpr Requirement kRequirements[] = {
 #if defined(__x86_64__)
+    {&kAvx512VbmiKernels,
+     kAvx2 | kFma | kF16c | kAvx512F | kAvx512Bw | kAvx512Dq | kAvx512Vl | kAvx512Vnni | kAvx512Vbmi},
     {&kAvx512VnniKernels, kAvx2 | kFma | kF16c | kAvx512F | kAvx512Bw | kAvx512Dq | kAvx512Vl | kAvx512Vnni},
     {&kAvxVnniKernels, kAvx2 | kFma | kF16c | kAvxVnni},
     {&kAvx2Kernels, kAvx2 | kFma | kF16c},
+#elif defined(__aarch64__)
+    {&kNeonI8mmKernels, kArmV82 | kDotprod | kI8mm},
+    {&kNeonDotprodKernels, kArmV82 | kDotprod},
+    {&kNeonKernels, 0},
 #endif
     {&kScalarKernels, 0},
 };

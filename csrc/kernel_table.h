@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "layouts/layouts.h"
+
 namespace bitnet_ops {
 
 // Storage types of activations, weights of the LM head, and results.
@@ -18,11 +20,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-// Layout tile16 (DESIGN.md section 4): one block of 64 bytes = 16 rows x 16 inputs.
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kBlockInputs = 16;
-constexpr int64_t kBlockBytes = 64;
 
 // Rows of quantised activations start at multiples of a cache line, so that no load splits one.
 constexpr int64_t kQuantizedRowAlignment = 64;
@@ -37,22 +34,47 @@ constexpr int64_t kVirtualLanes = 64;
 // 6144 * 2^18 = 1.61e9 < 2^31 - 1 = 2.15e9. So int32 never overflows.
 constexpr int64_t kMaxInFeatures = int64_t{1} << 18;
 
+// The column kernels multiply the codes of every input in place: 24576 K, and 24576 * 2^16 = 1.61e9.
+constexpr int64_t kMaxColumnInFeatures = int64_t{1} << 16;
+
+// Quantised rows (tokens * planes) that ternary_rows and ternary_columns take at a time.
+constexpr int64_t kMaxSparseRows = 4;
+
+// Columns that ternary_columns interleaves at a time; their number is a multiple of it.
+constexpr int64_t kColumnsAtOnce = 8;
+
 // acc[m][n] = sum_k q[m][k] * w[n][k] and, unless out_dtype is kInt32,
 // out[m][n] = float(acc) * (x_scale[m] * weight_scale[n]) (+ bias[n]), rounded once to out_dtype.
+//
+// 16-bit activations are two planes, q = 256 * hi + lo, each of them rows of q like any other:
+// acc = 256 * acc_hi + acc_lo, exactly, and float(acc) rounds that once.
+//
+// With group_blocks > 0 a weight scale belongs to group_blocks blocks of 16 inputs (the last group may
+// be shorter): sum[m][n] = sum over groups g, in order, of float(acc_g) * weight_scale[g][n], each
+// product and each sum rounded, and out = sum * x_scale[m] (+ bias[n]).
 struct TernaryProduct {
-  const uint8_t* packed;  // tile16: [tiles][blocks][64]; any alignment, 64 is fastest
-  int64_t blocks;         // ceil(in_features / 16)
-  const int8_t* q;        // [tokens][q_stride], 64-byte aligned, zeros from in_features to 16 * blocks
-  int64_t q_stride;       // bytes, a multiple of kQuantizedRowAlignment
-  const int32_t* q_sum;   // [tokens], sum of each row of q
+  const uint8_t* packed;  // [tiles][blocks][64]; any alignment, 64 is fastest
+  int64_t blocks;         // of a tile; for layout row the chunks of a row, for column the panels
+  const int8_t* q;        // [tokens * planes][q_stride], 64-byte aligned, zeros from in_features on
+  int64_t q_stride;       // bytes, see padded_in_features
+  const int32_t* q_sum;   // [tokens * planes][groups], sums of q over each group
   int64_t tokens;
+  int64_t planes;        // 1, or 2: rows 2m and 2m + 1 of q are hi and lo of token m
+  int64_t group_blocks;  // 0: one scale for a whole row
+  int64_t groups;        // 1 if group_blocks is 0
   int64_t out_features;
-  DType out_dtype;
+  DType out_dtype;            // kInt32 only with one plane and one group
   void* out;                  // [tokens][out_features], contiguous
-  const float* x_scale;       // [tokens];       unused for kInt32
-  const float* weight_scale;  // [out_features]; unused for kInt32
+  const float* x_scale;       // [tokens];               unused for kInt32
+  const float* weight_scale;  // [groups][out_features]; unused for kInt32
   const float* bias;          // [out_features] or null
 };
+
+// Bytes from one quantised row to the next: whole chunks of layout `row`, which also cover the blocks of
+// every other layout, and one cache line more, so that rows do not fall on the same lines of L1.
+constexpr int64_t padded_in_features(int64_t in_features) {
+  return divide_up(in_features, kChunkInputs) * kChunkInputs + kQuantizedRowAlignment;
+}
 
 // logits[m][v] = sum_k x[m][k] * weight[v][k], float32, in the fixed order of 64 virtual lanes.
 struct Logits {
@@ -78,8 +100,25 @@ struct KernelTable {
   void (*quantize_row)(const void* x, DType dtype, int64_t in_features, int8_t* q, int64_t q_length, float* x_scale,
                        int32_t* q_sum);
 
-  // Rows of tiles [tile_begin, tile_end), every token. Tiles are independent of one another.
+  // The same to 16 bits: hi and lo are rows of q_length, hi_lo_sum their two sums.
+  void (*quantize_row_16)(const void* x, DType dtype, int64_t in_features, int8_t* hi, int8_t* lo, int64_t q_length,
+                          float* x_scale, int32_t* hi_lo_sum);
+
+  // Layout tile16: rows of tiles [tile_begin, tile_end), every token.
   void (*ternary_product)(const TernaryProduct& product, int64_t tile_begin, int64_t tile_end);
+
+  // Layout tile16_base3, one group: likewise. Null where a tile16 copy is made instead.
+  void (*ternary_product_base3)(const TernaryProduct& product, int64_t tile_begin, int64_t tile_end);
+
+  // Layout row, one group, tokens * planes <= kMaxSparseRows: results of rows[begin .. end), or of rows
+  // begin .. end themselves if `rows` is null; others are not touched. q is in step order, see sparse_order.h.
+  void (*ternary_rows)(const TernaryProduct& product, const int32_t* rows, int64_t begin, int64_t end);
+
+  // Layout column, one group, tokens * planes <= kMaxSparseRows: results of the rows of panels
+  // [panel_begin, panel_end). Only inputs columns[0 .. count) are read, and q[i] belongs to columns[i];
+  // count is a multiple of kColumnsAtOnce.
+  void (*ternary_columns)(const TernaryProduct& product, const int32_t* columns, int64_t count, int64_t panel_begin,
+                          int64_t panel_end);
 
   // y = x / sqrt(mean(x^2) + eps) * weight for one row; y has the dtype of x.
   void (*rms_norm_row)(const void* x, DType dtype, const float* weight, float eps, int64_t features, void* y);

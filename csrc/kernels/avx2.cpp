@@ -5,8 +5,8 @@
 // Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
 // Overflow:    a pair of valid codes (at most 2) lies in [-512, 508], so 64 pairs fit an int16 lane
 //              and 65 do not; with code 3 (a corrupt file) a pair lies in [-768, 762] and 42 fit.
-//              A block adds four pairs to a lane; after 8 blocks, 32 pairs, |sum| <= 24576 for any
-//              byte, and the lanes are widened to int32. There |acc| <= 384 K <= 1.0e8 < 2^31.
+//              After 32 pairs |sum| <= 24576 for any byte, and the lanes are widened to int32. There
+//              |acc| <= 384 K <= 1.0e8 < 2^31.
 //
 // Half a block is one ymm; a row is one 32-bit group, two int16 sums, one int32 sum:
 //
@@ -39,7 +39,7 @@ namespace bitnet_ops {
 namespace {
 
 struct Maddubs {
-  static constexpr int64_t kBlocksPerWidening = 8;  // 32 pairs a lane: see Overflow above
+  static constexpr int64_t kDotsPerWidening = 32;  // a pair each: see Overflow above
 
   static __m256i dot(__m256i acc_i16x16, __m256i code_u8x32, __m256i q_i8x32) {
     return _mm256_add_epi16(acc_i16x16, _mm256_maddubs_epi16(code_u8x32, q_i8x32));
@@ -53,8 +53,16 @@ using Float = FloatKernels<Ymm>;
 
 extern const KernelTable kAvx2Kernels;
 constexpr KernelTable kAvx2Kernels = {
-    "avx2",           Float::quantize_row, TernaryDriver<Ymm, YmmBlocks<Maddubs>>::ternary_product, Float::rms_norm_row,
-    Float::widen_row, Float::logits,
+    "avx2",
+    Float::quantize_row,
+    Float::quantize_row_16,
+    TernaryDriver<Ymm, YmmLoops<Maddubs>>::ternary_product,
+    nullptr,
+    RowDriver<YmmLoops<Maddubs>>::ternary_rows,
+    ColumnDriver<Ymm, YmmLoops<Maddubs>>::ternary_columns,
+    Float::rms_norm_row,
+    Float::widen_row,
+    Float::logits,
 };
 
 }  // namespace bitnet_ops

@@ -5,7 +5,7 @@
 // Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
 // Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
 //              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (one
-//              token) |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
+//              row of q) |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
 //
 // Half a block is one ymm; lane i is row i (or 8 + i):
 //
@@ -38,7 +38,7 @@ namespace {
 
 struct Dpbusd {
   // Never before the end: int32 lanes hold a whole row (see Overflow above).
-  static constexpr int64_t kBlocksPerWidening = kMaxInFeatures / kBlockInputs;
+  static constexpr int64_t kDotsPerWidening = kMaxInFeatures;
 
   static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
     return _mm256_dpbusd_avx_epi32(acc_i32x8, code_u8x32, q_i8x32);
@@ -46,17 +46,18 @@ struct Dpbusd {
   static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }
 };
 
-struct Inner : YmmBlocks<Dpbusd> {
-  template <int TILES, int TOKENS>
-  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
-    if constexpr (TOKENS == 1) {
+struct Inner : YmmLoops<Dpbusd> {
+  template <int TILES, int ROWS>
+  static void block(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
+                    int32_t* acc) {
+    if constexpr (ROWS == 1) {
       block_in_place(tile, blocks, q, acc);
     } else {
-      YmmBlocks<Dpbusd>::block<TILES, TOKENS>(tile, blocks, q, q_stride, acc);
+      YmmLoops<Dpbusd>::block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc);
     }
   }
 
-  // One token: codes are multiplied where they stand in the byte, 4^p times too large, each p into its
+  // One row of q: codes are multiplied where they stand in the byte, 4^p times too large, each p into its
   // own accumulator: no shift inside the loop, and eight independent chains to cover the latency of
   // vpdpbusd (5 cycles). The shifts at the end are exact.
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
@@ -68,7 +69,7 @@ struct Inner : YmmBlocks<Dpbusd> {
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
-      _mm_prefetch(reinterpret_cast<const char*>(address + kPrefetchBytes), _MM_HINT_T0);
+      prefetch_near(address + kPrefetchBytes);
       const __m256i low_u8x32 = load32(address);
       const __m256i high_u8x32 = load32(address + 32);
 #pragma GCC unroll 4
@@ -94,8 +95,16 @@ using Float = FloatKernels<Ymm>;
 
 extern const KernelTable kAvxVnniKernels;
 constexpr KernelTable kAvxVnniKernels = {
-    "avx_vnni",          Float::quantize_row, TernaryDriver<Ymm, Inner>::ternary_product,
-    Float::rms_norm_row, Float::widen_row,    Float::logits,
+    "avx_vnni",
+    Float::quantize_row,
+    Float::quantize_row_16,
+    TernaryDriver<Ymm, Inner>::ternary_product,
+    nullptr,
+    RowDriver<Inner>::ternary_rows,
+    ColumnDriver<Ymm, Inner>::ternary_columns,
+    Float::rms_norm_row,
+    Float::widen_row,
+    Float::logits,
 };
 
 }  // namespace bitnet_ops

@@ -67,38 +67,55 @@ struct FloatKernels {
 
   // ---- quantise ---------------------------------------------------------------------------------
 
+  // Largest |x| of the row, as bits.
   template <class T>
-  static void quantize_row_of(const T* x, int64_t in_features, int8_t* q, int64_t q_length, float* x_scale,
-                              int32_t* q_sum) {
+  static uint32_t absmax_bits_of(const T* x, int64_t in_features) {
     const int64_t full = in_features - in_features % kLanes;
-    const int64_t rest = in_features - full;
     // Bits of |x| order like the numbers do, infinity above every finite one and NaN above infinity,
     // so one integer maximum finds absmax and every row that is not finite.
     I32 magnitude = Isa::zero_i32();
     for (int64_t k = 0; k < full; k += kLanes) magnitude = Isa::max_magnitude(magnitude, Isa::load(x + k));
-    if (rest != 0) magnitude = Isa::max_magnitude(magnitude, load_partial<Isa>(x + full, rest));
-    const uint32_t absmax_bits = static_cast<uint32_t>(Isa::highest(magnitude));
+    if (full < in_features) {
+      magnitude = Isa::max_magnitude(magnitude, load_partial<Isa>(x + full, in_features - full));
+    }
+    return static_cast<uint32_t>(Isa::highest(magnitude));
+  }
+
+  // The factor s of a row whose largest value becomes `highest`; stores 1 / s. False, and a scale of NaN,
+  // which makes every product with this row NaN, for a row that is not finite.
+  static bool row_scale(uint32_t absmax_bits, float highest, float* s, float* x_scale) {
     if (absmax_bits >= kInfinityBits) {
-      std::memset(q, 0, static_cast<size_t>(q_length));
-      *x_scale = bits_float(0x7fc00000u);  // quiet NaN: every product with this row becomes NaN
-      *q_sum = 0;
-      return;
+      *x_scale = bits_float(0x7fc00000u);
+      return false;
     }
     const float absmax = bits_float(absmax_bits);
     // PyTorch evaluates 127.0 / tensor as reciprocal, then product: two roundings, and the reference
     // (like the model's own training code) has both.
-    const float s = (1.0f / (absmax < kAbsmaxFloor ? kAbsmaxFloor : absmax)) * 127.0f;
-    *x_scale = 1.0f / s;
+    *s = (1.0f / (absmax < kAbsmaxFloor ? kAbsmaxFloor : absmax)) * highest;
+    *x_scale = 1.0f / *s;
+    return true;
+  }
 
+  static void zero_from(int8_t* q, int64_t begin, int64_t end) {
+    if (end > begin) std::memset(q + begin, 0, static_cast<size_t>(end - begin));
+  }
+
+  template <class T>
+  static void quantize_row_of(const T* x, int64_t in_features, int8_t* q, int64_t q_length, float* x_scale,
+                              int32_t* q_sum) {
+    float s;
+    *q_sum = 0;
+    if (!row_scale(absmax_bits_of(x, in_features), 127.0f, &s, x_scale)) return zero_from(q, 0, q_length);
+    const int64_t full = in_features - in_features % kLanes;
     const F32 scale = Isa::set1(s);
     I32 sum = Isa::zero_i32();
     for (int64_t k = 0; k < full; k += kLanes) sum = Isa::quantize(Isa::load(x + k), scale, q + k, sum);
-    if (rest != 0) {
+    if (const int64_t rest = in_features - full; rest != 0) {
       int8_t last[kLanes];
       sum = Isa::quantize(load_partial<Isa>(x + full, rest), scale, last, sum);
       std::memcpy(q + full, last, static_cast<size_t>(rest));
     }
-    if (q_length > in_features) std::memset(q + in_features, 0, static_cast<size_t>(q_length - in_features));
+    zero_from(q, in_features, q_length);
     *q_sum = Isa::sum(sum);
   }
 
@@ -111,6 +128,49 @@ struct FloatKernels {
         return quantize_row_of(static_cast<const Float16*>(x), in_features, q, q_length, x_scale, q_sum);
       default:
         return quantize_row_of(static_cast<const float*>(x), in_features, q, q_length, x_scale, q_sum);
+    }
+  }
+
+  // The largest q of 16 bits is the largest whose two signed bytes exist: 127 * 256 + 127 = 32639.
+  template <class T>
+  static void quantize_row_16_of(const T* x, int64_t in_features, int8_t* hi, int8_t* lo, int64_t q_length,
+                                 float* x_scale, int32_t* hi_lo_sum) {
+    hi_lo_sum[0] = hi_lo_sum[1] = 0;
+    float s;
+    if (!row_scale(absmax_bits_of(x, in_features), 32639.0f, &s, x_scale)) {
+      zero_from(hi, 0, q_length);
+      return zero_from(lo, 0, q_length);
+    }
+    const int64_t full = in_features - in_features % kLanes;
+    const F32 scale = Isa::set1(s);
+    float scaled[kLanes];
+    for (int64_t begin = 0; begin < in_features; begin += kLanes) {
+      const int64_t count = begin < full ? kLanes : in_features - full;
+      Isa::store(scaled, Isa::mul(begin < full ? Isa::load(x + begin) : load_partial<Isa>(x + full, count), scale));
+      for (int64_t i = 0; i < count; ++i) {
+        // Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even.
+        constexpr float kRoundToInteger = 12582912.0f;
+        const int32_t q = static_cast<int32_t>((scaled[i] + kRoundToInteger) - kRoundToInteger);
+        const int32_t low = static_cast<int8_t>(q & 0xff);
+        hi[begin + i] = static_cast<int8_t>((q - low) >> 8);
+        lo[begin + i] = static_cast<int8_t>(low);
+        hi_lo_sum[0] += hi[begin + i];
+        hi_lo_sum[1] += low;
+      }
+    }
+    zero_from(hi, in_features, q_length);
+    zero_from(lo, in_features, q_length);
+  }
+
+  static void quantize_row_16(const void* x, DType dtype, int64_t in_features, int8_t* hi, int8_t* lo, int64_t q_length,
+                              float* x_scale, int32_t* hi_lo_sum) {
+    switch (dtype) {
+      case DType::kBFloat16:
+        return quantize_row_16_of(static_cast<const BFloat16*>(x), in_features, hi, lo, q_length, x_scale, hi_lo_sum);
+      case DType::kFloat16:
+        return quantize_row_16_of(static_cast<const Float16*>(x), in_features, hi, lo, q_length, x_scale, hi_lo_sum);
+      default:
+        return quantize_row_16_of(static_cast<const float*>(x), in_features, hi, lo, q_length, x_scale, hi_lo_sum);
     }
   }
 

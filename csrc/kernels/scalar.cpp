@@ -71,14 +71,16 @@ struct Scalar {
 };
 
 struct Inner {
+  static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
-  static constexpr int kTokensStreamed = 0;  // nothing to choose: kTiles is 1
-  static constexpr int kTokens = 4;          // a decoded code then serves four products
+  static constexpr int kRowsStreamed = 0;                // nothing to choose: kTiles is 1
+  static constexpr int kRows = 4;                        // a decoded code then serves four products
+  static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
 
-  template <int TILES, int TOKENS>
-  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  template <int TILES, int ROWS>
+  static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
-    for (int64_t i = 0; i < TOKENS * kTileRows; ++i) acc[i] = 0;
+    for (int64_t i = 0; i < ROWS * kTileRows; ++i) acc[i] = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t byte = 0; byte < kBlockBytes; ++byte) {
         const int32_t codes = tile[b * kBlockBytes + byte];
@@ -86,9 +88,45 @@ struct Inner {
         const int64_t j = byte % 4;
         for (int64_t p = 0; p < 4; ++p) {
           const int32_t code = (codes >> (2 * p)) & 3;
-          for (int64_t t = 0; t < TOKENS; ++t) {
+          for (int64_t t = 0; t < ROWS; ++t) {
             acc[t * kTileRows + row] += code * q[t * q_stride + b * kBlockInputs + 4 * p + j];
           }
+        }
+      }
+    }
+  }
+
+  template <int ROWS>
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* next_row,
+                       int32_t* acc) {
+    for (int64_t t = 0; t < ROWS; ++t) acc[t] = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      __builtin_prefetch(next_row + chunk * kBlockBytes);
+      for (int64_t byte = 0; byte < kBlockBytes; ++byte) {
+        const int32_t codes = row[chunk * kBlockBytes + byte];
+        for (int64_t p = 0; p < 4; ++p) {
+          const int32_t code = (codes >> (2 * p)) & 3;
+          for (int64_t t = 0; t < ROWS; ++t) {
+            acc[t] += code * q[t * q_stride + chunk * kChunkInputs + p * kBlockBytes + byte];
+          }
+        }
+      }
+    }
+  }
+
+  template <int ROWS>
+  static void columns(const uint8_t* panel, const int32_t* columns, int64_t count, int64_t column_bytes, int64_t panels,
+                      const int8_t* q, int64_t q_stride, int32_t* acc) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* column = panel + columns[i] * column_bytes;
+      for (int64_t byte = 0; byte < panels * kBlockBytes; ++byte) {
+        // Row 64*p + 16*u + 4*l + d of a panel stands in byte 16*l + 4*u + d at bits 2p.
+        const int64_t l = byte / 16 % 4;
+        const int64_t u = byte / 4 % 4;
+        const int64_t row = byte / kBlockBytes * kPanelRows + 16 * u + 4 * l + byte % 4;
+        for (int64_t p = 0; p < 4; ++p) {
+          const int32_t code = (column[byte] >> (2 * p)) & 3;
+          for (int64_t t = 0; t < ROWS; ++t) acc[t * panels * kPanelRows + row + 64 * p] += code * q[t * q_stride + i];
         }
       }
     }
@@ -101,8 +139,16 @@ using Float = FloatKernels<Scalar>;
 
 extern const KernelTable kScalarKernels;
 constexpr KernelTable kScalarKernels = {
-    "scalar",         Float::quantize_row, TernaryDriver<Scalar, Inner>::ternary_product, Float::rms_norm_row,
-    Float::widen_row, Float::logits,
+    "scalar",
+    Float::quantize_row,
+    Float::quantize_row_16,
+    TernaryDriver<Scalar, Inner>::ternary_product,
+    nullptr,
+    RowDriver<Inner>::ternary_rows,
+    ColumnDriver<Scalar, Inner>::ternary_columns,
+    Float::rms_norm_row,
+    Float::widen_row,
+    Float::logits,
 };
 
 }  // namespace bitnet_ops

@@ -1,26 +1,49 @@
-// The ternary product around an instruction set's inner loop: tiles, groups of tokens, results.
+// The ternary product around an instruction set's inner loops: tiles, groups of tokens, results.
 //
 // Include this inside a kernel file's target region, like float_algorithms.h.
 //
+// A sum over codes is sum_k q[k] * (w[n][k] + 1); the row sum of q is taken off here. Two planes are two
+// rows of q to an inner loop ("rows" below are rows of q), and one token here.
+//
 // Inner provides
-//     kTiles, kTokens                         largest register block, in tiles and tokens
-//     kTokensStreamed                         up to so many tokens, tiles come one at a time
-//     block<TILES, TOKENS>(tile, blocks, q, q_stride, acc)   acc[TOKENS][TILES * 16]
-// where a sum over codes is sum_k q[k] * (w[n][k] + 1); the row sum of q is taken off here.
+//     kInputs                                 inputs of a block: 16, or 20 for base 3
+//     kTiles, kRows                           largest register block, in tiles and rows of q; kRows is even
+//     kRowsStreamed                           up to so many rows, tiles come one at a time
+//     kQBytes                                 of q that stay in L2 while weights pass
+//     block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc)   acc[ROWS][TILES * 16]
 
 namespace bitnet_ops {
 namespace {
 
-// 16 results of a token, or fewer at the end of a row: y = float(acc) * (x_scale * weight_scale) + bias.
+// sums[i] = float(acc of row i), rounded once, for `count` rows of a token. Planes are `plane_stride` apart.
+template <int COUNT>
+inline void float_sums(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t group,
+                       float* sums) {
+  const int32_t q_sum = p.q_sum[token * p.planes * p.groups + group];
+  if (p.planes == 1) {
+    for (int64_t i = 0; i < COUNT; ++i) sums[i] = static_cast<float>(acc[i] - q_sum);
+    return;
+  }
+  const int32_t lo_sum = p.q_sum[(token * p.planes + 1) * p.groups + group];
+  for (int64_t i = 0; i < COUNT; ++i) {
+    // Exact: |256 * hi + lo| < 2^53. The only rounding is that to float.
+    const double hi = acc[i] - q_sum;
+    const double lo = acc[plane_stride + i] - lo_sum;
+    sums[i] = static_cast<float>(256.0 * hi + lo);
+  }
+}
+
+// 16 results of a token, or fewer at the end: y = sums * factor (+ bias), where factor[i] = x_scale * weight_scale[i],
+// or x_scale if the sums have their weight scales already.
 template <class Isa, class T>
-void store_scaled(const TernaryProduct& p, const int32_t* acc, int64_t token, int64_t row, int64_t count) {
+void store_scaled(const TernaryProduct& p, const float* sums, int64_t token, int64_t row, int64_t count) {
   T* out = static_cast<T*>(p.out) + token * p.out_features + row;
-  const int32_t q_sum = p.q_sum[token];
   const float x_scale = p.x_scale[token];
+  const bool grouped = p.group_blocks != 0;
   alignas(64) float y[kTileRows];
   if (count == kTileRows) {
     for (int64_t i = 0; i < kTileRows; ++i) {
-      y[i] = static_cast<float>(acc[i] - q_sum) * (x_scale * p.weight_scale[row + i]);
+      y[i] = sums[i] * (grouped ? x_scale : x_scale * p.weight_scale[row + i]);
     }
     if (p.bias != nullptr) {
       for (int64_t i = 0; i < kTileRows; ++i) y[i] = y[i] + p.bias[row + i];
@@ -29,70 +52,239 @@ void store_scaled(const TernaryProduct& p, const int32_t* acc, int64_t token, in
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    y[i] = static_cast<float>(acc[i] - q_sum) * (x_scale * p.weight_scale[row + i]);
+    y[i] = sums[i] * (grouped ? x_scale : x_scale * p.weight_scale[row + i]);
     if (p.bias != nullptr) y[i] = y[i] + p.bias[row + i];
     from_float(y[i], out + i);
   }
 }
 
 template <class Isa>
-void store_tile(const TernaryProduct& p, const int32_t* acc, int64_t token, int64_t tile) {
-  const int64_t row = tile * kTileRows;
+void store_sums(const TernaryProduct& p, const float* sums, int64_t token, int64_t row, int64_t count) {
+  switch (p.out_dtype) {
+    case DType::kBFloat16:
+      return store_scaled<Isa, BFloat16>(p, sums, token, row, count);
+    case DType::kFloat16:
+      return store_scaled<Isa, Float16>(p, sums, token, row, count);
+    default:
+      return store_scaled<Isa, float>(p, sums, token, row, count);
+  }
+}
+
+// Results of 16 neighbouring rows, acc[planes][plane_stride], or fewer at the end of the matrix.
+template <class Isa>
+void store_rows(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t row) {
   const int64_t left = p.out_features - row;
   const int64_t count = left < kTileRows ? left : kTileRows;
+  if (p.out_dtype == DType::kInt32) {
+    int32_t* out = static_cast<int32_t*>(p.out) + token * p.out_features + row;
+    for (int64_t i = 0; i < count; ++i) out[i] = acc[i] - p.q_sum[token];
+    return;
+  }
+  alignas(64) float sums[kTileRows];
+  float_sums<kTileRows>(p, acc, plane_stride, token, 0, sums);
+  store_sums<Isa>(p, sums, token, row, count);
+}
+
+// The result of a single row anywhere in the matrix.
+inline void store_row(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t row) {
+  const int64_t place = token * p.out_features + row;
+  if (p.out_dtype == DType::kInt32) {
+    static_cast<int32_t*>(p.out)[place] = *acc - p.q_sum[token];
+    return;
+  }
+  float y;
+  float_sums<1>(p, acc, plane_stride, token, 0, &y);
+  y = y * (p.x_scale[token] * p.weight_scale[row]);
+  if (p.bias != nullptr) y = y + p.bias[row];
   switch (p.out_dtype) {
-    case DType::kFloat32:
-      return store_scaled<Isa, float>(p, acc, token, row, count);
     case DType::kBFloat16:
-      return store_scaled<Isa, BFloat16>(p, acc, token, row, count);
+      return from_float(y, static_cast<BFloat16*>(p.out) + place);
     case DType::kFloat16:
-      return store_scaled<Isa, Float16>(p, acc, token, row, count);
-    case DType::kInt32: {
-      int32_t* out = static_cast<int32_t*>(p.out) + token * p.out_features + row;
-      for (int64_t i = 0; i < count; ++i) out[i] = acc[i] - p.q_sum[token];
-    }
+      return from_float(y, static_cast<Float16*>(p.out) + place);
+    default:
+      static_cast<float*>(p.out)[place] = y;
   }
 }
 
 template <class Isa, class Inner>
 struct TernaryDriver {
-  // Calls the inner block with `tokens` as a compile-time number, 1 .. TOKENS.
-  template <int TILES, int TOKENS>
-  static void block_of(int64_t tokens, const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride,
-                       int32_t* acc) {
-    if constexpr (TOKENS > 1) {
-      if (tokens < TOKENS) return block_of<TILES, TOKENS - 1>(tokens, tile, blocks, q, q_stride, acc);
+  // Calls the inner block with `rows` as a compile-time number, 1 .. ROWS.
+  template <int TILES, int ROWS>
+  static void block_of(int64_t rows, const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q,
+                       int64_t q_stride, int32_t* acc) {
+    if constexpr (ROWS > 1) {
+      if (rows < ROWS) return block_of<TILES, ROWS - 1>(rows, tile, tile_bytes, blocks, q, q_stride, acc);
     }
-    Inner::template block<TILES, TOKENS>(tile, blocks, q, q_stride, acc);
+    Inner::template block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc);
   }
 
+  // TILES tiles x `count` tokens, one weight scale a row.
   template <int TILES>
-  static void tiles(const TernaryProduct& p, int64_t tile) {
-    alignas(64) int32_t acc[Inner::kTokens * TILES * kTileRows];
-    const uint8_t* weights = p.packed + tile * p.blocks * kBlockBytes;
-    // Equal groups: 13 tokens run as 7 + 6, not as 12 + 1, because a block of one token pays for
-    // decoding the weights alone.
-    const int64_t groups = (p.tokens + Inner::kTokens - 1) / Inner::kTokens;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t begin = p.tokens * group / groups;
-      const int64_t count = p.tokens * (group + 1) / groups - begin;
-      block_of<TILES, Inner::kTokens>(count, weights, p.blocks, p.q + begin * p.q_stride, p.q_stride, acc);
-      for (int64_t token = 0; token < count; ++token) {
-        for (int64_t i = 0; i < TILES; ++i) {
-          store_tile<Isa>(p, acc + (token * TILES + i) * kTileRows, begin + token, tile + i);
+  static void whole_rows(const TernaryProduct& p, int64_t tile, int64_t token, int64_t count) {
+    alignas(64) int32_t acc[Inner::kRows * TILES * kTileRows];
+    const int64_t tile_bytes = p.blocks * kBlockBytes;
+    block_of<TILES, Inner::kRows>(count * p.planes, p.packed + tile * tile_bytes, tile_bytes, p.blocks,
+                                  p.q + token * p.planes * p.q_stride, p.q_stride, acc);
+    constexpr int64_t kPlaneStride = TILES * kTileRows;
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t i = 0; i < TILES; ++i) {
+        store_rows<Isa>(p, acc + t * p.planes * kPlaneStride + i * kTileRows, kPlaneStride, token + t,
+                        (tile + i) * kTileRows);
+      }
+    }
+  }
+
+  // The same with a weight scale for every group of blocks.
+  template <int TILES>
+  static void in_groups(const TernaryProduct& p, int64_t tile, int64_t token, int64_t count) {
+    alignas(64) int32_t acc[Inner::kRows * TILES * kTileRows];
+    alignas(64) float sums[Inner::kRows * TILES * kTileRows] = {};
+    constexpr int64_t kPlaneStride = TILES * kTileRows;
+    const int64_t tile_bytes = p.blocks * kBlockBytes;
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const int64_t block = group * p.group_blocks;
+      const int64_t blocks = p.blocks - block < p.group_blocks ? p.blocks - block : p.group_blocks;
+      block_of<TILES, Inner::kRows>(count * p.planes, p.packed + tile * tile_bytes + block * kBlockBytes, tile_bytes,
+                                    blocks, p.q + token * p.planes * p.q_stride + block * Inner::kInputs, p.q_stride,
+                                    acc);
+      for (int64_t i = 0; i < TILES; ++i) {
+        const int64_t row = (tile + i) * kTileRows;
+        const int64_t left = p.out_features - row;
+        float weight_scale[kTileRows] = {};
+        std::memcpy(weight_scale, p.weight_scale + group * p.out_features + row,
+                    static_cast<size_t>(left < kTileRows ? left : kTileRows) * sizeof(float));
+        for (int64_t t = 0; t < count; ++t) {
+          float group_sums[kTileRows];
+          float_sums<kTileRows>(p, acc + t * p.planes * kPlaneStride + i * kTileRows, kPlaneStride, token + t, group,
+                                group_sums);
+          float* sum = sums + t * kPlaneStride + i * kTileRows;
+          for (int64_t r = 0; r < kTileRows; ++r) sum[r] = sum[r] + group_sums[r] * weight_scale[r];
         }
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t i = 0; i < TILES; ++i) {
+        const int64_t row = (tile + i) * kTileRows;
+        const int64_t left = p.out_features - row;
+        store_sums<Isa>(p, sums + t * kPlaneStride + i * kTileRows, token + t, row, left < kTileRows ? left : kTileRows);
+      }
+    }
+  }
+
+  // TILES tiles x tokens [begin, end).
+  template <int TILES>
+  static void tiles(const TernaryProduct& p, int64_t tile, int64_t begin, int64_t end) {
+    // Equal parts: 13 tokens run as 7 + 6, not as 12 + 1, because a block of one token pays for
+    // decoding the weights alone.
+    const int64_t most = Inner::kRows / p.planes;
+    const int64_t parts = divide_up(end - begin, most);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = begin + (end - begin) * part / parts;
+      const int64_t count = begin + (end - begin) * (part + 1) / parts - first;
+      if (p.group_blocks == 0) {
+        whole_rows<TILES>(p, tile, first, count);
+      } else {
+        in_groups<TILES>(p, tile, first, count);
       }
     }
   }
 
   static void ternary_product(const TernaryProduct& p, int64_t tile_begin, int64_t tile_end) {
-    int64_t tile = tile_begin;
-    if (p.tokens <= Inner::kTokensStreamed) {
-      for (; tile < tile_end; ++tile) tiles<1>(p, tile);
+    if (p.tokens * p.planes <= Inner::kRowsStreamed) {
+      for (int64_t tile = tile_begin; tile < tile_end; ++tile) tiles<1>(p, tile, 0, p.tokens);
       return;
     }
-    for (; tile + Inner::kTiles <= tile_end; tile += Inner::kTiles) tiles<Inner::kTiles>(p, tile);
-    for (; tile < tile_end; ++tile) tiles<1>(p, tile);
+    // As many tokens as L2 keeps, in equal parts; all tiles pass over one part, then over the next.
+    const int64_t kept = Inner::kQBytes / (p.planes * p.q_stride) + 1;
+    const int64_t parts = divide_up(p.tokens, kept);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = p.tokens * part / parts;
+      const int64_t end = p.tokens * (part + 1) / parts;
+      int64_t tile = tile_begin;
+      for (; tile + Inner::kTiles <= tile_end; tile += Inner::kTiles) tiles<Inner::kTiles>(p, tile, begin, end);
+      for (; tile < tile_end; ++tile) tiles<1>(p, tile, begin, end);
+    }
+  }
+};
+
+// Layout row: Inner::row_sums<ROWS>(row, chunks, q, q_stride, ahead, acc) adds up one row of the matrix for
+// ROWS rows of q into acc[ROWS][kLanes], whose lanes are summed by Inner::sum_lanes.
+template <class Inner>
+struct RowDriver {
+  // Rows that are asked for ahead of time: 4 KB of them, at least one (see kPrefetchBytes).
+  static int64_t rows_ahead(int64_t row_bytes) { return 4096 / (row_bytes + 1) + 1; }
+
+  template <int ROWS>
+  static void rows_of(const TernaryProduct& p, const int32_t* rows, int64_t begin, int64_t end) {
+    const int64_t row_bytes = p.blocks * kBlockBytes;
+    const int64_t ahead = rows_ahead(row_bytes);
+    int32_t acc[kMaxSparseRows];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = rows == nullptr ? i : rows[i];
+      const int64_t next = i + ahead < end ? i + ahead : end - 1;
+      const uint8_t* next_row = p.packed + (rows == nullptr ? next : rows[next]) * row_bytes;
+      Inner::template row_sums<ROWS>(p.packed + row * row_bytes, p.blocks, p.q, p.q_stride, next_row, acc);
+      for (int64_t token = 0; token < p.tokens; ++token) store_row(p, acc + token * p.planes, 1, token, row);
+    }
+  }
+
+  static void ternary_rows(const TernaryProduct& p, const int32_t* rows, int64_t begin, int64_t end) {
+    static_assert(kMaxSparseRows == 4, "the cases below");
+    switch (p.tokens * p.planes) {
+      case 1:
+        return rows_of<1>(p, rows, begin, end);
+      case 2:
+        return rows_of<2>(p, rows, begin, end);
+      case 3:
+        return rows_of<3>(p, rows, begin, end);
+      default:
+        return rows_of<4>(p, rows, begin, end);
+    }
+  }
+};
+
+// Layout column: Inner::columns<ROWS>(panel, columns, count, column_bytes, panels, q, q_stride, acc) adds up
+// `panels` neighbouring panels for ROWS rows of q into acc[ROWS][panels * 256].
+template <class Isa, class Inner>
+struct ColumnDriver {
+  // Sums of a few panels stay in L1 while all columns pass: 8 KB with one row of q, 16 KB with four.
+  static constexpr int64_t kSums = 4096;
+
+  template <int ROWS>
+  static void panels_of(const TernaryProduct& p, const int32_t* columns, int64_t count, int64_t panel_begin,
+                        int64_t panel_end) {
+    constexpr int64_t kPanels = ROWS == 1 ? 8 : kSums / ROWS / kPanelRows;
+    alignas(64) int32_t acc[ROWS * kPanels * kPanelRows];
+    const int64_t parts = divide_up(panel_end - panel_begin, kPanels);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = panel_begin + (panel_end - panel_begin) * part / parts;
+      const int64_t panels = panel_begin + (panel_end - panel_begin) * (part + 1) / parts - begin;
+      const int64_t plane_stride = panels * kPanelRows;
+      std::memset(acc, 0, static_cast<size_t>(ROWS * plane_stride) * sizeof *acc);
+      Inner::template columns<ROWS>(p.packed + begin * kBlockBytes, columns, count, p.blocks * kBlockBytes, panels, p.q,
+                                    p.q_stride, acc);
+      for (int64_t token = 0; token < p.tokens; ++token) {
+        for (int64_t row = 0; row < plane_stride && begin * kPanelRows + row < p.out_features; row += kTileRows) {
+          store_rows<Isa>(p, acc + token * p.planes * plane_stride + row, plane_stride, token,
+                          begin * kPanelRows + row);
+        }
+      }
+    }
+  }
+
+  static void ternary_columns(const TernaryProduct& p, const int32_t* columns, int64_t count, int64_t panel_begin,
+                              int64_t panel_end) {
+    static_assert(kMaxSparseRows == 4, "the cases below");
+    switch (p.tokens * p.planes) {
+      case 1:
+        return panels_of<1>(p, columns, count, panel_begin, panel_end);
+      case 2:
+        return panels_of<2>(p, columns, count, panel_begin, panel_end);
+      case 3:
+        return panels_of<3>(p, columns, count, panel_begin, panel_end);
+      default:
+        return panels_of<4>(p, columns, count, panel_begin, panel_end);
+    }
   }
 };
 

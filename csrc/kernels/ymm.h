@@ -96,59 +96,163 @@ inline __m256i broadcast4(const int8_t* q) {
   return _mm256_set1_epi32(four);
 }
 
-inline __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 inline void add_to(int32_t* acc, __m256i v_i32x8) {
   __m256i* p = reinterpret_cast<__m256i*>(acc);
   _mm256_storeu_si256(p, _mm256_add_epi32(_mm256_loadu_si256(p), v_i32x8));
 }
 
-// One tile is two ymm, rows 0-7 and rows 8-15. Dot provides
+// About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
+constexpr int64_t kPrefetchBytes = 4096;
+
+inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// Codes of step p in the bytes of `packed`. A 16-bit shift moves bits across bytes, but only into places
+// that the mask clears.
+inline __m256i codes_of(__m256i packed_u8x32, int p) {
+  return _mm256_and_si256(_mm256_srli_epi16(packed_u8x32, 2 * p), _mm256_set1_epi8(0x03));
+}
+
+// The inner loops of every layout. Dot provides
 //     dot(acc, code_u8x32, q_i8x32)    adds code * q, four (or two) neighbours to a lane of acc
 //     widen(acc)                       acc as int32 x 8
-//     kBlocksPerWidening               how many blocks may go into acc before that
+//     kDotsPerWidening                 how many times dot may add to acc before that
 template <class Dot>
-struct YmmBlocks {
+struct YmmLoops {
+  // One tile is two ymm, rows 0-7 and rows 8-15.
   // 2 x 6 accumulators + 2 codes + 1 broadcast activation + 1 temporary = 16 registers.
+  static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
-  static constexpr int kTokensStreamed = 0;  // nothing to choose: kTiles is 1
-  static constexpr int kTokens = 6;
-  // About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
-  static constexpr int64_t kPrefetchBytes = 4096;
+  static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
+  static constexpr int kRows = 6;
+  static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
 
-  template <int TILES, int TOKENS>
-  static void block(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  template <int TILES, int ROWS>
+  static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
-    const __m256i mask_u8x32 = _mm256_set1_epi8(0x03);
-    std::memset(acc, 0, TOKENS * kTileRows * sizeof *acc);
-    for (int64_t begin = 0; begin < blocks; begin += Dot::kBlocksPerWidening) {
-      const int64_t end = blocks - begin < Dot::kBlocksPerWidening ? blocks : begin + Dot::kBlocksPerWidening;
-      __m256i acc_low[TOKENS];
-      __m256i acc_high[TOKENS];
-      for (int t = 0; t < TOKENS; ++t) {
+    constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
+    std::memset(acc, 0, ROWS * kTileRows * sizeof *acc);
+    for (int64_t begin = 0; begin < blocks; begin += kBlocksPerWidening) {
+      const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
+      __m256i acc_low[ROWS];
+      __m256i acc_high[ROWS];
+      for (int t = 0; t < ROWS; ++t) {
         acc_low[t] = _mm256_setzero_si256();
         acc_high[t] = _mm256_setzero_si256();
       }
       for (int64_t b = begin; b < end; ++b) {
         const uint8_t* address = tile + b * kBlockBytes;
-        _mm_prefetch(reinterpret_cast<const char*>(address + kPrefetchBytes), _MM_HINT_T0);
+        prefetch_near(address + kPrefetchBytes);
         const int8_t* q_block = q + b * kBlockInputs;
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
-          // A 16-bit shift moves bits across bytes, but only into places that the mask clears.
-          const __m256i low_u8x32 = _mm256_and_si256(_mm256_srli_epi16(load32(address), 2 * p), mask_u8x32);
-          const __m256i high_u8x32 = _mm256_and_si256(_mm256_srli_epi16(load32(address + 32), 2 * p), mask_u8x32);
+          const __m256i low_u8x32 = codes_of(load32(address), p);
+          const __m256i high_u8x32 = codes_of(load32(address + 32), p);
 #pragma GCC unroll 6
-          for (int t = 0; t < TOKENS; ++t) {
+          for (int t = 0; t < ROWS; ++t) {
             const __m256i q_i8x32 = broadcast4(q_block + t * q_stride + 4 * p);
             acc_low[t] = Dot::dot(acc_low[t], low_u8x32, q_i8x32);
             acc_high[t] = Dot::dot(acc_high[t], high_u8x32, q_i8x32);
           }
         }
       }
-      for (int t = 0; t < TOKENS; ++t) {
+      for (int t = 0; t < ROWS; ++t) {
         add_to(acc + t * kTileRows, Dot::widen(acc_low[t]));
         add_to(acc + t * kTileRows + 8, Dot::widen(acc_high[t]));
+      }
+    }
+  }
+
+  // Layout row: half a chunk is one ymm of one row; activations come in step order.
+  template <int ROWS>
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* next_row,
+                       int32_t* acc) {
+    constexpr int64_t kChunksPerWidening = Dot::kDotsPerWidening / 4;
+    __m256i total_i32x8[ROWS];
+    for (int t = 0; t < ROWS; ++t) total_i32x8[t] = _mm256_setzero_si256();
+    for (int64_t begin = 0; begin < chunks; begin += kChunksPerWidening) {
+      const int64_t end = chunks - begin < kChunksPerWidening ? chunks : begin + kChunksPerWidening;
+      __m256i acc_low[ROWS];
+      __m256i acc_high[ROWS];
+      for (int t = 0; t < ROWS; ++t) {
+        acc_low[t] = _mm256_setzero_si256();
+        acc_high[t] = _mm256_setzero_si256();
+      }
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const uint8_t* address = row + chunk * kBlockBytes;
+        prefetch_near(next_row + chunk * kBlockBytes);
+        const int8_t* q_chunk = q + chunk * kChunkInputs;
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+          const __m256i low_u8x32 = codes_of(load32(address), p);
+          const __m256i high_u8x32 = codes_of(load32(address + 32), p);
+          for (int t = 0; t < ROWS; ++t) {
+            const int8_t* q_step = q_chunk + t * q_stride + p * kBlockBytes;
+            acc_low[t] = Dot::dot(acc_low[t], low_u8x32, load32(q_step));
+            acc_high[t] = Dot::dot(acc_high[t], high_u8x32, load32(q_step + 32));
+          }
+        }
+      }
+      for (int t = 0; t < ROWS; ++t) {
+        const __m256i both_i32x8 = _mm256_add_epi32(Dot::widen(acc_low[t]), Dot::widen(acc_high[t]));
+        total_i32x8[t] = _mm256_add_epi32(total_i32x8[t], both_i32x8);
+      }
+    }
+    for (int t = 0; t < ROWS; ++t) acc[t] = Ymm::sum(total_i32x8[t]);
+  }
+
+  // Bytes of four columns, interleaved: lanes of rows[u] are rows 16*u .. 16*u + 7 (or + 8), four inputs wide.
+  static void interleave(const uint8_t* const* column, int64_t offset, __m256i (&rows_u8x32)[4]) {
+    const __m256i a_u8x32 = load32(column[0] + offset);
+    const __m256i b_u8x32 = load32(column[1] + offset);
+    const __m256i c_u8x32 = load32(column[2] + offset);
+    const __m256i d_u8x32 = load32(column[3] + offset);
+    const __m256i ab_low = _mm256_unpacklo_epi8(a_u8x32, b_u8x32);
+    const __m256i ab_high = _mm256_unpackhi_epi8(a_u8x32, b_u8x32);
+    const __m256i cd_low = _mm256_unpacklo_epi8(c_u8x32, d_u8x32);
+    const __m256i cd_high = _mm256_unpackhi_epi8(c_u8x32, d_u8x32);
+    rows_u8x32[0] = _mm256_unpacklo_epi16(ab_low, cd_low);
+    rows_u8x32[1] = _mm256_unpackhi_epi16(ab_low, cd_low);
+    rows_u8x32[2] = _mm256_unpacklo_epi16(ab_high, cd_high);
+    rows_u8x32[3] = _mm256_unpackhi_epi16(ab_high, cd_high);
+  }
+
+  template <int ROWS>
+  static void columns(const uint8_t* panel, const int32_t* columns, int64_t count, int64_t column_bytes, int64_t panels,
+                      const int8_t* q, int64_t q_stride, int32_t* acc) {
+    static_assert(kColumnsAtOnce == 8, "two interleaved fours");
+    constexpr int64_t kColumnsAhead = 16;
+    for (int64_t c = 0; c < count; c += kColumnsAtOnce) {
+      const uint8_t* column[8];
+      const uint8_t* ahead[8];
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t next = c + i + kColumnsAhead;
+        column[i] = panel + columns[c + i] * column_bytes;
+        ahead[i] = panel + columns[next < count ? next : count - 1] * column_bytes;
+      }
+      for (int64_t half = 0; half < 2 * panels; ++half) {
+        if (half % 2 == 0) {
+          for (int i = 0; i < 8; ++i) prefetch_near(ahead[i] + half * 32);
+        }
+        __m256i first_u8x32[4];
+        __m256i second_u8x32[4];
+        interleave(column, half * 32, first_u8x32);
+        interleave(column + 4, half * 32, second_u8x32);
+        for (int t = 0; t < ROWS; ++t) {
+          const __m256i first_q_i8x32 = broadcast4(q + t * q_stride + c);
+          const __m256i second_q_i8x32 = broadcast4(q + t * q_stride + c + 4);
+          int32_t* sums = acc + (t * panels + half / 2) * kPanelRows + half % 2 * 8;
+#pragma GCC unroll 4
+          for (int p = 0; p < 4; ++p) {
+#pragma GCC unroll 4
+            for (int u = 0; u < 4; ++u) {
+              __m256i sum = Dot::dot(_mm256_setzero_si256(), codes_of(first_u8x32[u], p), first_q_i8x32);
+              sum = Dot::dot(sum, codes_of(second_u8x32[u], p), second_q_i8x32);
+              add_to(sums + 64 * p + 16 * u, Dot::widen(sum));
+            }
+          }
+        }
       }
     }
   }

@@ -1,11 +1,10 @@
-#include "tile16.h"
+// tile16: 2 bits a weight, 16 rows side by side.
 
 #include <cstring>
 
-#include "kernel_table.h"
+#include "layouts.h"
 
 namespace bitnet_ops {
-
 namespace {
 
 // Four codes in the bytes of one word: all arithmetic below stays within its byte.
@@ -26,15 +25,15 @@ bool is_ternary(const int8_t* w, int64_t count) {
 
 }  // namespace
 
-bool pack_tile16(const int8_t* w, int64_t out_features, int64_t in_features, uint8_t* packed, int64_t tile_begin,
-                 int64_t tile_end) {
-  const int64_t blocks = (in_features + kBlockInputs - 1) / kBlockInputs;
+bool pack_tile16(const int8_t* w, MatrixSize size, uint8_t* tile16, int64_t tile_begin, int64_t tile_end) {
+  const int64_t in_features = size.in_features;
+  const int64_t blocks = blocks_of(in_features);
   bool ternary = true;
   for (int64_t row = tile_begin * kTileRows; row < tile_end * kTileRows; ++row) {
-    const int64_t count = row < out_features ? in_features : 0;
+    const int64_t count = row < size.out_features ? in_features : 0;
     const int8_t* weights = w + row * in_features;
     if (count != 0) ternary &= is_ternary(weights, count);
-    uint8_t* out = packed + row / kTileRows * blocks * kBlockBytes + row % kTileRows * 4;
+    uint8_t* out = tile16 + row / kTileRows * blocks * kBlockBytes + row % kTileRows * 4;
     for (int64_t b = 0; b < blocks; ++b, out += kBlockBytes) {
       int8_t padded[kBlockInputs] = {};  // padding holds weight 0, code 1
       const int64_t left = count - b * kBlockInputs;
@@ -49,13 +48,13 @@ bool pack_tile16(const int8_t* w, int64_t out_features, int64_t in_features, uin
   return ternary;
 }
 
-bool unpack_tile16(const uint8_t* packed, int64_t out_features, int64_t in_features, int8_t* w, int64_t tile_begin,
-                   int64_t tile_end) {
-  const int64_t blocks = (in_features + kBlockInputs - 1) / kBlockInputs;
-  const int64_t row_end = tile_end * kTileRows < out_features ? tile_end * kTileRows : out_features;
+bool unpack_tile16(const uint8_t* tile16, MatrixSize size, int8_t* w, int64_t tile_begin, int64_t tile_end) {
+  const int64_t in_features = size.in_features;
+  const int64_t blocks = blocks_of(in_features);
+  const int64_t row_end = tile_end * kTileRows < size.out_features ? tile_end * kTileRows : size.out_features;
   bool ternary = true;
   for (int64_t row = tile_begin * kTileRows; row < row_end; ++row) {
-    const uint8_t* in = packed + row / kTileRows * blocks * kBlockBytes + row % kTileRows * 4;
+    const uint8_t* in = tile16 + row / kTileRows * blocks * kBlockBytes + row % kTileRows * 4;
     int8_t* weights = w + row * in_features;
     for (int64_t b = 0; b < blocks; ++b, in += kBlockBytes) {
       int8_t decoded[kBlockInputs];

@@ -1,0 +1,338 @@
+// What the two AVX-512 kernels share: float32 x 16 for float_algorithms.h, and the inner loops of the
+// ternary product on vpdpbusd, for every layout.
+//
+// Include this inside a kernel file's target region, like float_algorithms.h.
+//
+// Instruction: vpdpbusd zmm, acc_i32x16[i] += sum over j of code_u8x64[4i+j] * q_i8x64[4i+j].
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
+// Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
+//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8. With codes in place (few rows of q)
+//              the bounds of kMaxInFeatures and kMaxColumnInFeatures in kernel_table.h, for any byte.
+//
+// tile16. One 64-byte block is one zmm; lane i is row i, and the four activations of step p are broadcast:
+//
+//     block_u8x64   | row 0: j=0..3 | row 1: j=0..3 | ... | row 15: j=0..3 |     >> 2p, & 3
+//     q_i8x64       | q[4p .. 4p+3] | q[4p .. 4p+3] | ... | q[4p .. 4p+3]  |     16 inputs = p 0..3
+//     acc_i32x16    |     row 0     |     row 1     | ... |     row 15     |
+//
+// row. A chunk is one zmm of one row; the activations come in step order, 64 to a step:
+//
+//     chunk_u8x64   | word 0: j=0..3  | word 1: j=0..3     | ... | word 15: j=0..3      |
+//     q_i8x64       | q[4p .. 4p+3]   | q[16+4p .. 16+4p+3]| ... | q[240+4p .. 240+4p+3]|
+//     acc_i32x16    |             sixteen parts of the same row, added up at the end    |
+//
+// column. Bytes of four columns a, b, c, d are interleaved, then it is a step of tile16:
+//
+//     unpacklo_epi8 x 2, unpacklo_epi16    | a0 b0 c0 d0 | a1 b1 c1 d1 | ...  one row, four inputs each
+
+namespace bitnet_ops {
+namespace {
+
+struct Avx512 {
+  using F32 = __m512;
+  using I32 = __m512i;
+  static constexpr int kLanes = 16;
+  // 4 x 6 accumulators + 4 rows + 1 activation = 29 of 32 registers.
+  static constexpr int kLogitsRows = 4;
+  static constexpr int kLogitsTokens = 6;
+  // Three tokens of 2560 floats are 30 KB: a fourth would not stay in an L1 of 32 KB.
+  static constexpr int kLogitsTokensStreamed = 3;
+  static constexpr int64_t kTokenGroupBytes = 512 << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
+
+  static F32 zero() { return _mm512_setzero_ps(); }
+  static F32 set1(float s) { return _mm512_set1_ps(s); }
+  static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+  static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+  static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+  static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+  static F32 load(const float* p) { return _mm512_loadu_ps(p); }
+  static F32 load(const BFloat16* p) {
+    const __m256i half_u16x16 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_u16x16), 16));
+  }
+  static void load_even_odd(const BFloat16* p, F32& even, F32& odd) {
+    const __m512i pair_u32x16 = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pair_u32x16, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pair_u32x16, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static F32 load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+  static void store(BFloat16* p, F32 v) {
+    // As from_float: integer rounding to even. vcvtneps2bf16 would flush subnormals to zero.
+    const __m512i bits_u32x16 = _mm512_castps_si512(v);
+    const __m512i kept_u32x16 = _mm512_and_si512(_mm512_srli_epi32(bits_u32x16, 16), _mm512_set1_epi32(1));
+    const __m512i rounded_u32x16 =
+        _mm512_add_epi32(bits_u32x16, _mm512_add_epi32(kept_u32x16, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i high_u32x16 =
+        _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded_u32x16, 16), nan, _mm512_set1_epi32(kBFloat16NaN));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high_u32x16));
+  }
+  static void store(Float16* p, F32 v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static float fold(F32 v) {
+    const __m256 f32x8 = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 f32x4 = _mm_add_ps(_mm256_castps256_ps128(f32x8), _mm256_extractf128_ps(f32x8, 1));
+    const __m128 f32x2 = _mm_add_ps(f32x4, _mm_movehl_ps(f32x4, f32x4));
+    return _mm_cvtss_f32(_mm_add_ss(f32x2, _mm_movehdup_ps(f32x2)));
+  }
+
+  static void fold_all(F32 (&v)[1], float* out) { *out = fold(v[0]); }
+  // Four folds at once: from four lanes on, the four vectors are transposed rather than reduced.
+  static void fold_all(F32 (&v)[4], float* out) {
+    __m128 f32x4[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m256 f32x8 = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+      f32x4[i] = _mm_add_ps(_mm256_castps256_ps128(f32x8), _mm256_extractf128_ps(f32x8, 1));
+    }
+    // [a0+a2, a1+a3, b0+b2, b1+b3] and the same for c, d
+    const __m128 ab_f32x4 = _mm_add_ps(_mm_movelh_ps(f32x4[0], f32x4[1]), _mm_movehl_ps(f32x4[1], f32x4[0]));
+    const __m128 cd_f32x4 = _mm_add_ps(_mm_movelh_ps(f32x4[2], f32x4[3]), _mm_movehl_ps(f32x4[3], f32x4[2]));
+    const __m128 even_f32x4 = _mm_shuffle_ps(ab_f32x4, cd_f32x4, 0x88);
+    const __m128 odd_f32x4 = _mm_shuffle_ps(ab_f32x4, cd_f32x4, 0xdd);
+    _mm_storeu_ps(out, _mm_add_ps(even_f32x4, odd_f32x4));
+  }
+
+  static I32 zero_i32() { return _mm512_setzero_si512(); }
+  static int32_t sum(I32 v) { return _mm512_reduce_add_epi32(v); }
+  static I32 max_magnitude(I32 m, F32 v) {
+    return _mm512_max_epi32(m, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(kAbsMask)));
+  }
+  static int32_t highest(I32 v) { return _mm512_reduce_max_epi32(v); }
+  static I32 quantize(F32 v, F32 s, int8_t* q, I32 sum) {
+    // Rounding is explicit, half to even, whatever the caller's MXCSR says.
+    const __m512i rounded_i32x16 =
+        _mm512_cvt_roundps_epi32(_mm512_mul_ps(v, s), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i q_i8x16 = _mm512_cvtsepi32_epi8(rounded_i32x16);  // saturates to [-128, 127]
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), q_i8x16);
+    return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(q_i8x16));
+  }
+};
+
+// Four activations in every lane; the compiler folds the load into vpdpbusd's broadcast operand.
+inline __m512i broadcast4(const int8_t* q) {
+  int32_t four;
+  std::memcpy(&four, q, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
+
+inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
+constexpr int64_t kPrefetchBytes = 4096;
+
+// tile16: a byte is four codes. In place they are 4^p times too large, each p needs its own accumulator.
+struct Tile16Codes {
+  static constexpr int kSteps = 4;
+  static constexpr int kShift[kSteps] = {0, 2, 4, 6};
+
+  using Block = __m512i;
+
+  static Block load(const uint8_t* block) { return load64(block); }
+  static __m512i in_place(Block block_u8x64, int p) {
+    return _mm512_and_si512(block_u8x64, _mm512_set1_epi8(static_cast<char>(0x03 << (2 * p))));
+  }
+  static __m512i shifted(Block block_u8x64, int p) {
+    // A 16-bit shift moves bits across bytes, but only into places that the mask clears.
+    return _mm512_and_si512(_mm512_srli_epi16(block_u8x64, static_cast<unsigned>(2 * p)), _mm512_set1_epi8(0x03));
+  }
+};
+
+// Layouts of tiles. Codes says how a byte holds its codes.
+template <class Codes>
+struct TileBlocks {
+  static constexpr int kSteps = Codes::kSteps;
+  static constexpr int64_t kInputs = 4 * kSteps;
+  // 2 x 12 accumulators + 2 blocks + 2 decoded + 1 mask = 29 of 32 registers. Twelve rows of q pay for
+  // one decoding; 24 chains cover the latency of vpdpbusd (4 or 5 cycles, up to two a cycle).
+  static constexpr int kTiles = 2;
+  static constexpr int kRows = 12;
+  // Memory, not arithmetic, limits up to four rows; one tile at a time is then one stream, which
+  // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md). 4 x 4 accumulators.
+  static constexpr int kRowsStreamed = 4;
+  static constexpr int64_t kQBytes = int64_t{512} << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
+
+  template <int TILES, int ROWS>
+  static void block(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
+                    int32_t* acc) {
+    if constexpr (TILES == 1 && ROWS <= kRowsStreamed) {
+      block_in_place<ROWS>(tile, blocks, q, q_stride, acc);
+    } else {
+      block_shifted<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc);
+    }
+  }
+
+  // Few rows: codes are multiplied where they stand in the byte, each step into its own accumulator.
+  // No shift inside the loop, and four chains for every row; the shifts at the end are exact.
+  template <int ROWS>
+  static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    __m512i acc_i32x16[ROWS][kSteps];
+    for (int t = 0; t < ROWS; ++t) {
+      for (int p = 0; p < kSteps; ++p) acc_i32x16[t][p] = _mm512_setzero_si512();
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* address = tile + b * kBlockBytes;
+      prefetch_near(address + kPrefetchBytes);
+      const typename Codes::Block codes = Codes::load(address);
+      const int8_t* q_block = q + b * kInputs;
+#pragma GCC unroll 5
+      for (int p = 0; p < kSteps; ++p) {
+        const __m512i code_u8x64 = Codes::in_place(codes, p);
+        for (int t = 0; t < ROWS; ++t) {
+          acc_i32x16[t][p] =
+              _mm512_dpbusd_epi32(acc_i32x16[t][p], code_u8x64, broadcast4(q_block + t * q_stride + 4 * p));
+        }
+      }
+    }
+    for (int t = 0; t < ROWS; ++t) _mm512_storeu_si512(acc + t * kTileRows, add_steps(acc_i32x16[t]));
+  }
+
+  static __m512i add_steps(const __m512i (&acc_i32x16)[kSteps]) {
+    __m512i sum_i32x16 = acc_i32x16[0];
+    for (int p = 1; p < kSteps; ++p) {
+      const unsigned shift = static_cast<unsigned>(Codes::kShift[p]);
+      sum_i32x16 = _mm512_add_epi32(sum_i32x16, _mm512_srai_epi32(acc_i32x16[p], shift));
+    }
+    return sum_i32x16;
+  }
+
+  // Tiles are read side by side, so the bytes to come after the end of one are not the next in memory
+  // (another tile of this group is there) but those after the whole group.
+  template <int TILES>
+  static void prefetch(const uint8_t* tile, int64_t tile_bytes, int64_t offset) {
+    int64_t ahead = offset + kPrefetchBytes;
+    ahead += ahead < tile_bytes ? 0 : (TILES - 1) * tile_bytes;
+    for (int i = 0; i < TILES; ++i) prefetch_near(tile + i * tile_bytes + ahead);
+  }
+
+  template <int TILES, int ROWS>
+  static void block_shifted(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
+                            int32_t* acc) {
+    __m512i acc_i32x16[ROWS][TILES];
+    for (int t = 0; t < ROWS; ++t) {
+      for (int i = 0; i < TILES; ++i) acc_i32x16[t][i] = _mm512_setzero_si512();
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      prefetch<TILES>(tile, tile_bytes, b * kBlockBytes);
+      typename Codes::Block codes[TILES];
+      for (int i = 0; i < TILES; ++i) codes[i] = Codes::load(tile + i * tile_bytes + b * kBlockBytes);
+      const int8_t* q_block = q + b * kInputs;
+#pragma GCC unroll 5
+      for (int p = 0; p < kSteps; ++p) {
+        __m512i code_u8x64[TILES];
+        for (int i = 0; i < TILES; ++i) code_u8x64[i] = Codes::shifted(codes[i], p);
+#pragma GCC unroll 12
+        for (int t = 0; t < ROWS; ++t) {
+          const __m512i q_i8x64 = broadcast4(q_block + t * q_stride + 4 * p);
+          for (int i = 0; i < TILES; ++i) {
+            acc_i32x16[t][i] = _mm512_dpbusd_epi32(acc_i32x16[t][i], code_u8x64[i], q_i8x64);
+          }
+        }
+      }
+    }
+    for (int t = 0; t < ROWS; ++t) {
+      for (int i = 0; i < TILES; ++i) {
+        _mm512_storeu_si512(acc + (t * TILES + i) * kTileRows, acc_i32x16[t][i]);
+      }
+    }
+  }
+};
+
+// Layouts that skip: one row, or eight columns, at a time.
+struct Sparse {
+  template <int ROWS>
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* next_row,
+                       int32_t* acc) {
+    __m512i acc_i32x16[ROWS][4];
+    for (int t = 0; t < ROWS; ++t) {
+      for (int p = 0; p < 4; ++p) acc_i32x16[t][p] = _mm512_setzero_si512();
+    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      prefetch_near(next_row + chunk * kBlockBytes);
+      const __m512i chunk_u8x64 = load64(row + chunk * kBlockBytes);
+      const int8_t* q_chunk = q + chunk * kChunkInputs;
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        const __m512i code_u8x64 = Tile16Codes::in_place(chunk_u8x64, p);
+        for (int t = 0; t < ROWS; ++t) {
+          acc_i32x16[t][p] =
+              _mm512_dpbusd_epi32(acc_i32x16[t][p], code_u8x64, load64(q_chunk + t * q_stride + p * kBlockBytes));
+        }
+      }
+    }
+    for (int t = 0; t < ROWS; ++t) {
+      acc[t] = _mm512_reduce_add_epi32(TileBlocks<Tile16Codes>::add_steps(acc_i32x16[t]));
+    }
+  }
+
+  // Bytes of four columns, interleaved: lane i of steps[u] is row 16*u + i, four inputs wide.
+  static void interleave(const uint8_t* const (&column)[4], int64_t offset, __m512i (&rows_u8x64)[4]) {
+    const __m512i a_u8x64 = load64(column[0] + offset);
+    const __m512i b_u8x64 = load64(column[1] + offset);
+    const __m512i c_u8x64 = load64(column[2] + offset);
+    const __m512i d_u8x64 = load64(column[3] + offset);
+    const __m512i ab_low = _mm512_unpacklo_epi8(a_u8x64, b_u8x64);
+    const __m512i ab_high = _mm512_unpackhi_epi8(a_u8x64, b_u8x64);
+    const __m512i cd_low = _mm512_unpacklo_epi8(c_u8x64, d_u8x64);
+    const __m512i cd_high = _mm512_unpackhi_epi8(c_u8x64, d_u8x64);
+    rows_u8x64[0] = _mm512_unpacklo_epi16(ab_low, cd_low);
+    rows_u8x64[1] = _mm512_unpackhi_epi16(ab_low, cd_low);
+    rows_u8x64[2] = _mm512_unpacklo_epi16(ab_high, cd_high);
+    rows_u8x64[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
+  }
+
+  // Sums stay 4^p times too large until all columns have passed.
+  template <int ROWS>
+  static void columns(const uint8_t* panel, const int32_t* columns, int64_t count, int64_t column_bytes, int64_t panels,
+                      const int8_t* q, int64_t q_stride, int32_t* acc) {
+    static_assert(kColumnsAtOnce == 8, "two interleaved fours");
+    constexpr int64_t kColumnsAhead = 16;
+    for (int64_t c = 0; c < count; c += kColumnsAtOnce) {
+      const uint8_t* column[2][4];
+      for (int i = 0; i < 8; ++i) column[i / 4][i % 4] = panel + columns[c + i] * column_bytes;
+      const uint8_t* ahead[8];
+      for (int i = 0; i < 8; ++i) {
+        const int64_t next = c + i + kColumnsAhead;
+        ahead[i] = panel + columns[next < count ? next : count - 1] * column_bytes;
+      }
+      for (int64_t n = 0; n < panels; ++n) {
+        for (int i = 0; i < 8; ++i) prefetch_near(ahead[i] + n * kBlockBytes);
+        __m512i first_u8x64[4];
+        __m512i second_u8x64[4];
+        interleave(column[0], n * kBlockBytes, first_u8x64);
+        interleave(column[1], n * kBlockBytes, second_u8x64);
+        for (int t = 0; t < ROWS; ++t) {
+          const __m512i first_q_i8x64 = broadcast4(q + t * q_stride + c);
+          const __m512i second_q_i8x64 = broadcast4(q + t * q_stride + c + 4);
+          int32_t* sums = acc + (t * panels + n) * kPanelRows;
+#pragma GCC unroll 4
+          for (int p = 0; p < 4; ++p) {
+            const __m512i mask_u8x64 = _mm512_set1_epi8(static_cast<char>(0x03 << (2 * p)));
+#pragma GCC unroll 4
+            for (int u = 0; u < 4; ++u) {
+              int32_t* place = sums + 64 * p + 16 * u;
+              __m512i sum_i32x16 = load64(place);
+              sum_i32x16 =
+                  _mm512_dpbusd_epi32(sum_i32x16, _mm512_and_si512(first_u8x64[u], mask_u8x64), first_q_i8x64);
+              sum_i32x16 =
+                  _mm512_dpbusd_epi32(sum_i32x16, _mm512_and_si512(second_u8x64[u], mask_u8x64), second_q_i8x64);
+              _mm512_storeu_si512(place, sum_i32x16);
+            }
+          }
+        }
+      }
+    }
+    for (int64_t i = 0; i < ROWS * panels * 4; ++i) {
+      for (int64_t r = 0; r < 64; ++r) acc[64 * i + r] >>= 2 * (i % 4);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace bitnet_ops

@@ -1,0 +1,97 @@
+// AVX-512 VNNI with VBMI (Ice Lake, Sapphire Rapids, Zen 4 and later): see avx512.h, and here what vpermi2b, a
+// table of 128 bytes in two registers, does for tile16_base3.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../float_convert.h"
+#include "../kernel_table.h"
+
+// This list equals the requirement in dispatch.cpp, feature for feature.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
+#endif
+
+#include "float_algorithms.h"
+#include "ternary_driver.h"
+#include "avx512.h"
+
+namespace bitnet_ops {
+namespace {
+
+struct Base3Table {
+  alignas(64) uint8_t codes[128];
+};
+
+// A byte beyond 242 leaves a rest up to 93, whose last digit is 3, as in layouts/tile16_base3.cpp.
+constexpr Base3Table make_base3_table() {
+  Base3Table table{};
+  for (int rest = 0; rest < 128; ++rest) {
+    table.codes[rest] = static_cast<uint8_t>(rest % 3 | rest / 3 % 3 << 2 | rest / 9 % 3 << 4 | (rest / 27 & 3) << 6);
+  }
+  return table;
+}
+constexpr Base3Table kBase3Table = make_base3_table();
+
+// tile16_base3: a byte is c0 + 3*c1 + 9*c2 + 27*c3 + 81*c4. Taking 81*c4 off leaves a rest below 128, and
+// one permute of two registers (vpermi2b, 128 bytes) turns it into the four codes of a tile16 byte.
+struct Base3Codes {
+  static constexpr int kSteps = 5;
+  static constexpr int kShift[kSteps] = {0, 2, 4, 6, 0};
+
+  struct Block {
+    __m512i four_u8x64;   // c0 .. c3 as in a byte of tile16
+    __m512i fifth_u8x64;  // c4
+  };
+
+  static Block load(const uint8_t* block) {
+    const __m512i block_u8x64 = load64(block);
+    const __m512i one_u8x64 = _mm512_set1_epi8(1);
+    const __mmask64 once = _mm512_cmpge_epu8_mask(block_u8x64, _mm512_set1_epi8(81));
+    const __mmask64 twice = _mm512_cmpge_epu8_mask(block_u8x64, _mm512_set1_epi8(static_cast<char>(162)));
+    // The smallest of b, b - 81 and b - 162 that did not wrap around.
+    const __m512i less_81 = _mm512_sub_epi8(block_u8x64, _mm512_set1_epi8(81));
+    const __m512i less_162 = _mm512_sub_epi8(block_u8x64, _mm512_set1_epi8(static_cast<char>(162)));
+    const __m512i rest_u8x64 = _mm512_min_epu8(block_u8x64, _mm512_min_epu8(less_81, less_162));
+    return {_mm512_permutex2var_epi8(load64(kBase3Table.codes), rest_u8x64, load64(kBase3Table.codes + 64)),
+            _mm512_mask_add_epi8(_mm512_maskz_mov_epi8(once, one_u8x64), twice, one_u8x64, one_u8x64)};
+  }
+  static __m512i in_place(const Block& block, int p) {
+    return p == 4 ? block.fifth_u8x64 : Tile16Codes::in_place(block.four_u8x64, p);
+  }
+  static __m512i shifted(const Block& block, int p) {
+    return p == 4 ? block.fifth_u8x64 : Tile16Codes::shifted(block.four_u8x64, p);
+  }
+};
+
+using Float = FloatKernels<Avx512>;
+
+}  // namespace
+
+extern const KernelTable kAvx512VbmiKernels;
+constexpr KernelTable kAvx512VbmiKernels = {
+    "avx512_vbmi",
+    Float::quantize_row,
+    Float::quantize_row_16,
+    TernaryDriver<Avx512, TileBlocks<Tile16Codes>>::ternary_product,
+    TernaryDriver<Avx512, TileBlocks<Base3Codes>>::ternary_product,
+    RowDriver<Sparse>::ternary_rows,
+    ColumnDriver<Avx512, Sparse>::ternary_columns,
+    Float::rms_norm_row,
+    Float::widen_row,
+    Float::logits,
+};
+
+}  // namespace bitnet_ops
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif

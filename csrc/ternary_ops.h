@@ -1,0 +1,22 @@
+// The operators on packed ternary weights; bitnet_ops/ops.py documents them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "tensors.h"
+
+namespace bitnet_ops {
+
+Tensor pack_ternary(const Tensor& w, const std::string& layout);
+
+Tensor unpack_ternary(const Tensor& packed, int64_t out_features, int64_t in_features, const std::string& layout);
+
+Tensor ternary_matmul(const Tensor& q, const Tensor& packed, int64_t out_features, const std::string& layout);
+
+Tensor ternary_linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+                      const std::optional<Tensor>& bias, int64_t out_features, const std::string& layout,
+                      int64_t activation_bits, int64_t group_size, const std::optional<Tensor>& active);
+
+}  // namespace bitnet_ops
