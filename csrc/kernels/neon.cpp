@@ -1,0 +1,150 @@
+// NEON as every ARMv8-A CPU has it (Cortex-A53, A72: Raspberry Pi 3 and 4).
+//
+// Instruction: smlal / smlal2, acc_i16x8[i] += code_i8x8[i] * q_i8x8[i]; sadalp adds neighbours to int32.
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (DESIGN.md section 4).
+// Overflow:    a product lies in [-384, 381] for any byte (code 3), so 85 fit an int16 lane and 86 do not.
+//              A block adds four to a lane; after 16 blocks, 64 products, |sum| <= 24576, and the lanes
+//              are widened to int32. There |acc| <= 384 K <= 1.0e8 < 2^31.
+//
+// A quarter of a block is one register, four rows; a lane of int16 is one row and one j:
+//
+//     code_i8x16      | row 0: j=0..3 | row 1: j=0..3 | row 2: j=0..3 | row 3: j=0..3 |   >> 2p, & 3
+//     q_i8x16         | q[4p .. 4p+3] | q[4p .. 4p+3] | q[4p .. 4p+3] | q[4p .. 4p+3] |
+//     acc_i16x8, low  | row 0: j=0 | j=1 | j=2 | j=3 | row 1: j=0 | j=1 | j=2 | j=3 |     smlal
+//     acc_i16x8, high | row 2: j=0 | j=1 | j=2 | j=3 | row 3: j=0 | j=1 | j=2 | j=3 |     smlal2
+//     sum_i32x4       |    row 0: j=0,1 | j=2,3      |    row 1: j=0,1 | j=2,3      |     sadalp
+//
+// One addp of two such sums then gives four rows.
+
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../float_convert.h"
+#include "../kernel_table.h"
+
+// No target region: all of this is the baseline.
+#include "float_algorithms.h"
+#include "neon.h"
+#include "neon_sparse.h"
+#include "ternary_driver.h"
+
+namespace bitnet_ops {
+namespace {
+
+struct Smlal {
+  // Two products a lane of int16 at most: |sum| <= 2 * 384.
+  static int32x4_t dot(int32x4_t acc_i32x4, int8x16_t code_i8x16, int8x16_t q_i8x16) {
+    const int16x8_t low_i16x8 = vmull_s8(vget_low_s8(code_i8x16), vget_low_s8(q_i8x16));
+    return vpadalq_s16(acc_i32x4, vmlal_high_s8(low_i16x8, code_i8x16, q_i8x16));
+  }
+
+  static int32x4_t dot_columns(int32x4_t acc_i32x4, int8x16_t first_i8x16, int8x16_t second_i8x16, int8x8_t q_i8x8) {
+    const int8x16_t first_q_i8x16 = vreinterpretq_s8_s32(vdupq_lane_s32(vreinterpret_s32_s8(q_i8x8), 0));
+    const int8x16_t second_q_i8x16 = vreinterpretq_s8_s32(vdupq_lane_s32(vreinterpret_s32_s8(q_i8x8), 1));
+    int16x8_t low_i16x8 = vmull_s8(vget_low_s8(first_i8x16), vget_low_s8(first_q_i8x16));
+    int16x8_t high_i16x8 = vmull_high_s8(first_i8x16, first_q_i8x16);
+    low_i16x8 = vmlal_s8(low_i16x8, vget_low_s8(second_i8x16), vget_low_s8(second_q_i8x16));
+    high_i16x8 = vmlal_high_s8(high_i16x8, second_i8x16, second_q_i8x16);
+    return vaddq_s32(acc_i32x4, vpaddq_s32(vpaddlq_s16(low_i16x8), vpaddlq_s16(high_i16x8)));
+  }
+};
+
+struct Inner : NeonSparse<Smlal> {
+  static constexpr int64_t kInputs = kBlockInputs;
+  static constexpr int kTiles = 1;
+  static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
+  static constexpr int64_t kQBytes = kQBytesInL2;
+  // Half a tile: 6 x 4 accumulators + 2 codes + 1 activation + 1 mask = 28 of 32 registers. Every register
+  // of codes and every broadcast activation costs instructions: here 36 for 96 products, while a whole
+  // tile and two rows of q would need 32 for 64.
+  static constexpr int kRows = 6;
+  static constexpr int kRowsOfWholeTile = 1;         // one sequential stream
+  static constexpr int64_t kBlocksPerWidening = 16;  // 64 products a lane: see Overflow above
+
+  template <int TILES, int ROWS>
+  static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    static_assert(TILES == 1, "the driver asks for kTiles at most");
+    constexpr int kQuarters = ROWS <= kRowsOfWholeTile ? 4 : 2;
+    for (int quarter = 0; quarter < 4; quarter += kQuarters) {
+      quarters<kQuarters, ROWS>(tile + quarter * kQuarterBytes, blocks, q, q_stride, acc + quarter * kQuarterRows);
+    }
+  }
+
+  template <int QUARTERS, int ROWS>
+  static void quarters(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    int32x4_t sum_i32x4[ROWS][2 * QUARTERS];
+    for (int t = 0; t < ROWS; ++t) {
+      for (int half = 0; half < 2 * QUARTERS; ++half) sum_i32x4[t][half] = vdupq_n_s32(0);
+    }
+    for (int64_t begin = 0; begin < blocks; begin += kBlocksPerWidening) {
+      const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
+      int16x8_t acc_i16x8[ROWS][2 * QUARTERS];
+      for (int t = 0; t < ROWS; ++t) {
+        for (int half = 0; half < 2 * QUARTERS; ++half) acc_i16x8[t][half] = vdupq_n_s16(0);
+      }
+      for (int64_t b = begin; b < end; ++b) {
+        const uint8_t* address = tile + b * kBlockBytes;
+        prefetch_near(address + kPrefetchBytes);
+        const int8_t* q_block = q + b * kBlockInputs;
+        step<0, QUARTERS>(address, q_block, q_stride, acc_i16x8);
+        step<1, QUARTERS>(address, q_block, q_stride, acc_i16x8);
+        step<2, QUARTERS>(address, q_block, q_stride, acc_i16x8);
+        step<3, QUARTERS>(address, q_block, q_stride, acc_i16x8);
+      }
+      for (int t = 0; t < ROWS; ++t) {
+        for (int half = 0; half < 2 * QUARTERS; ++half) {
+          sum_i32x4[t][half] = vpadalq_s16(sum_i32x4[t][half], acc_i16x8[t][half]);
+        }
+      }
+    }
+    for (int t = 0; t < ROWS; ++t) {
+      for (int i = 0; i < QUARTERS; ++i) {
+        const int32x4_t row_i32x4 = vpaddq_s32(sum_i32x4[t][2 * i], sum_i32x4[t][2 * i + 1]);
+        vst1q_s32(acc + t * kTileRows + i * kQuarterRows, row_i32x4);
+      }
+    }
+  }
+
+  // Inputs 4P .. 4P+3 of a block. Its quarters are loaded anew in every step: a load costs no vector
+  // pipe, and registers are short.
+  template <int P, int QUARTERS, int ROWS>
+  static void step(const uint8_t* address, const int8_t* q_block, int64_t q_stride,
+                   int16x8_t (&acc_i16x8)[ROWS][2 * QUARTERS]) {
+    int8x16_t code_i8x16[QUARTERS];
+    for (int i = 0; i < QUARTERS; ++i) code_i8x16[i] = codes<P>(vld1q_u8(address + i * kQuarterBytes));
+    for (int t = 0; t < ROWS; ++t) {
+      keep_load_order();
+      int32_t four;
+      std::memcpy(&four, q_block + t * q_stride + 4 * P, sizeof four);
+      const int8x16_t q_i8x16 = vreinterpretq_s8_s32(vdupq_n_s32(four));
+      for (int i = 0; i < QUARTERS; ++i) {
+        int16x8_t& low_i16x8 = acc_i16x8[t][2 * i];
+        int16x8_t& high_i16x8 = acc_i16x8[t][2 * i + 1];
+        low_i16x8 = vmlal_s8(low_i16x8, vget_low_s8(code_i8x16[i]), vget_low_s8(q_i8x16));
+        high_i16x8 = vmlal_high_s8(high_i16x8, code_i8x16[i], q_i8x16);
+      }
+    }
+  }
+};
+
+using Float = FloatKernels<Neon>;
+
+}  // namespace
+
+extern const KernelTable kNeonKernels;
+constexpr KernelTable kNeonKernels = {
+    "neon",
+    Float::quantize_row,
+    Float::quantize_row_16,
+    TernaryDriver<Neon, Inner>::ternary_product,
+    nullptr,
+    RowDriver<Inner>::ternary_rows,
+    ColumnDriver<Neon, Inner>::ternary_columns,
+    Float::rms_norm_row,
+    Float::widen_row,
+    Float::logits,
+};
+
+}  // namespace bitnet_ops
