@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from probes import INSTRUCTIONS, multiply_rate, read_bandwidth
-
-SETTLE_SECONDS = 0.01
-"""Idle workers of torch's pool go on spinning for some milliseconds, where a probe wants their cores."""
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -37,6 +35,7 @@ def measure(
     def take_turns() -> None:
         for name, other in others.items():
             beside[name].append(other())
+        torch.zeros(1 << 20)  # wakes the workers of torch's pool, who rest while a probe runs
 
     benchmark.pedantic(run, setup=take_turns, rounds=rounds, warmup_rounds=1)
     return {name: values[1 : rounds + 1] for name, values in beside.items()} | {
@@ -70,15 +69,9 @@ class Work:
 
 def limits(isa: str, threads: int) -> dict[str, Callable[[], float | None]]:
     """The probes to measure beside a row, by the names that `limit_columns` looks for."""
-
-    def bandwidth() -> float:
-        if threads > 1:
-            time.sleep(SETTLE_SECONDS)
-        return read_bandwidth(threads)
-
     instruction = INSTRUCTIONS.get(isa)
     return {
-        "read bandwidth": bandwidth,
+        "read bandwidth": lambda: read_bandwidth(threads),
         "multiply rate": lambda: instruction and multiply_rate(instruction, threads),
     }
 

@@ -86,11 +86,11 @@ constexpr int64_t kRounds = 1 << 20;  // 3 to 7 ms
 
 }  // namespace
 
-// Multiplications a second of `threads` threads together; 0 where this CPU lacks the instruction.
-extern "C" double multiply_rate(const char* name, int threads) {
+// Multiplications a second of `threads` threads together, one on each of `cpus`; 0 where this CPU lacks the instruction.
+extern "C" double multiply_rate(const char* name, int threads, const int* cpus) {
   for (const Instruction* i = kInstructions; i->name != nullptr; ++i) {
     if (std::strcmp(name, i->name) != 0) continue;
-    const double seconds = seconds_on_threads(threads, [&](int) { i->repeat(kRounds); });
+    const double seconds = seconds_on_threads(threads, cpus, [&](int) { i->repeat(kRounds); });
     return static_cast<double>(kRounds) * kChains * i->multiplications * threads / seconds;
   }
   return 0.0;

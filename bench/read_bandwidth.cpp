@@ -68,8 +68,8 @@ const Line* buffer(bool large_pages) {
 
 extern "C" int read_variants() { return sizeof kVariants / sizeof *kVariants; }
 
-// Bytes per second that `threads` threads read together; 0 without memory.
-extern "C" double read_bandwidth(int variant, int threads) {
+// Bytes per second that `threads` threads read together, one on each of `cpus`; 0 without memory.
+extern "C" double read_bandwidth(int variant, int threads, const int* cpus) {
   static const Line* const kSmallPages = buffer(false);
   static const Line* const kLargePages = buffer(true);
   static size_t offset = 0;
@@ -80,6 +80,6 @@ extern "C" double read_bandwidth(int variant, int threads) {
   data += offset / sizeof(Line);
   offset = (offset + kReadBytes) % kBufferBytes;
   const size_t part = kReadBytes / sizeof(Line) / threads;
-  const double seconds = seconds_on_threads(threads, [&](int t) { sink += chosen.sum(data + t * part, part); });
+  const double seconds = seconds_on_threads(threads, cpus, [&](int t) { sink += chosen.sum(data + t * part, part); });
   return kReadBytes / seconds;
 }
