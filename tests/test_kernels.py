@@ -1,7 +1,8 @@
 """The kernels without Python or torch: a C++ program compares every table with scalar, bit for bit.
 
 It also runs the AVX-VNNI kernel on CPUs that only have AVX-512 VNNI (the one instruction they lack is
-emulated), and all of it under the address and undefined-behaviour sanitizers.
+emulated), all of it under the address and undefined-behaviour sanitizers, and the NEON kernels on other
+CPUs, cross-compiled, in QEMU.
 """
 
 import os
@@ -21,31 +22,81 @@ BUILDS = {
     "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 
+MACHINE = platform.machine().lower()
+ARCHITECTURE = {"amd64": "x86_64", "arm64": "aarch64"}.get(MACHINE, MACHINE)
+KERNEL_PREFIX = {"x86_64": "avx", "aarch64": "neon"}  # the files that setup.py chooses
 
-def sources() -> list[Path]:
+# What QEMU's models of CPUs have. The best table is chosen, and every table named here is compared.
+EMULATED_CPUS = {
+    "cortex-a53": ["neon", "scalar"],
+    "neoverse-n1": ["neon_dotprod", "neon", "scalar"],
+    "max": ["neon_i8mm", "neon_dotprod", "neon", "scalar"],
+}
+NEON_ISAS = set(EMULATED_CPUS["max"])
+
+
+def build(compiler: str, flags: list[str], architecture: str, program: Path) -> None:
     csrc = ROOT / "csrc"
-    kernels = sorted((csrc / "kernels").glob("*.cpp"))
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        kernels = [csrc / "kernels" / "scalar.cpp"]
-    torch_free = [csrc / name for name in ("dispatch.cpp", "cpu_features.cpp", "tile16.cpp")]
-    return [ROOT / "tests/kernels/kernel_test.cpp", *torch_free, *kernels]
+    torch_free = [csrc / "dispatch.cpp", csrc / "cpu_features.cpp", *sorted((csrc / "layouts").glob("*.cpp"))]
+    prefixes = ("scalar", KERNEL_PREFIX.get(architecture, "scalar"))
+    kernels = [file for file in (csrc / "kernels").glob("*.cpp") if file.name.startswith(prefixes)]
+    sources = [ROOT / "tests/kernels/kernel_test.cpp", *torch_free, *kernels]
+    command = [compiler, *BASELINE, *flags, "-o", str(program), *map(str, sources)]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr[-4000:]
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_every_kernel_equals_scalar(build: str, tmp_path: Path) -> None:
+def run(command: list[str], timeout: float) -> dict[str, str]:
+    """Runs the program and returns what it says about each instruction set and of its choice."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    return dict(line.split(": ", 1) for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize("flags", BUILDS)
+def test_every_kernel_equals_scalar(flags: str, tmp_path: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path / "kernel_test"
-    command = [compiler, *BASELINE, *BUILDS[build], "-o", str(program), *map(str, sources())]
-    compiled = subprocess.run(command, capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr[-4000:]
-
-    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
-    outcome = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    build(compiler, BUILDS[flags], ARCHITECTURE, program)
+    outcome = run([str(program)], timeout=300)
+    assert outcome.pop("chosen") == bitnet_ops.supported_isas()[0]
     assert outcome.keys() == set(bitnet_ops.known_isas())
     for name in bitnet_ops.supported_isas():
         assert "comparisons, 0 differences" in outcome[name]
     if "avx2" in bitnet_ops.supported_isas():
         assert "comparisons, 0 differences" in outcome["avx_vnni"]  # natively or emulated
+
+
+@pytest.fixture(scope="module")
+def aarch64_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program for aarch64, cross-compiled once for each entry of BUILDS."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++ (Debian's package g++-aarch64-linux-gnu)")
+    program = tmp_path_factory.mktemp("aarch64") / "kernel_test"
+    build(compiler, BUILDS[request.param], "aarch64", program)
+    return program
+
+
+@pytest.mark.skipif(ARCHITECTURE == "aarch64", reason="this CPU runs the NEON kernels itself")
+@pytest.mark.parametrize(
+    ("aarch64_program", "cpu"),
+    [*(("optimised", cpu) for cpu in EMULATED_CPUS), ("sanitized", "max")],
+    indirect=["aarch64_program"],
+)
+def test_every_neon_kernel_equals_scalar(
+    aarch64_program: Path, cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if emulator is None:
+        pytest.skip("no qemu-aarch64 (Debian's package qemu-user-static)")
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")  # its leak detector needs ptrace, QEMU has none
+    libraries = "/usr/aarch64-linux-gnu"  # where Debian's cross compiler has them
+    outcome = run([emulator, "-cpu", cpu, "-L", libraries, str(aarch64_program)], timeout=600)
+    assert outcome.pop("chosen") == EMULATED_CPUS[cpu][0]
+    assert outcome.keys() == NEON_ISAS
+    for name in NEON_ISAS:
+        expected = "comparisons, 0 differences" if name in EMULATED_CPUS[cpu] else "not supported by this CPU"
+        assert expected in outcome[name]
