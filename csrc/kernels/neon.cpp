@@ -75,13 +75,17 @@ struct Inner : NeonSparse<Smlal> {
   template <int QUARTERS, int ROWS>
   static void quarters(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     int32x4_t sum_i32x4[ROWS][2 * QUARTERS];
+#pragma GCC unroll 6
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 8
       for (int half = 0; half < 2 * QUARTERS; ++half) sum_i32x4[t][half] = vdupq_n_s32(0);
     }
     for (int64_t begin = 0; begin < blocks; begin += kBlocksPerWidening) {
       const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
       int16x8_t acc_i16x8[ROWS][2 * QUARTERS];
+#pragma GCC unroll 6
       for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 8
         for (int half = 0; half < 2 * QUARTERS; ++half) acc_i16x8[t][half] = vdupq_n_s16(0);
       }
       for (int64_t b = begin; b < end; ++b) {
@@ -93,13 +97,17 @@ struct Inner : NeonSparse<Smlal> {
         step<2, QUARTERS>(address, q_block, q_stride, acc_i16x8);
         step<3, QUARTERS>(address, q_block, q_stride, acc_i16x8);
       }
+#pragma GCC unroll 6
       for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 8
         for (int half = 0; half < 2 * QUARTERS; ++half) {
           sum_i32x4[t][half] = vpadalq_s16(sum_i32x4[t][half], acc_i16x8[t][half]);
         }
       }
     }
+#pragma GCC unroll 6
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 4
       for (int i = 0; i < QUARTERS; ++i) {
         const int32x4_t row_i32x4 = vpaddq_s32(sum_i32x4[t][2 * i], sum_i32x4[t][2 * i + 1]);
         vst1q_s32(acc + t * kTileRows + i * kQuarterRows, row_i32x4);
@@ -113,12 +121,15 @@ struct Inner : NeonSparse<Smlal> {
   static void step(const uint8_t* address, const int8_t* q_block, int64_t q_stride,
                    int16x8_t (&acc_i16x8)[ROWS][2 * QUARTERS]) {
     int8x16_t code_i8x16[QUARTERS];
+#pragma GCC unroll 4
     for (int i = 0; i < QUARTERS; ++i) code_i8x16[i] = codes<P>(vld1q_u8(address + i * kQuarterBytes));
+#pragma GCC unroll 6
     for (int t = 0; t < ROWS; ++t) {
       keep_load_order();
       int32_t four;
       std::memcpy(&four, q_block + t * q_stride + 4 * P, sizeof four);
       const int8x16_t q_i8x16 = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#pragma GCC unroll 4
       for (int i = 0; i < QUARTERS; ++i) {
         int16x8_t& low_i16x8 = acc_i16x8[t][2 * i];
         int16x8_t& high_i16x8 = acc_i16x8[t][2 * i + 1];

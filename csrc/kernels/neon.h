@@ -13,7 +13,8 @@ constexpr int64_t kPrefetchBytes = 4096;
 inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // Keeps loads from moving up across it. GCC otherwise schedules the loads of a whole loop body first, and
-// then spills accumulators to make room.
+// then spills accumulators to make room. Loops over arrays of registers must be unrolled by pragma around it,
+// early in the compiler's work: an array that is still one by then stays in memory.
 inline void keep_load_order() { __asm__ volatile("" ::: "memory"); }
 
 struct Neon {

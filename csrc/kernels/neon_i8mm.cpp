@@ -71,7 +71,9 @@ struct Inner {
   static void half_tile(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     constexpr int kPairs = (ROWS + 1) / 2;
     int32x4_t acc_i32x4[kPairs][4];  // of rows 2i and 2i+1
+#pragma GCC unroll 6
     for (int pair = 0; pair < kPairs; ++pair) {
+#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) acc_i32x4[pair][i] = vdupq_n_s32(0);
     }
     for (int64_t b = 0; b < blocks; ++b) {
@@ -81,7 +83,9 @@ struct Inner {
       two_steps<0, ROWS>(address, q_block, q_stride, acc_i32x4);
       two_steps<2, ROWS>(address, q_block, q_stride, acc_i32x4);
     }
+#pragma GCC unroll 6
     for (int pair = 0; pair < kPairs; ++pair) {
+#pragma GCC unroll 4
       for (int i = 0; i < 4; i += 2) {
         int32_t* out = acc + 2 * pair * kTileRows + 2 * i;
         vst1q_s32(out, vuzp1q_s32(acc_i32x4[pair][i], acc_i32x4[pair][i + 1]));
@@ -97,6 +101,7 @@ struct Inner {
   static void two_steps(const uint8_t* address, const int8_t* q_block, int64_t q_stride,
                         int32x4_t (&acc_i32x4)[PAIRS][4]) {
     int8x16_t code_i8x16[4];  // of rows 2i and 2i+1
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i += 2) {
       const uint8x16_t block_u8x16 = vld1q_u8(address + i / 2 * kQuarterBytes);
       const int32x4_t step_i32x4 = vreinterpretq_s32_s8(codes<P>(block_u8x16));
@@ -104,12 +109,14 @@ struct Inner {
       code_i8x16[i] = vreinterpretq_s8_s32(vzip1q_s32(step_i32x4, next_i32x4));
       code_i8x16[i + 1] = vreinterpretq_s8_s32(vzip2q_s32(step_i32x4, next_i32x4));
     }
+#pragma GCC unroll 6
     for (int pair = 0; pair < PAIRS; ++pair) {
       keep_load_order();
       const int first = 2 * pair;
       const int second = first + 1 < ROWS ? first + 1 : first;  // an odd token stands in for its partner
       const int8x16_t q_i8x16 = vcombine_s8(vld1_s8(q_block + first * q_stride + 4 * P),  //
                                             vld1_s8(q_block + second * q_stride + 4 * P));
+#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) acc_i32x4[pair][i] = vmmlaq_s32(acc_i32x4[pair][i], code_i8x16[i], q_i8x16);
     }
   }

@@ -49,13 +49,16 @@ struct SdotLoops : NeonSparse<Sdot> {
     int32x4_t acc_i32x4[ROWS][4];  // p = 0 and 3
     int32x4_t acc1_i32x4[ROWS][4];
     int32x4_t acc2_i32x4[ROWS][4];
+#pragma GCC unroll 10
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) acc_i32x4[t][i] = acc1_i32x4[t][i] = acc2_i32x4[t][i] = vdupq_n_s32(0);
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
       prefetch_near(address + kPrefetchBytes);
       int8x16_t q_i8x16[ROWS];
+#pragma GCC unroll 10
       for (int t = 0; t < ROWS; ++t) q_i8x16[t] = vld1q_s8(q + t * q_stride + b * kBlockInputs);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -65,6 +68,7 @@ struct SdotLoops : NeonSparse<Sdot> {
         const int8x16_t code1_i8x16 = vreinterpretq_s8_u8(vandq_u8(block_u8x16, mask1_u8x16));
         const int8x16_t code2_i8x16 = vreinterpretq_s8_u8(vandq_u8(block_u8x16, mask2_u8x16));
         const int8x16_t code3_i8x16 = codes<3>(block_u8x16);
+#pragma GCC unroll 10
         for (int t = 0; t < ROWS; ++t) {
           acc_i32x4[t][i] = vdotq_laneq_s32(acc_i32x4[t][i], code0_i8x16, q_i8x16[t], 0);
           acc1_i32x4[t][i] = vdotq_laneq_s32(acc1_i32x4[t][i], code1_i8x16, q_i8x16[t], 1);
@@ -73,7 +77,9 @@ struct SdotLoops : NeonSparse<Sdot> {
         }
       }
     }
+#pragma GCC unroll 10
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         // Exact: every term of these sums is a multiple of 4 or 16.
         const int32x4_t sum_i32x4 = vsraq_n_s32(vsraq_n_s32(acc_i32x4[t][i], acc1_i32x4[t][i], 2), acc2_i32x4[t][i], 4);
@@ -87,13 +93,16 @@ struct SdotLoops : NeonSparse<Sdot> {
   static void block_shifted(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     constexpr int kQuarters = 2;
     int32x4_t acc_i32x4[ROWS][kQuarters];
+#pragma GCC unroll 10
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 2
       for (int i = 0; i < kQuarters; ++i) acc_i32x4[t][i] = vdupq_n_s32(0);
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
       prefetch_near(address + kPrefetchBytes);
       int8x16_t code_i8x16[kQuarters][4];
+#pragma GCC unroll 2
       for (int i = 0; i < kQuarters; ++i) {
         const uint8x16_t block_u8x16 = vld1q_u8(address + i * kQuarterBytes);
         code_i8x16[i][0] = codes<0>(block_u8x16);
@@ -101,9 +110,11 @@ struct SdotLoops : NeonSparse<Sdot> {
         code_i8x16[i][2] = codes<2>(block_u8x16);
         code_i8x16[i][3] = codes<3>(block_u8x16);
       }
+#pragma GCC unroll 10
       for (int t = 0; t < ROWS; ++t) {
         keep_load_order();
         const int8x16_t q_i8x16 = vld1q_s8(q + t * q_stride + b * kBlockInputs);
+#pragma GCC unroll 2
         for (int i = 0; i < kQuarters; ++i) {
           acc_i32x4[t][i] = vdotq_laneq_s32(acc_i32x4[t][i], code_i8x16[i][0], q_i8x16, 0);
           acc_i32x4[t][i] = vdotq_laneq_s32(acc_i32x4[t][i], code_i8x16[i][1], q_i8x16, 1);
@@ -112,7 +123,9 @@ struct SdotLoops : NeonSparse<Sdot> {
         }
       }
     }
+#pragma GCC unroll 10
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 2
       for (int i = 0; i < kQuarters; ++i) vst1q_s32(acc + t * kTileRows + i * kQuarterRows, acc_i32x4[t][i]);
     }
   }
