@@ -3,8 +3,8 @@
     pytest bench/bench_ops.py --benchmark-only
 
 Every row shows its share of the limit that binds it, reading memory or multiplying bytes, with the limit
-measured between the row's own rounds (measure.py). All figures stand for one call under
-torch.inference_mode, activations quantised inside.
+measured between the row's own rounds (measure.py). Times are those of one call under torch.inference_mode,
+activations quantised inside.
 """
 
 import mmap
@@ -15,26 +15,33 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Work, limit_columns, limits, measure, median_ratio, seconds, spread
+from matrices import CONFIG, LAYER, SHAPES, Shape, linear, more_than_caches_hold, random_packed
+from measure import Rounds, Work, limit_columns, limits, measure, median_ratio, seconds, spread
 from probes import INSTRUCTIONS, multiply_rate, read_bandwidth
-from shapes import CONFIG, LAYER, SHAPES, Shape
 from torch import Tensor
 
 from bitnet_ops import ops, supported_isas, use_isa
-
-STREAM_BYTES = 256 << 20
-"""Weights that a decode round runs through: many times the last-level cache, so that memory is measured."""
 
 PREFILL_PRODUCTS = 2_000_000_000
 """A prefill round is several calls where one is smaller: some 10 ms, long beside the clock and a wake-up."""
 
 ROUNDS = 7
-SWEEP_ROUNDS = 5
-ROUNDS_OF_LONG = 3
+LONG_ROUNDS = 3
 """For rounds of a tenth of a second and more."""
+FEWER_ROUNDS = 5
+"""Where there are many rows."""
 
 THREADS = sorted({1, torch.get_num_threads()})
-VECTOR_ISAS = [isa for isa in supported_isas() if isa != "scalar"]
+
+BASE3_ISA = "avx512_vbmi"
+"""The one that decodes base 3 in its inner loop; in all else it is avx512_vnni."""
+ISAS = [isa for isa in supported_isas() if isa not in ("scalar", BASE3_ISA)]
+KERNELS = [(isa, "tile16") for isa in ISAS]
+if BASE3_ISA in supported_isas():
+    KERNELS.append((BASE3_ISA, "tile16_base3"))
+
+SPARSE = {"row": "gate_proj, up_proj", "column": "down_proj"}
+"""Where each sparse layout is of use: squared ReLU silences rows of up_proj, and columns of down_proj."""
 
 
 @pytest.fixture(params=THREADS, ids=lambda threads: f"{threads}t")
@@ -46,10 +53,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=VECTOR_ISAS)
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs on every instruction set of this machine but the scalar one."""
     with use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=KERNELS, ids="-".join)
+def kernel(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Runs every instruction set on the dense layouts it has a loop for; gives the names of both."""
+    with use_isa(request.param[0]):
         yield request.param
 
 
@@ -59,25 +73,8 @@ def _inference() -> Iterator[None]:
         yield
 
 
-# ---- what the rows have in common ----------------------------------------------------------------------
-
-
-def random_packed(shape: Shape, layout: str = "tile16") -> Tensor:
-    """Random ternary weights."""
-    return ops.pack_ternary(torch.randint(-1, 2, shape, dtype=torch.int8), layout)
-
-
-def linear(shape: Shape) -> Callable[[Tensor, Tensor], Tensor]:
-    """The operator as a function of x and packed weights."""
-    out_features, in_features = shape
-    weight_scale = torch.full((out_features,), in_features**-0.5)
-    return lambda x, packed: ops.ternary_linear(x, packed, weight_scale, None, out_features)
-
-
-def put(
-    benchmark, table: str, row: dict[str, Any], rounds: dict[str, Any], calls: int, **columns: Any
-) -> None:
-    """Fills a row with what all have, and with columns of its own."""
+def put(benchmark, table: str, row: dict[str, Any], rounds: Rounds, calls: int = 1, **columns: Any) -> None:
+    """Fills a row of a table with what all rows have, and with columns of its own."""
     benchmark.extra_info |= {
         "table": table,
         "row": row,
@@ -87,21 +84,28 @@ def put(
     }
 
 
-def rate(amount: float, rounds: dict[str, Any]) -> float:
+def rate(amount: float, rounds: Rounds) -> float:
     """Thousand millions a second."""
     return amount / statistics.median(rounds["seconds"]) / 1e9
 
 
-# ---- the limits ----------------------------------------------------------------------------------------
+# ---- the limits ------------------------------------------------------------------------------------------
+
+
+AVX2_PAIR = "vpmaddubsw + vpaddw ymm"
+"""What the AVX2 kernel cannot do without; its limit is the multiplication alone."""
 
 
 @pytest.mark.benchmark(group="limits")
-@pytest.mark.parametrize("probe", ["reading", *INSTRUCTIONS.values(), "vpmaddubsw + vpaddw ymm"])
+@pytest.mark.parametrize(
+    "probe", ["reading", *dict.fromkeys(INSTRUCTIONS.values()), "vpmaddubsw + vpaddw ymm"]
+)
 def bench_limit(benchmark, probe: str, threads: int) -> None:
     """What the machine gave at this moment; the rows below have measurements of their own."""
-    measured: Callable[[], float | None] = (
-        (lambda: read_bandwidth(threads)) if probe == "reading" else (lambda: multiply_rate(probe, threads))
-    )
+
+    def measured() -> float | None:
+        return read_bandwidth(threads) if probe == "reading" else multiply_rate(probe, threads)
+
     if measured() is None:
         pytest.skip(f"this CPU has no {probe}")
     rates: list[float] = []
@@ -114,27 +118,26 @@ def bench_limit(benchmark, probe: str, threads: int) -> None:
     }
 
 
-# ---- decode: one token ---------------------------------------------------------------------------------
+# ---- decode: one token -----------------------------------------------------------------------------------
 
 DECODE = "Decode (one token), weights streamed from memory:"
 
 
 @pytest.mark.benchmark(group="decode")
 @pytest.mark.parametrize("name", SHAPES)
-def bench_decode(benchmark, name: str, isa: str, threads: int) -> None:
+def bench_decode(benchmark, name: str, kernel: tuple[str, str], threads: int) -> None:
     """One token through as many matrices of a shape as do not fit into any cache."""
-    layout = "tile16"
-    packed = random_packed(SHAPES[name], layout)
-    copies = [packed.clone() for _ in range(-(-STREAM_BYTES // packed.nbytes))]
+    isa, layout = kernel
+    copies = more_than_caches_hold(SHAPES[name], layout)
     x = torch.randn(1, SHAPES[name][1])
-    call = linear(SHAPES[name])
+    call = linear(SHAPES[name], layout)
 
     def decode() -> None:
-        for weights in copies:
-            call(x, weights)
+        for packed in copies:
+            call(x, packed)
 
     rounds = measure(benchmark, decode, limits(isa, threads), ROUNDS)
-    weight_bytes = len(copies) * packed.nbytes
+    weight_bytes = len(copies) * copies[0].nbytes
     row = {"shape": name, "layout": layout, "ISA": isa, "threads": threads}
     columns = {"GB/s": rate(weight_bytes, rounds), **limit_columns(Work(weight_bytes), isa, rounds)}
     put(benchmark, DECODE, row, rounds, len(copies), **columns)
@@ -148,39 +151,53 @@ def bench_lm_head(benchmark, isa: str, threads: int) -> None:
     rounds = measure(benchmark, lambda: ops.lm_head(x, weight), limits(isa, threads), ROUNDS)
     row = {"shape": "head", "layout": "bfloat16", "ISA": isa, "threads": threads}
     columns = {"GB/s": rate(weight.nbytes, rounds), **limit_columns(Work(weight.nbytes), isa, rounds)}
-    put(benchmark, DECODE, row, rounds, 1, **columns)
+    put(benchmark, DECODE, row, rounds, **columns)
 
 
-# ---- the whole stack: one token, and the few that drafts or a small batch bring ------------------------
+# ---- the whole stack: one token, and the few that drafts or a small batch bring --------------------------
 
 
 def on_large_pages(tensors: list[Tensor]) -> list[Tensor]:
     """Copies that lie one after another in 2 MB pages, where the system grants them."""
-    total = sum(tensor.nbytes for tensor in tensors)
-    memory = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    sizes = [tensor.nbytes for tensor in tensors]
+    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    pieces = torch.frombuffer(memory, dtype=torch.uint8).split([tensor.nbytes for tensor in tensors])
+    pieces = torch.frombuffer(memory, dtype=torch.uint8).split(sizes)
     return [piece.view(tensor.shape).copy_(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 @pytest.fixture(scope="module", params=["4 KB", "2 MB"])
-def stack(request: pytest.FixtureRequest) -> tuple[str, list[tuple[Shape, Tensor]]]:
-    """The size of the pages, and all matrices of the model in the order in which a token meets them."""
-    packed = {shape: random_packed(shape) for shape in SHAPES.values()}
+def pages(request: pytest.FixtureRequest) -> str:
+    """Size of the pages that weights lie in: what torch allocates, or huge ones."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=dict.fromkeys(layout for _, layout in KERNELS))
+def stack(request: pytest.FixtureRequest, pages: str) -> tuple[str, list[tuple[Shape, Tensor]]]:
+    """The layout, and all matrices of the model in the order in which a token meets them."""
+    packed = {shape: random_packed(shape, request.param) for shape in SHAPES.values()}
     shapes = LAYER * CONFIG.num_hidden_layers
     weights = [packed[shape] for shape in shapes]
-    copies = [w.clone() for w in weights] if request.param == "4 KB" else on_large_pages(weights)
+    copies = on_large_pages(weights) if pages == "2 MB" else [w.clone() for w in weights]
     return request.param, list(zip(shapes, copies, strict=True))
 
 
 @pytest.mark.benchmark(group="stack")
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def bench_stack(
-    benchmark, tokens: int, stack: tuple[str, list[tuple[Shape, Tensor]]], isa: str, threads: int
+    benchmark,
+    tokens: int,
+    stack: tuple[str, list[tuple[Shape, Tensor]]],
+    pages: str,
+    kernel: tuple[str, str],
+    threads: int,
 ) -> None:
     """A few tokens through the matrices of all layers."""
-    pages, matrices = stack
-    calls = {shape: linear(shape) for shape in SHAPES.values()}
+    layout, matrices = stack
+    isa = kernel[0]
+    if (isa, layout) not in KERNELS:
+        pytest.skip(f"{isa} has no loop for {layout}")
+    calls = {shape: linear(shape, layout) for shape in SHAPES.values()}
 
     def forward(tokens: int) -> Callable[[], None]:
         x = {shape: torch.randn(tokens, shape[1]) for shape in SHAPES.values()}
@@ -196,29 +213,102 @@ def bench_stack(
     rounds = measure(benchmark, forward(tokens), others, ROUNDS)
     weight_bytes = sum(packed.nbytes for _, packed in matrices)
     weights = sum(out_features * in_features for (out_features, in_features), _ in matrices)
-    row = {"tokens": tokens, "layout": "tile16", "pages": pages, "ISA": isa, "threads": threads}
+    row = {"tokens": tokens, "layout": layout, "pages": pages, "ISA": isa, "threads": threads}
     columns = {
         "GB/s": rate(weight_bytes, rounds),
         **limit_columns(Work(weight_bytes, tokens * weights), isa, rounds),
         "time over 1 token": median_ratio(rounds["seconds"], rounds["one token"]),
     }
-    put(benchmark, "The matrices of all 30 layers (521 MB):", row, rounds, 1, **columns)
+    put(benchmark, f"The matrices of all {CONFIG.num_hidden_layers} layers:", row, rounds, **columns)
 
 
-# ---- prefill -------------------------------------------------------------------------------------------
+# ---- decode with exact sparsity --------------------------------------------------------------------------
+
+
+@pytest.mark.benchmark(group="sparse")
+@pytest.mark.parametrize("percent", [100, 70, 50, 35, 20, 10, 5, 2])
+@pytest.mark.parametrize("layout", SPARSE)
+def bench_sparse(benchmark, layout: str, percent: int, isa: str, threads: int) -> None:
+    """Only some rows wanted, or only some inputs not zero: the time against the bytes that are needed."""
+    name = SPARSE[layout]
+    out_features, in_features = SHAPES[name]
+    total = out_features if layout == "row" else in_features
+    needed = torch.zeros(total, dtype=torch.bool)
+    needed[torch.randperm(total)[: total * percent // 100]] = True
+    x = torch.randn(1, in_features)
+    x += 0.1 * x.sign()  # far from 0, which small values would be rounded to
+    if layout == "column":
+        x *= needed
+    sparse = linear(SHAPES[name], layout, active=needed[None] if layout == "row" else None)
+    dense = linear(SHAPES[name])
+    copies = more_than_caches_hold(SHAPES[name], layout)
+    dense_copies = more_than_caches_hold(SHAPES[name])[: len(copies)]
+
+    def decode() -> None:
+        for packed in copies:
+            sparse(x, packed)
+
+    def decode_dense() -> None:
+        for packed in dense_copies:
+            dense(x, packed)
+
+    others = {**limits(isa, threads), "dense": lambda: seconds(decode_dense)}
+    rounds = measure(benchmark, decode, others, FEWER_ROUNDS)
+    needed_bytes = len(copies) * copies[0].nbytes * int(needed.sum()) // total
+    row = {"shape": name, "layout": layout, "needed, %": percent, "ISA": isa, "threads": threads}
+    shares = limit_columns(Work(needed_bytes), isa, rounds)
+    columns = {
+        "GB/s": rate(needed_bytes, rounds),
+        "time over the limit": 1 / shares["share of limit"],
+        "time over dense tile16": median_ratio(rounds["seconds"], rounds["dense"]),
+    }
+    put(benchmark, "Sparse layouts (one token):", row, rounds, len(copies), **columns)
+
+
+# ---- 16-bit activations, group scales --------------------------------------------------------------------
+
+
+@pytest.mark.benchmark(group="variants")
+@pytest.mark.parametrize("tokens", [1, 128])
+@pytest.mark.parametrize(("bits", "group"), [(16, 0), (8, 128), (16, 128)])
+def bench_variant(benchmark, bits: int, group: int, tokens: int, isa: str, threads: int) -> None:
+    """Activations of 16 bits are two products; group scales come in between the sums."""
+    shape = SHAPES["gate_proj, up_proj"]
+    copies = more_than_caches_hold(shape)[: 3 if tokens > 1 else None]
+    x = torch.randn(tokens, shape[1])
+
+    def run(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        for packed in copies:
+            call(x, packed)
+
+    plain, variant = linear(shape), linear(shape, bits=bits, group=group)
+    others = {**limits(isa, threads), "plain": lambda: seconds(lambda: run(plain))}
+    rounds = measure(benchmark, lambda: run(variant), others, FEWER_ROUNDS)
+    products = len(copies) * tokens * shape[0] * shape[1] * bits // 8
+    row = {"tokens": tokens, "bits": bits, "group": group or "row", "ISA": isa, "threads": threads}
+    columns = {
+        "GMAC/s": rate(products, rounds),
+        **limit_columns(Work(len(copies) * copies[0].nbytes, products), isa, rounds),
+        "time over 8 bits, scales per row": median_ratio(rounds["seconds"], rounds["plain"]),
+    }
+    put(benchmark, "16-bit activations and group scales (up_proj):", row, rounds, len(copies), **columns)
+
+
+# ---- prefill ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.benchmark(group="prefill")
 @pytest.mark.parametrize("tokens", [16, 128, 512, 2048])
 @pytest.mark.parametrize("name", SHAPES)
-def bench_prefill(benchmark, name: str, tokens: int, isa: str, threads: int) -> None:
+def bench_prefill(benchmark, name: str, tokens: int, kernel: tuple[str, str], threads: int) -> None:
     """Many tokens at once; torch's own products of the same shape, their weights in cache, for comparison."""
+    isa, layout = kernel
     out_features, in_features = SHAPES[name]
     products = tokens * out_features * in_features
     calls = -(-PREFILL_PRODUCTS // products)
-    packed = random_packed(SHAPES[name])
+    packed = random_packed(SHAPES[name], layout)
     copies = [packed.clone() for _ in range(calls)]
-    call = linear(SHAPES[name])
+    call = linear(SHAPES[name], layout)
     x = torch.randn(tokens, in_features)
     x_bfloat16 = x.bfloat16()
     x_int8 = torch.randint(-127, 128, x.shape, dtype=torch.int8)
@@ -234,8 +324,8 @@ def bench_prefill(benchmark, name: str, tokens: int, isa: str, threads: int) -> 
         "bfloat16": lambda: calls * seconds(lambda: F.linear(x_bfloat16, weight_bfloat16)),
         "int8": lambda: calls * seconds(lambda: torch._int_mm(x_int8, weight.T)),
     }
-    rounds = measure(benchmark, prefill, others, ROUNDS if tokens <= 512 else ROUNDS_OF_LONG)
-    row = {"tokens": tokens, "shape": name, "layout": "tile16", "ISA": isa, "threads": threads}
+    rounds = measure(benchmark, prefill, others, ROUNDS if tokens <= 512 else LONG_ROUNDS)
+    row = {"tokens": tokens, "shape": name, "layout": layout, "ISA": isa, "threads": threads}
     columns = {
         "GMAC/s": rate(calls * products, rounds),
         **limit_columns(Work(calls * packed.nbytes, calls * products), isa, rounds),
@@ -245,40 +335,43 @@ def bench_prefill(benchmark, name: str, tokens: int, isa: str, threads: int) -> 
     put(benchmark, "Prefill:", row, rounds, calls, **columns)
 
 
-# ---- no cliff between decode and prefill ---------------------------------------------------------------
+# ---- no cliff between decode and prefill -----------------------------------------------------------------
 
 
 @pytest.mark.benchmark(group="sweep")
 @pytest.mark.parametrize("name", ["q_proj, o_proj", "down_proj"])
-def bench_sweep(benchmark, name: str, isa: str, threads: int) -> None:
+def bench_sweep(benchmark, name: str, kernel: tuple[str, str], threads: int) -> None:
     """Every number of tokens from 1 to 64: how much one more costs, and how much twice as many."""
+    isa, layout = kernel
     sizes = [*range(1, 66), *range(66, 129, 2)]
-    packed = random_packed(SHAPES[name])
-    copies = [packed.clone() for _ in range(-(-STREAM_BYTES // packed.nbytes))]
+    copies = more_than_caches_hold(SHAPES[name], layout)
     x = torch.randn(max(sizes), SHAPES[name][1])
-    call = linear(SHAPES[name])
+    call = linear(SHAPES[name], layout)
     times: dict[int, list[float]] = {tokens: [] for tokens in sizes}
 
-    def sweep() -> None:
-        for i, tokens in enumerate(sizes):  # each call finds its weights in memory, not in a cache
-            times[tokens].append(seconds(lambda: call(x[:tokens], copies[i % len(copies)])))  # noqa: B023
+    def timed(tokens: int, packed: Tensor) -> float:
+        return seconds(lambda: call(x[:tokens], packed))
 
-    rounds = measure(benchmark, sweep, {}, SWEEP_ROUNDS)
+    def sweep() -> None:
+        for i, tokens in enumerate(sizes):  # every call finds its weights in memory, not in a cache
+            times[tokens].append(timed(tokens, copies[i % len(copies)]))
+
+    rounds = measure(benchmark, sweep, {}, FEWER_ROUNDS)
 
     def worst(step: Callable[[int], int]) -> str:
         ratios = {m: median_ratio(times[step(m)][1:], times[m][1:]) for m in range(1, 65)}
         m = max(ratios, key=ratios.__getitem__)
         return f"{ratios[m]:.2f} ({m} to {step(m)})"
 
-    row = {"shape": name, "layout": "tile16", "ISA": isa, "threads": threads}
+    row = {"shape": name, "layout": layout, "ISA": isa, "threads": threads}
     columns = {
         "worst time(M + 1) / time(M)": worst(lambda m: m + 1),
         "worst time(2 M) / time(M)": worst(lambda m: 2 * m),
     }
-    put(benchmark, "Every number of tokens M from 1 to 64:", row, rounds, 1, **columns)
+    put(benchmark, "Every number of tokens M from 1 to 64:", row, rounds, len(sizes), **columns)
 
 
-# ---- what a call costs ---------------------------------------------------------------------------------
+# ---- what a call costs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.benchmark(group="calls")

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from probes import INSTRUCTIONS, multiply_rate, read_bandwidth
 
+Rounds = Mapping[str, Sequence[Any]]
+"""What was measured in each round, by name; "seconds" is the time of what the row is about."""
+
 
 def seconds(run: Callable[[], Any]) -> float:
     """Time of one run."""
@@ -24,7 +27,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def measure(
     benchmark, run: Callable[[], Any], others: Mapping[str, Callable[[], float | None]], rounds: int
-) -> dict[str, list[float | None]]:
+) -> Rounds:
     """Times ``run`` with pytest-benchmark, and calls the others before every round.
 
     Returns:
@@ -76,7 +79,7 @@ def limits(isa: str, threads: int) -> dict[str, Callable[[], float | None]]:
     }
 
 
-def limit_columns(work: Work, isa: str, rounds: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+def limit_columns(work: Work, isa: str, rounds: Rounds) -> dict[str, Any]:
     """The columns "share of limit" and "limit": how much of a round the binding limit explains."""
     read = [work.weight_bytes / rate for rate in rounds["read bandwidth"]]
     multiply = [work.products / rate if rate else 0.0 for rate in rounds["multiply rate"]]

@@ -18,6 +18,7 @@ from pathlib import Path
 SOURCES = ("read_bandwidth.cpp", "multiply_rate.cpp")
 
 INSTRUCTIONS = {
+    "avx512_vbmi": "vpdpbusd zmm",
     "avx512_vnni": "vpdpbusd zmm",
     "avx_vnni": "vpdpbusd ymm",
     "avx2": "vpmaddubsw ymm",
