@@ -7,7 +7,6 @@ measured between the row's own rounds (measure.py). Times are those of one call 
 activations quantised inside.
 """
 
-import mmap
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from matrices import CONFIG, LAYER, SHAPES, Shape, linear, more_than_caches_hold, random_packed
+from matrices import CONFIG, SHAPES, Shape, all_layers, linear, more_than_caches_hold, random_packed
 from measure import Rounds, Work, limit_columns, limits, measure, median_ratio, seconds, spread
 from probes import INSTRUCTIONS, multiply_rate, read_bandwidth
 from torch import Tensor
@@ -157,53 +156,25 @@ def bench_lm_head(benchmark, isa: str, threads: int) -> None:
 # ---- the whole stack: one token, and the few that drafts or a small batch bring --------------------------
 
 
-def on_large_pages(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies that lie one after another in 2 MB pages, where the system grants them."""
-    sizes = [tensor.nbytes for tensor in tensors]
-    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    pieces = torch.frombuffer(memory, dtype=torch.uint8).split(sizes)
-    return [piece.view(tensor.shape).copy_(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
-
-
 @pytest.fixture(scope="module", params=["4 KB", "2 MB"])
 def pages(request: pytest.FixtureRequest) -> str:
     """Size of the pages that weights lie in: what torch allocates, or huge ones."""
     return request.param
 
 
-@pytest.fixture(scope="module", params=dict.fromkeys(layout for _, layout in KERNELS))
-def stack(request: pytest.FixtureRequest, pages: str) -> tuple[str, list[tuple[Shape, Tensor]]]:
-    """The layout, and all matrices of the model in the order in which a token meets them."""
-    packed = {shape: random_packed(shape, request.param) for shape in SHAPES.values()}
-    shapes = LAYER * CONFIG.num_hidden_layers
-    weights = [packed[shape] for shape in shapes]
-    copies = on_large_pages(weights) if pages == "2 MB" else [w.clone() for w in weights]
-    return request.param, list(zip(shapes, copies, strict=True))
-
-
 @pytest.mark.benchmark(group="stack")
 @pytest.mark.parametrize("tokens", [1, 2, 4])
-def bench_stack(
-    benchmark,
-    tokens: int,
-    stack: tuple[str, list[tuple[Shape, Tensor]]],
-    pages: str,
-    kernel: tuple[str, str],
-    threads: int,
-) -> None:
+def bench_stack(benchmark, tokens: int, pages: str, kernel: tuple[str, str], threads: int) -> None:
     """A few tokens through the matrices of all layers."""
-    layout, matrices = stack
-    isa = kernel[0]
-    if (isa, layout) not in KERNELS:
-        pytest.skip(f"{isa} has no loop for {layout}")
+    isa, layout = kernel
+    stack = all_layers(layout, large_pages=pages == "2 MB")
     calls = {shape: linear(shape, layout) for shape in SHAPES.values()}
 
     def forward(tokens: int) -> Callable[[], None]:
         x = {shape: torch.randn(tokens, shape[1]) for shape in SHAPES.values()}
 
         def run() -> None:
-            for shape, packed in matrices:
+            for shape, packed in stack:
                 calls[shape](x[shape], packed)
 
         return run
@@ -211,8 +182,8 @@ def bench_stack(
     one = forward(1)
     others = {**limits(isa, threads), "one token": lambda: seconds(one)}
     rounds = measure(benchmark, forward(tokens), others, ROUNDS)
-    weight_bytes = sum(packed.nbytes for _, packed in matrices)
-    weights = sum(out_features * in_features for (out_features, in_features), _ in matrices)
+    weight_bytes = sum(packed.nbytes for _, packed in stack)
+    weights = sum(out_features * in_features for (out_features, in_features), _ in stack)
     row = {"tokens": tokens, "layout": layout, "pages": pages, "ISA": isa, "threads": threads}
     columns = {
         "GB/s": rate(weight_bytes, rounds),
@@ -306,7 +277,9 @@ PREFILLS = [
 
 
 @pytest.mark.benchmark(group="prefill")
-@pytest.mark.parametrize(("kernel", "tokens"), PREFILLS, indirect=["kernel"])
+@pytest.mark.parametrize(
+    ("kernel", "tokens"), PREFILLS, indirect=["kernel"], ids=[f"{'-'.join(k)}-{m}" for k, m in PREFILLS]
+)
 @pytest.mark.parametrize("name", SHAPES)
 def bench_prefill(benchmark, name: str, tokens: int, kernel: tuple[str, str], threads: int) -> None:
     """Many tokens at once; torch's own products of the same shape, their weights in cache, for comparison."""

@@ -1,6 +1,8 @@
 """The matrices of BitNet b1.58 2B4T, with random weights, and the operator on them."""
 
+import mmap
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,6 +50,25 @@ def more_than_caches_hold(shape: Shape, layout: str = "tile16") -> list[Tensor]:
     """Copies of one packed matrix."""
     packed = random_packed(shape, layout)
     return [packed.clone() for _ in range(-(-STREAM_BYTES // packed.nbytes))]
+
+
+def on_large_pages(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies that lie one after another in 2 MB pages, where the system grants them."""
+    sizes = [tensor.nbytes for tensor in tensors]
+    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    pieces = torch.frombuffer(memory, dtype=torch.uint8).split(sizes)
+    return [piece.view(tensor.shape).copy_(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+@lru_cache(maxsize=2)  # the layouts of one size of pages: tests that need them take turns
+def all_layers(layout: str, large_pages: bool) -> list[tuple[Shape, Tensor]]:
+    """Every matrix of the model, in the order in which a token meets them."""
+    packed = {shape: random_packed(shape, layout) for shape in SHAPES.values()}
+    shapes = LAYER * CONFIG.num_hidden_layers
+    weights = [packed[shape] for shape in shapes]
+    copies = on_large_pages(weights) if large_pages else [w.clone() for w in weights]
+    return list(zip(shapes, copies, strict=True))
 
 
 def linear(
