@@ -80,9 +80,14 @@ def limits(isa: str, threads: int) -> dict[str, Callable[[], float | None]]:
 
 
 def limit_columns(work: Work, isa: str, rounds: Rounds) -> dict[str, Any]:
-    """The columns "share of limit" and "limit": how much of a round the binding limit explains."""
+    """The columns "share of limit" and "limit": how much of a round the binding limit explains.
+
+    None where multiplying may bind and there is no probe for it.
+    """
+    if work.products and None in rounds["multiply rate"]:
+        return {}
     read = [work.weight_bytes / rate for rate in rounds["read bandwidth"]]
-    multiply = [work.products / rate if rate else 0.0 for rate in rounds["multiply rate"]]
+    multiply = [work.products / rate if work.products else 0.0 for rate in rounds["multiply rate"]]
     memory_binds = statistics.median(read) >= statistics.median(multiply)
     return {
         "share of limit": median_ratio(read if memory_binds else multiply, rounds["seconds"]),
