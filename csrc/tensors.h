@@ -50,7 +50,7 @@ inline const DTypeCodes& codes() {
 
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   return code;
 }
 
@@ -154,7 +154,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
   return Tensor(handle);
