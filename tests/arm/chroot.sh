@@ -51,7 +51,7 @@ mkdir "$root/src"
 git ls-files -z | xargs -0 cp --parents -t "$root/src"
 
 # The best CPU that QEMU can be, so that every NEON table runs.
-chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root PYTHONPATH=/opt/site QEMU_CPU=max \
+chroot "$root" /usr/bin/env -i PATH=/opt/site/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root PYTHONPATH=/opt/site QEMU_CPU=max \
   sh -euc '
     cd /src
     python3 -m pip install --no-build-isolation --no-deps --no-index --break-system-packages .
