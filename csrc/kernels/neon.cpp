@@ -26,9 +26,9 @@
 
 // No target region: all of this is the baseline.
 #include "float_algorithms.h"
+#include "ternary_driver.h"
 #include "neon.h"
 #include "neon_sparse.h"
-#include "ternary_driver.h"
 
 namespace bitnet_ops {
 namespace {

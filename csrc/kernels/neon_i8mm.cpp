@@ -34,10 +34,10 @@
 #endif
 
 #include "float_algorithms.h"
+#include "ternary_driver.h"
 #include "neon.h"
 #include "neon_sparse.h"
 #include "sdot.h"
-#include "ternary_driver.h"
 
 namespace bitnet_ops {
 namespace {
