@@ -18,8 +18,8 @@ tests=("$@")
 [ ${#tests[@]} -gt 0 ] || tests=(tests/test_ops.py tests/test_isa.py tests/test_linear.py tests/test_packing.py)
 cd "$(dirname "$0")/../.."
 
-# The Python of Debian 12, and the last torch whose aarch64 wheel on PyPI has no CUDA in it. It is also the
-# oldest that the package supports.
+# The Python of Debian 12, and the oldest torch that the package supports. Its aarch64 wheel on PyPI is for
+# CPUs (146 MB); that of 2.13 wants CUDA.
 debian=bookworm
 python=3.11
 torch=2.10.0
