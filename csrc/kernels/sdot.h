@@ -1,7 +1,11 @@
-// The loops of the ternary product around sdot, which neon_dotprod.cpp draws: four rows to a
-// register, four inputs to an instruction. neon_i8mm.cpp uses them where tokens are few.
+// The loops of the ternary product around sdot, which neon_dotprod.cpp draws: four rows to a register,
+// four inputs to an instruction. neon_i8mm.cpp uses them where tokens are few.
 //
 // Include this inside a kernel file's target region, after neon.h and neon_sparse.h.
+
+#if defined(__clang__) && !defined(__apple_build_version__) && __clang_major__ < 16
+#error "clang before 16 offers dotprod and i8mm only to whole files: use a newer one, or GCC"
+#endif
 
 namespace bitnet_ops {
 namespace {
