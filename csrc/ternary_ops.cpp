@@ -133,7 +133,23 @@ void run_copy(Product& product, const KernelTable& table) {
   run_tiles(product, table.ternary_product);
 }
 
-// The rows of the matrix that some token wants (all of them if `active` is null).
+// Sets results that are not wanted to zero, in storage of 2 or 4 bytes.
+template <class Bits>
+void zero_inactive(const bool* active, Bits* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = active[i] ? out[i] : Bits{0};
+}
+
+void zero_inactive(const bool* active, const Product& product) {
+  const int64_t count = product.tokens * product.out_features;
+  if (element_bytes(product.out_dtype) == 2) {
+    zero_inactive(active, static_cast<uint16_t*>(product.out), count);
+  } else {
+    zero_inactive(active, static_cast<uint32_t*>(product.out), count);
+  }
+}
+
+// The rows of the matrix that some token wants (all of them if `active` is null). Results of others are
+// undefined.
 void run_rows(Product& product, const KernelTable& table, const bool* active) {
   static thread_local Scratch scratch;
   const size_t q_bytes = static_cast<size_t>(product.rows() * product.q_stride);
@@ -149,6 +165,8 @@ void run_rows(Product& product, const KernelTable& table, const bool* active) {
   if (active != nullptr) {
     list = reinterpret_cast<int32_t*>(base + q_bytes);
     count = nonzero_positions(active, product.tokens, product.out_features, product.out_features, list);
+    // A list of 90 % is still as fast as one stream (bench/LOG.md), so only all of them are no list.
+    if (count == product.out_features) list = nullptr;
   }
   const double rows = static_cast<double>(product.rows());
   const double ns_per_block = kNsPerBlock > kNsPerBlockRow * rows ? kNsPerBlock : kNsPerBlockRow * rows;
@@ -214,12 +232,6 @@ Product product_of(const QuantizedRows& rows, const Tensor& packed, Layout layou
   product.groups = 1;
   product.out_features = size.out_features;
   return product;
-}
-
-void zero_inactive(const bool* active, char* out, int64_t count, size_t each) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (!active[i]) std::memset(out + static_cast<size_t>(i) * each, 0, each);
-  }
 }
 
 }  // namespace
@@ -411,9 +423,7 @@ Tensor ternary_linear(const Tensor& x_any, const Tensor& packed_any, const Tenso
   product.bias = bias.has_value() ? data<float>(*bias) : nullptr;
   const bool* wanted = active.has_value() ? data<bool>(*active) : nullptr;
   run_product(product, table, wanted);
-  if (wanted != nullptr) {
-    zero_inactive(wanted, static_cast<char*>(product.out), tokens * out_features, element_bytes(dtype));
-  }
+  if (wanted != nullptr) zero_inactive(wanted, product);
   return out;
 }
 

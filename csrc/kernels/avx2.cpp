@@ -40,9 +40,15 @@ namespace {
 
 struct Maddubs {
   static constexpr int64_t kDotsPerWidening = 32;  // a pair each: see Overflow above
+  // 2 x 4 accumulators + 2 codes + 1 mask + 1 activation + 2 products = 14 of 16 registers.
+  static constexpr int kRows = 4;
 
   static __m256i dot(__m256i acc_i16x16, __m256i code_u8x32, __m256i q_i8x32) {
-    return _mm256_add_epi16(acc_i16x16, _mm256_maddubs_epi16(code_u8x32, q_i8x32));
+    acc_i16x16 = _mm256_add_epi16(acc_i16x16, _mm256_maddubs_epi16(code_u8x32, q_i8x32));
+    // Nothing happens here. But GCC would regroup the sums of several steps and then need more registers
+    // than there are: six rows of q ran at half the speed (bench/LOG.md).
+    __asm__("" : "+x"(acc_i16x16));
+    return acc_i16x16;
   }
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
 };

@@ -130,7 +130,6 @@ constexpr int64_t kPrefetchBytes = 4096;
 // tile16: a byte is four codes. In place they are 4^p times too large, each p needs its own accumulator.
 struct Tile16Codes {
   static constexpr int kSteps = 4;
-  static constexpr int kShift[kSteps] = {0, 2, 4, 6};
 
   using Block = __m512i;
 
@@ -141,6 +140,10 @@ struct Tile16Codes {
   static __m512i shifted(Block block_u8x64, int p) {
     // A 16-bit shift moves bits across bytes, but only into places that the mask clears.
     return _mm512_and_si512(_mm512_srli_epi16(block_u8x64, static_cast<unsigned>(2 * p)), _mm512_set1_epi8(0x03));
+  }
+  // Of a sum of codes in place.
+  static __m512i in_true_size(__m512i acc_i32x16, int p) {
+    return _mm512_srai_epi32(acc_i32x16, static_cast<unsigned>(2 * p));
   }
 };
 
@@ -154,14 +157,14 @@ struct TileBlocks {
   static constexpr int kTiles = 2;
   static constexpr int kRows = 12;
   // Memory, not arithmetic, limits up to four rows; one tile at a time is then one stream, which
-  // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md). 4 x 4 accumulators.
+  // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md).
   static constexpr int kRowsStreamed = 4;
   static constexpr int64_t kQBytes = int64_t{512} << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
 
   template <int TILES, int ROWS>
   static void block(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
                     int32_t* acc) {
-    if constexpr (TILES == 1 && ROWS <= kRowsStreamed) {
+    if constexpr (TILES == 1 && ROWS * kSteps <= 16) {  // accumulators
       block_in_place<ROWS>(tile, blocks, q, q_stride, acc);
     } else {
       block_shifted<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc);
@@ -173,7 +176,9 @@ struct TileBlocks {
   template <int ROWS>
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     __m512i acc_i32x16[ROWS][kSteps];
+#pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 5
       for (int p = 0; p < kSteps; ++p) acc_i32x16[t][p] = _mm512_setzero_si512();
     }
     for (int64_t b = 0; b < blocks; ++b) {
@@ -184,20 +189,22 @@ struct TileBlocks {
 #pragma GCC unroll 5
       for (int p = 0; p < kSteps; ++p) {
         const __m512i code_u8x64 = Codes::in_place(codes, p);
+#pragma GCC unroll 4
         for (int t = 0; t < ROWS; ++t) {
           acc_i32x16[t][p] =
               _mm512_dpbusd_epi32(acc_i32x16[t][p], code_u8x64, broadcast4(q_block + t * q_stride + 4 * p));
         }
       }
     }
+#pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) _mm512_storeu_si512(acc + t * kTileRows, add_steps(acc_i32x16[t]));
   }
 
   static __m512i add_steps(const __m512i (&acc_i32x16)[kSteps]) {
     __m512i sum_i32x16 = acc_i32x16[0];
+#pragma GCC unroll 5
     for (int p = 1; p < kSteps; ++p) {
-      const unsigned shift = static_cast<unsigned>(Codes::kShift[p]);
-      sum_i32x16 = _mm512_add_epi32(sum_i32x16, _mm512_srai_epi32(acc_i32x16[p], shift));
+      sum_i32x16 = _mm512_add_epi32(sum_i32x16, Codes::in_true_size(acc_i32x16[p], p));
     }
     return sum_i32x16;
   }
@@ -215,28 +222,39 @@ struct TileBlocks {
   static void block_shifted(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
                             int32_t* acc) {
     __m512i acc_i32x16[ROWS][TILES];
+#pragma GCC unroll 12
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 2
       for (int i = 0; i < TILES; ++i) acc_i32x16[t][i] = _mm512_setzero_si512();
     }
     for (int64_t b = 0; b < blocks; ++b) {
       prefetch<TILES>(tile, tile_bytes, b * kBlockBytes);
       typename Codes::Block codes[TILES];
+#pragma GCC unroll 2
       for (int i = 0; i < TILES; ++i) codes[i] = Codes::load(tile + i * tile_bytes + b * kBlockBytes);
       const int8_t* q_block = q + b * kInputs;
+      if (ROWS > 8 && b % 4 == 0) {
+#pragma GCC unroll 12
+        for (int t = 0; t < ROWS; ++t) prefetch_near(q_block + t * q_stride + 256);
+      }
 #pragma GCC unroll 5
       for (int p = 0; p < kSteps; ++p) {
         __m512i code_u8x64[TILES];
+#pragma GCC unroll 2
         for (int i = 0; i < TILES; ++i) code_u8x64[i] = Codes::shifted(codes[i], p);
 #pragma GCC unroll 12
         for (int t = 0; t < ROWS; ++t) {
           const __m512i q_i8x64 = broadcast4(q_block + t * q_stride + 4 * p);
+#pragma GCC unroll 2
           for (int i = 0; i < TILES; ++i) {
             acc_i32x16[t][i] = _mm512_dpbusd_epi32(acc_i32x16[t][i], code_u8x64[i], q_i8x64);
           }
         }
       }
     }
+#pragma GCC unroll 12
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 2
       for (int i = 0; i < TILES; ++i) {
         _mm512_storeu_si512(acc + (t * TILES + i) * kTileRows, acc_i32x16[t][i]);
       }
@@ -246,26 +264,30 @@ struct TileBlocks {
 
 // Layouts that skip: one row, or eight columns, at a time.
 struct Sparse {
-  template <int ROWS>
-  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* next_row,
+  template <int ROWS, int ASKS>
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* const* ahead,
                        int32_t* acc) {
     __m512i acc_i32x16[ROWS][4];
+#pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) acc_i32x16[t][p] = _mm512_setzero_si512();
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      prefetch_near(next_row + chunk * kBlockBytes);
+      for (int ask = 0; ask < ASKS; ++ask) Avx512::prefetch_far(ahead[ask] + chunk * kBlockBytes);
       const __m512i chunk_u8x64 = load64(row + chunk * kBlockBytes);
       const int8_t* q_chunk = q + chunk * kChunkInputs;
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
         const __m512i code_u8x64 = Tile16Codes::in_place(chunk_u8x64, p);
+#pragma GCC unroll 4
         for (int t = 0; t < ROWS; ++t) {
           acc_i32x16[t][p] =
               _mm512_dpbusd_epi32(acc_i32x16[t][p], code_u8x64, load64(q_chunk + t * q_stride + p * kBlockBytes));
         }
       }
     }
+#pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
       acc[t] = _mm512_reduce_add_epi32(TileBlocks<Tile16Codes>::add_steps(acc_i32x16[t]));
     }
@@ -292,17 +314,12 @@ struct Sparse {
   static void columns(const uint8_t* panel, const int32_t* columns, int64_t count, int64_t column_bytes, int64_t panels,
                       const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(kColumnsAtOnce == 8, "two interleaved fours");
-    constexpr int64_t kColumnsAhead = 16;
     for (int64_t c = 0; c < count; c += kColumnsAtOnce) {
       const uint8_t* column[2][4];
       for (int i = 0; i < 8; ++i) column[i / 4][i % 4] = panel + columns[c + i] * column_bytes;
-      const uint8_t* ahead[8];
-      for (int i = 0; i < 8; ++i) {
-        const int64_t next = c + i + kColumnsAhead;
-        ahead[i] = panel + columns[next < count ? next : count - 1] * column_bytes;
-      }
+      const ColumnsAhead ahead(panel, columns, c, count, column_bytes, panels);
       for (int64_t n = 0; n < panels; ++n) {
-        for (int i = 0; i < 8; ++i) prefetch_near(ahead[i] + n * kBlockBytes);
+        for (const uint8_t* next : ahead.column) Avx512::prefetch_far(next + n * kBlockBytes);
         __m512i first_u8x64[4];
         __m512i second_u8x64[4];
         interleave(column[0], n * kBlockBytes, first_u8x64);

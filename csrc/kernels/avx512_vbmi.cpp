@@ -43,30 +43,34 @@ constexpr Base3Table kBase3Table = make_base3_table();
 // one permute of two registers (vpermi2b, 128 bytes) turns it into the four codes of a tile16 byte.
 struct Base3Codes {
   static constexpr int kSteps = 5;
-  static constexpr int kShift[kSteps] = {0, 2, 4, 6, 0};
 
   struct Block {
-    __m512i four_u8x64;   // c0 .. c3 as in a byte of tile16
-    __m512i fifth_u8x64;  // c4
+    __m512i four_u8x64;      // c0 .. c3 as in a byte of tile16
+    __m512i fifth81_u8x64;  // 81 * c4
   };
 
   static Block load(const uint8_t* block) {
     const __m512i block_u8x64 = load64(block);
-    const __m512i one_u8x64 = _mm512_set1_epi8(1);
-    const __mmask64 once = _mm512_cmpge_epu8_mask(block_u8x64, _mm512_set1_epi8(81));
-    const __mmask64 twice = _mm512_cmpge_epu8_mask(block_u8x64, _mm512_set1_epi8(static_cast<char>(162)));
     // The smallest of b, b - 81 and b - 162 that did not wrap around.
     const __m512i less_81 = _mm512_sub_epi8(block_u8x64, _mm512_set1_epi8(81));
     const __m512i less_162 = _mm512_sub_epi8(block_u8x64, _mm512_set1_epi8(static_cast<char>(162)));
     const __m512i rest_u8x64 = _mm512_min_epu8(block_u8x64, _mm512_min_epu8(less_81, less_162));
     return {_mm512_permutex2var_epi8(load64(kBase3Table.codes), rest_u8x64, load64(kBase3Table.codes + 64)),
-            _mm512_mask_add_epi8(_mm512_maskz_mov_epi8(once, one_u8x64), twice, one_u8x64, one_u8x64)};
+            _mm512_sub_epi8(block_u8x64, rest_u8x64)};
   }
   static __m512i in_place(const Block& block, int p) {
-    return p == 4 ? block.fifth_u8x64 : Tile16Codes::in_place(block.four_u8x64, p);
+    return p == 4 ? block.fifth81_u8x64 : Tile16Codes::in_place(block.four_u8x64, p);
   }
   static __m512i shifted(const Block& block, int p) {
-    return p == 4 ? block.fifth_u8x64 : Tile16Codes::shifted(block.four_u8x64, p);
+    // 81 and 162 have 1 and 2 in their upper two bits.
+    return p == 4 ? Tile16Codes::shifted(block.fifth81_u8x64, 3) : Tile16Codes::shifted(block.four_u8x64, p);
+  }
+  static __m512i in_true_size(__m512i acc_i32x16, int p) {
+    // An exact division by an odd number is a multiplication by its inverse modulo 2^32.
+    constexpr uint32_t kInverse81 = 0x781948b1u;
+    static_assert(81u * kInverse81 == 1u, "81 * inverse = 1 modulo 2^32");
+    return p == 4 ? _mm512_mullo_epi32(acc_i32x16, _mm512_set1_epi32(static_cast<int>(kInverse81)))
+                  : Tile16Codes::in_true_size(acc_i32x16, p);
   }
 };
 

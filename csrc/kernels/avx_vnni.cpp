@@ -39,6 +39,8 @@ namespace {
 struct Dpbusd {
   // Never before the end: int32 lanes hold a whole row (see Overflow above).
   static constexpr int64_t kDotsPerWidening = kMaxInFeatures;
+  // 2 x 6 accumulators + 2 codes + 1 mask + 1 activation = 16 registers.
+  static constexpr int kRows = 6;
 
   static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
     return _mm256_dpbusd_avx_epi32(acc_i32x8, code_u8x32, q_i8x32);

@@ -4,7 +4,7 @@
 //     dot_columns(acc, first, second, q)   lane i of acc is row i: adds its four codes in `first` times
 //                                          q[0 .. 3] and its four in `second` times q[4 .. 7]
 //
-// Include this inside a kernel file's target region, after neon.h.
+// Include this inside a kernel file's target region, after ternary_driver.h and neon.h.
 
 namespace bitnet_ops {
 namespace {
@@ -14,14 +14,14 @@ struct NeonSparse {
   // Layout row: a quarter of a chunk is one register of one row; activations come in step order.
   // At most 4 x 4 accumulators.
   template <int ROWS>
-  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* next_row,
-                       int32_t* acc) {
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride,
+                       const uint8_t* const* ahead, int32_t* acc) {
     int32x4_t acc_i32x4[ROWS][4];
     for (int t = 0; t < ROWS; ++t) {
       for (int i = 0; i < 4; ++i) acc_i32x4[t][i] = vdupq_n_s32(0);
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      prefetch_near(next_row + chunk * kBlockBytes);
+      for (int ask = 0; ask < kAsks; ++ask) Neon::prefetch_far(ahead[ask] + chunk * kBlockBytes);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const uint8x16_t block_u8x16 = vld1q_u8(row + chunk * kBlockBytes + i * kQuarterBytes);
@@ -73,20 +73,15 @@ struct NeonSparse {
   static void columns(const uint8_t* panel, const int32_t* columns, int64_t count, int64_t column_bytes, int64_t panels,
                       const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(kColumnsAtOnce == 8, "two interleaved fours");
-    constexpr int64_t kColumnsAhead = 16;
     for (int64_t c = 0; c < count; c += kColumnsAtOnce) {
       const uint8_t* column[8];
-      const uint8_t* ahead[8];
-      for (int64_t i = 0; i < 8; ++i) {
-        const int64_t next = c + i + kColumnsAhead;
-        column[i] = panel + columns[c + i] * column_bytes;
-        ahead[i] = panel + columns[next < count ? next : count - 1] * column_bytes;
-      }
+      for (int i = 0; i < 8; ++i) column[i] = panel + columns[c + i] * column_bytes;
+      const ColumnsAhead ahead(panel, columns, c, count, column_bytes, panels);
       // Row 64*p + 16*u + 4*l + d of a panel stands in byte 16*l + 4*u + d at bits 2p.
       for (int64_t quarter = 0; quarter < 4 * panels; ++quarter) {
         const int64_t l = quarter % 4;
         if (l == 0) {
-          for (int i = 0; i < 8; ++i) prefetch_near(ahead[i] + quarter * kQuarterBytes);
+          for (const uint8_t* next : ahead.column) Neon::prefetch_far(next + quarter * kQuarterBytes);
         }
         uint8x16_t first_u8x16[4];
         uint8x16_t second_u8x16[4];

@@ -96,12 +96,11 @@ struct Inner {
     }
   }
 
-  template <int ROWS>
-  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* next_row,
+  template <int ROWS, int ASKS>
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* const*,
                        int32_t* acc) {
     for (int64_t t = 0; t < ROWS; ++t) acc[t] = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      __builtin_prefetch(next_row + chunk * kBlockBytes);
       for (int64_t byte = 0; byte < kBlockBytes; ++byte) {
         const int32_t codes = row[chunk * kBlockBytes + byte];
         for (int64_t p = 0; p < 4; ++p) {

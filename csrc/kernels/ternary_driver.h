@@ -207,24 +207,40 @@ struct TernaryDriver {
   }
 };
 
-// Layout row: Inner::row_sums<ROWS>(row, chunks, q, q_stride, ahead, acc) adds up one row of the matrix for
-// ROWS rows of q into acc[ROWS][kLanes], whose lanes are summed by Inner::sum_lanes.
+// Rows and columns that are skipped end every stream that the hardware's prefetcher follows, so they are asked
+// for by instruction, towards L2, and three times: a request that finds no free buffer is dropped, and
+// asking again nearly doubles what a core reads (bench/LOG.md).
+constexpr int kAsks = 3;
+constexpr int64_t kAskAheadBytes[kAsks] = {40960, 20480, 5120};
+
+// Layout row: Inner::row_sums<ROWS, ASKS>(row, chunks, q, q_stride, ahead, acc) adds up one row of the matrix for
+// ROWS rows of q into acc[ROWS], and meanwhile asks for ASKS rows to come.
 template <class Inner>
 struct RowDriver {
-  // Rows that are asked for ahead of time: 4 KB of them, at least one (see kPrefetchBytes).
-  static int64_t rows_ahead(int64_t row_bytes) { return 4096 / (row_bytes + 1) + 1; }
+  template <int ROWS, int ASKS, class RowAt>
+  static void rows_at(const TernaryProduct& p, int64_t begin, int64_t end, const RowAt& row_at) {
+    const int64_t row_bytes = p.blocks * kBlockBytes;
+    int64_t distance[ASKS];
+    for (int ask = 0; ask < ASKS; ++ask) distance[ask] = kAskAheadBytes[ask] / (row_bytes + 1) + 1;
+    int32_t acc[kMaxSparseRows];
+    for (int64_t i = begin; i < end; ++i) {
+      const uint8_t* ahead[ASKS];
+      for (int ask = 0; ask < ASKS; ++ask) {
+        const int64_t next = i + distance[ask] < end ? i + distance[ask] : end - 1;
+        ahead[ask] = p.packed + row_at(next) * row_bytes;
+      }
+      const int64_t row = row_at(i);
+      Inner::template row_sums<ROWS, ASKS>(p.packed + row * row_bytes, p.blocks, p.q, p.q_stride, ahead, acc);
+      for (int64_t token = 0; token < p.tokens; ++token) store_row(p, acc + token * p.planes, 1, token, row);
+    }
+  }
 
   template <int ROWS>
   static void rows_of(const TernaryProduct& p, const int32_t* rows, int64_t begin, int64_t end) {
-    const int64_t row_bytes = p.blocks * kBlockBytes;
-    const int64_t ahead = rows_ahead(row_bytes);
-    int32_t acc[kMaxSparseRows];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = rows == nullptr ? i : rows[i];
-      const int64_t next = i + ahead < end ? i + ahead : end - 1;
-      const uint8_t* next_row = p.packed + (rows == nullptr ? next : rows[next]) * row_bytes;
-      Inner::template row_sums<ROWS>(p.packed + row * row_bytes, p.blocks, p.q, p.q_stride, next_row, acc);
-      for (int64_t token = 0; token < p.tokens; ++token) store_row(p, acc + token * p.planes, 1, token, row);
+    if (rows == nullptr) {
+      rows_at<ROWS, 1>(p, begin, end, [](int64_t i) { return i; });  // a stream, which one request keeps going
+    } else {
+      rows_at<ROWS, kAsks>(p, begin, end, [rows](int64_t i) { return static_cast<int64_t>(rows[i]); });
     }
   }
 
@@ -243,6 +259,22 @@ struct RowDriver {
   }
 };
 
+// The columns to come while columns c .. c + 7 are added up.
+struct ColumnsAhead {
+  const uint8_t* column[kAsks * kColumnsAtOnce];
+
+  ColumnsAhead(const uint8_t* panel, const int32_t* columns, int64_t c, int64_t count, int64_t column_bytes,
+               int64_t panels) {
+    for (int ask = 0; ask < kAsks; ++ask) {
+      const int64_t begin = c + kAskAheadBytes[ask] / (panels * kBlockBytes) + 1;
+      for (int64_t i = 0; i < kColumnsAtOnce; ++i) {
+        const int64_t next = begin + i < count ? begin + i : count - 1;
+        column[ask * kColumnsAtOnce + i] = panel + columns[next] * column_bytes;
+      }
+    }
+  }
+};
+
 // Layout column: Inner::columns<ROWS>(panel, columns, count, column_bytes, panels, q, q_stride, acc) adds up
 // `panels` neighbouring panels for ROWS rows of q into acc[ROWS][panels * 256].
 template <class Isa, class Inner>
@@ -253,7 +285,7 @@ struct ColumnDriver {
   template <int ROWS>
   static void panels_of(const TernaryProduct& p, const int32_t* columns, int64_t count, int64_t panel_begin,
                         int64_t panel_end) {
-    constexpr int64_t kPanels = ROWS == 1 ? 8 : kSums / ROWS / kPanelRows;
+    constexpr int64_t kPanels = kSums / ROWS / kPanelRows;
     alignas(64) int32_t acc[ROWS * kPanels * kPanelRows];
     const int64_t parts = divide_up(panel_end - panel_begin, kPanels);
     for (int64_t part = 0; part < parts; ++part) {

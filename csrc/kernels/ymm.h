@@ -118,14 +118,14 @@ inline __m256i codes_of(__m256i packed_u8x32, int p) {
 //     dot(acc, code_u8x32, q_i8x32)    adds code * q, four (or two) neighbours to a lane of acc
 //     widen(acc)                       acc as int32 x 8
 //     kDotsPerWidening                 how many times dot may add to acc before that
+//     kRows                            rows of q in a register block, two accumulators each
 template <class Dot>
 struct YmmLoops {
   // One tile is two ymm, rows 0-7 and rows 8-15.
-  // 2 x 6 accumulators + 2 codes + 1 broadcast activation + 1 temporary = 16 registers.
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
-  static constexpr int kRows = 6;
+  static constexpr int kRows = Dot::kRows;
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
 
   template <int TILES, int ROWS>
@@ -165,8 +165,8 @@ struct YmmLoops {
   }
 
   // Layout row: half a chunk is one ymm of one row; activations come in step order.
-  template <int ROWS>
-  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* next_row,
+  template <int ROWS, int ASKS>
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* const* ahead,
                        int32_t* acc) {
     constexpr int64_t kChunksPerWidening = Dot::kDotsPerWidening / 4;
     __m256i total_i32x8[ROWS];
@@ -181,7 +181,7 @@ struct YmmLoops {
       }
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const uint8_t* address = row + chunk * kBlockBytes;
-        prefetch_near(next_row + chunk * kBlockBytes);
+        for (int ask = 0; ask < ASKS; ++ask) Ymm::prefetch_far(ahead[ask] + chunk * kBlockBytes);
         const int8_t* q_chunk = q + chunk * kChunkInputs;
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
@@ -222,18 +222,13 @@ struct YmmLoops {
   static void columns(const uint8_t* panel, const int32_t* columns, int64_t count, int64_t column_bytes, int64_t panels,
                       const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(kColumnsAtOnce == 8, "two interleaved fours");
-    constexpr int64_t kColumnsAhead = 16;
     for (int64_t c = 0; c < count; c += kColumnsAtOnce) {
       const uint8_t* column[8];
-      const uint8_t* ahead[8];
-      for (int64_t i = 0; i < 8; ++i) {
-        const int64_t next = c + i + kColumnsAhead;
-        column[i] = panel + columns[c + i] * column_bytes;
-        ahead[i] = panel + columns[next < count ? next : count - 1] * column_bytes;
-      }
+      for (int i = 0; i < 8; ++i) column[i] = panel + columns[c + i] * column_bytes;
+      const ColumnsAhead ahead(panel, columns, c, count, column_bytes, panels);
       for (int64_t half = 0; half < 2 * panels; ++half) {
         if (half % 2 == 0) {
-          for (int i = 0; i < 8; ++i) prefetch_near(ahead[i] + half * 32);
+          for (const uint8_t* next : ahead.column) Ymm::prefetch_far(next + half * 32);
         }
         __m256i first_u8x32[4];
         __m256i second_u8x32[4];
