@@ -13,7 +13,7 @@ template <class Dot>
 struct NeonSparse {
   // Layout row: a quarter of a chunk is one register of one row; activations come in step order.
   // At most 4 x 4 accumulators.
-  template <int ROWS>
+  template <int ROWS, int ASKS>
   static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride,
                        const uint8_t* const* ahead, int32_t* acc) {
     int32x4_t acc_i32x4[ROWS][4];
@@ -21,7 +21,7 @@ struct NeonSparse {
       for (int i = 0; i < 4; ++i) acc_i32x4[t][i] = vdupq_n_s32(0);
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int ask = 0; ask < kAsks; ++ask) Neon::prefetch_far(ahead[ask] + chunk * kBlockBytes);
+      for (int ask = 0; ask < ASKS; ++ask) Neon::prefetch_far(ahead[ask] + chunk * kBlockBytes);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const uint8x16_t block_u8x16 = vld1q_u8(row + chunk * kBlockBytes + i * kQuarterBytes);
