@@ -25,8 +25,8 @@ _OPS = torch.ops.bitnet_ops
 def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Rounds activations to integers, absmax per row of the last axis (arXiv:2402.17764, section 2).
 
-    ``s = 127 / max(|x|)`` (32639 with 16 bits), ``q = round_half_to_even(x * s)``, ``x_scale = 1 / s``; ``x`` is
-    about ``q * x_scale``. Float32 arithmetic whatever the dtype of ``x``. A row that holds a NaN or an
+    ``s = 127 / max(|x|)`` (32639 with 16 bits), ``q = round_half_to_even(x * s)``, ``x_scale = 1 / s``;
+    ``x`` is about ``q * x_scale``. Float32 arithmetic whatever the dtype of ``x``. A row that holds a NaN or an
     infinity gets ``q = 0`` and ``x_scale = NaN``.
 
     Args:
@@ -130,8 +130,8 @@ def ternary_linear(
     ``acc = ternary_matmul(q, packed)``, rounded once to the dtype of ``x``. A row of ``x`` that holds a
     NaN or an infinity gives a row of NaN. Every layout gives the same bits.
 
-    Up to four rows of ``x`` (two with 16-bit activations), layout "row" reads only rows of the matrix that are
-    ``active`` for one of them, and layout "column" only columns whose quantised activation is not 0.
+    Up to four rows of ``x`` (two with 16-bit activations), layout "row" reads only rows of the matrix that
+    are ``active`` for one of them, and layout "column" only columns whose quantised activation is not 0.
 
     Gradients are straight-through: with respect to ``x``, rounding counts as the identity, so
     ``grad_x = grad_y @ (w * weight_scale)``; ``bias`` gets the sum of ``grad_y``; packed weights and

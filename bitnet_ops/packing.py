@@ -21,7 +21,8 @@ that multiplies four bytes and adds them up, against four activations that all r
 ``tile16_base3`` (1.6 bits a weight), [ceil(N / 16), ceil(K / 20), 64]. The same with five steps to a byte,
 as digits in base 3::
 
-    packed[tile, block, 4 * r + j]  =  sum over p = 0..4 of 3^p * code of row 16 * tile + r, input 20 * block + 4 * p + j
+    packed[tile, block, 4 * r + j]  =  sum over p = 0..4 of
+                                       3^p * code of row 16 * tile + r, input 20 * block + 4 * p + j
 
 ``row`` (2 bits), [N, ceil(K / 256), 64]. The four-byte words of ``tile16`` that belong to one row, one after
 another, so that a row nobody needs is never read::

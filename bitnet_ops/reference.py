@@ -83,8 +83,8 @@ def ternary_linear(
 ) -> Tensor:
     """BitLinear: ``y = acc * (x_scale * weight_scale) + bias``, rounded once to the dtype of ``x``.
 
-    With a scale for every ``group_size`` inputs, ``y = x_scale * sum_g acc_g * weight_scale[g] + bias``, where
-    the sum goes through the groups in order, each product and each addition rounded to float32.
+    With a scale for every ``group_size`` inputs, ``y = x_scale * sum_g acc_g * weight_scale[g] + bias``,
+    where the sum goes through the groups in order, each product and each addition rounded to float32.
 
     Args:
         x: float [..., K].

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,17 @@ X = torch.zeros(2, 20)
 Q = torch.zeros(2, 20, dtype=torch.int8)
 W = torch.zeros(18, 20, dtype=torch.int8)
 PACKED = ops.pack_ternary(W)  # uint8 [2, 2, 64]
+ROWS = ops.pack_ternary(W, "row")
 SCALE = torch.ones(18)
+MASK = torch.ones(2, 18, dtype=torch.bool)
 SHAPE = r"uint8 [2, 2, 64] (tile16 of out_features=18, in_features=20)"
+
+
+def linear(**others: Any) -> torch.Tensor:
+    """A call of ternary_linear that is right but for the arguments given."""
+    arguments = {"x": X, "packed": PACKED, "weight_scale": SCALE, "bias": None, "out_features": 18}
+    return ops.ternary_linear(**{**arguments, **others})
+
 
 # What is called, the operator and argument that the error must name, what it must say was expected
 # and what was given.
@@ -49,7 +59,48 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
     ),
     (lambda: ops.pack_ternary(W[0]), "pack_ternary", "w", "int8 [out_features, in_features]", "int8 [20]"),
     (lambda: ops.pack_ternary(W + 2), "pack_ternary", "w", "values -1, 0 and 1", "other values"),
-    (lambda: ops.pack_ternary(W, "row"), "pack_ternary", "layout", "'tile16'", "'row'"),
+    (lambda: ops.pack_ternary(W, "rows"), "pack_ternary", "layout", "'tile16'", "'rows'"),
+    (
+        lambda: ops.pack_ternary(torch.zeros(1, 2**16 + 1, dtype=torch.int8), "column"),
+        "pack_ternary",
+        "w",
+        "at most 65536",
+        "65537",
+    ),
+    (lambda: ops.quantize_activations(X, bits=4), "quantize_activations", "bits", "8 or 16", "4"),
+    (lambda: linear(layout="Row"), "ternary_linear", "layout", "'row'", "'Row'"),
+    (
+        lambda: linear(layout="row"),
+        "ternary_linear",
+        "packed",
+        "uint8 [18, 1, 64] (row of",
+        "uint8 [2, 2, 64]",
+    ),
+    (lambda: linear(activation_bits=7), "ternary_linear", "activation_bits", "8 or 16", "7"),
+    (lambda: linear(group_size=32), "ternary_linear", "group_size", "64, 128 or 256", "32"),
+    (lambda: linear(group_size=64), "ternary_linear", "weight_scale", "float32 [1, 18]", "float32 [18]"),
+    (lambda: linear(active=MASK), "ternary_linear", "active", "None with layout 'tile16'", "bool [2, 18]"),
+    (
+        lambda: linear(packed=ROWS, layout="row", active=MASK[0]),
+        "ternary_linear",
+        "active",
+        "bool [2, 18]",
+        "bool [18]",
+    ),
+    (
+        lambda: linear(packed=ROWS, layout="row", active=MASK.int()),
+        "ternary_linear",
+        "active",
+        "bool [2, 18]",
+        "int32 [2, 18]",
+    ),
+    (
+        lambda: linear(packed=ROWS, layout="row", group_size=64),
+        "ternary_linear",
+        "group_size",
+        "only tile16",
+        "64",
+    ),
     (
         lambda: ops.pack_ternary(torch.zeros(1, 2**18 + 1, dtype=torch.int8)),
         "pack_ternary",
@@ -89,7 +140,7 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
         "below 2^31",
         str(2**63 - 1),
     ),
-    (lambda: ops.unpack_ternary(PACKED, 18, 20, "row"), "unpack_ternary", "layout", "'tile16'", "'row'"),
+    (lambda: ops.unpack_ternary(PACKED, 18, 20, "rows"), "unpack_ternary", "layout", "'tile16'", "'rows'"),
     (
         lambda: ops.ternary_matmul(X, PACKED, 18),
         "ternary_matmul",

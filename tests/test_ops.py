@@ -320,7 +320,8 @@ def test_a_large_call_leaves_small_ones_right(isa: str) -> None:
 
 def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
     namespace = torch.ops.bitnet_ops
-    packed = ops.pack_ternary(random_ternary(33, 50))
+    w = random_ternary(33, 50)
+    packed = ops.pack_ternary(w)
     x, weight_scale, bias = torch.randn(2, 3, 50), torch.rand(33), torch.randn(33)
 
     def grad(tensor: Tensor) -> Tensor:
@@ -338,6 +339,29 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
         "ternary_linear without bias": (
             namespace.ternary_linear.default,
             (grad(x.bfloat16()), packed, weight_scale, None, 33),
+        ),
+        "quantize_activations to 16 bits": (namespace.quantize_activations.default, (x, 16)),
+        "ternary_linear, layout column, 16 bits": (
+            namespace.ternary_linear.default,
+            (grad(x), ops.pack_ternary(w, "column"), weight_scale, None, 33, "column", 16),
+        ),
+        "ternary_linear, groups": (
+            namespace.ternary_linear.default,
+            (grad(x), packed, torch.rand(1, 33), None, 33, "tile16", 8, 64),
+        ),
+        "ternary_linear, active rows": (
+            namespace.ternary_linear.default,
+            (
+                grad(x),
+                ops.pack_ternary(w, "row"),
+                weight_scale,
+                None,
+                33,
+                "row",
+                8,
+                0,
+                torch.rand(2, 3, 33) < 0.5,
+            ),
         ),
         "rms_norm": (namespace.rms_norm.default, (grad(x), grad(torch.rand(50)), 1e-5)),
         "lm_head": (namespace.lm_head.default, (grad(x), grad(torch.randn(70, 50)))),
