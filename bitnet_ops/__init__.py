@@ -13,7 +13,7 @@ from bitnet_ops.checkpoint import CheckpointError, from_pretrained, save_pretrai
 from bitnet_ops.config import BitNetConfig
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
 from bitnet_ops.kv_cache import KVCache
-from bitnet_ops.linear import BitLinear, BitLinearQAT, pack
+from bitnet_ops.linear import BitLinear, BitLinearQAT, best_layout, pack, repack
 from bitnet_ops.model import BitNet
 from bitnet_ops.ops import (
     lm_head,
@@ -39,6 +39,7 @@ __all__ = [
     "BitNetConfig",
     "CheckpointError",
     "KVCache",
+    "best_layout",
     "from_pretrained",
     "isa",
     "known_isas",
@@ -47,6 +48,7 @@ __all__ = [
     "pack_ternary",
     "packed_shape",
     "quantize_activations",
+    "repack",
     "rms_norm",
     "save_pretrained",
     "supported_isas",

@@ -26,8 +26,8 @@ def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Rounds activations to integers, absmax per row of the last axis (arXiv:2402.17764, section 2).
 
     ``s = 127 / max(|x|)`` (32639 with 16 bits), ``q = round_half_to_even(x * s)``, ``x_scale = 1 / s``;
-    ``x`` is about ``q * x_scale``. Float32 arithmetic whatever the dtype of ``x``. A row that holds a NaN or an
-    infinity gets ``q = 0`` and ``x_scale = NaN``.
+    ``x`` is about ``q * x_scale``. Float32 arithmetic whatever the dtype of ``x``. A row that holds a NaN
+    or an infinity gets ``q = 0`` and ``x_scale = NaN``.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], K at most 2^18.

@@ -2,10 +2,13 @@
 // that shares rows out among torch's threads. Part of ops.cpp, and like it the only code that knows torch.
 #pragma once
 
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's headers, which -Wextra warns of
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 #include <limits>

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitnet_ops import BitLinear, BitLinearQAT, pack, reference
+import bitnet_ops
+from bitnet_ops import BitLinear, BitLinearQAT, pack, packing, reference
 
 SIZES = [(1, 1), (15, 17), (16, 16), (33, 20), (100, 70), (256, 192)]
 
@@ -161,3 +162,61 @@ def test_nan_and_inf_rows_stay_alone(isa):
     assert y[1].isnan().all()
     assert y[2].isnan().all()
     assert torch.equal(y[[0, 3]], clean[[0, 3]])
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("layout", packing.LAYOUTS)
+    def test_results_and_state_do_not_depend_on_the_layout(self, layout: str) -> None:
+        w, bias = torch.randint(-1, 2, (40, 70), dtype=torch.int8), torch.randn(40)
+        plain = BitLinear.from_ternary(w, 0.5, bias)
+        layer = BitLinear.from_ternary(w, 0.5, bias, layout=layout)
+        x = torch.randn(3, 70)
+        assert torch.equal(layer(x), plain(x))
+        assert torch.equal(layer.unpack(), w)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(layer.state_dict()[name], value)
+
+        empty = BitLinear(70, 40, bias=True, layout=layout)
+        assert (empty(x) == 0).all()
+        empty.load_state_dict(plain.state_dict())
+        assert empty.layout == layout
+        assert torch.equal(empty(x), plain(x))
+        meta = BitLinear(70, 40, bias=True, layout=layout, device="meta")
+        meta.load_state_dict(layer.state_dict(), assign=True)
+        assert torch.equal(meta(x), plain(x))
+
+    def test_a_wrong_shape_is_still_reported(self) -> None:
+        with pytest.raises(RuntimeError, match="packed_weight"):
+            BitLinear(70, 40, layout="row").load_state_dict(BitLinear(70, 49).state_dict())
+
+    def test_repack(self) -> None:
+        model = nn.Sequential(BitLinear.from_linear(nn.Linear(100, 300)), nn.ReLU(), BitLinear(300, 10))
+        x = torch.randn(2, 100)
+        expected = model(x)
+        for layout in (*packing.LAYOUTS, None):
+            assert bitnet_ops.repack(model, layout) is model
+            assert model[0].layout == (layout or bitnet_ops.best_layout())
+            assert torch.equal(model(x), expected)
+        with pytest.raises(ValueError, match="layout must be one of"):
+            bitnet_ops.repack(model, "rows")
+
+    def test_sixteen_bits_and_groups(self) -> None:
+        w, scale = torch.randint(-1, 2, (40, 150), dtype=torch.int8), torch.rand(3, 40)
+        layer = BitLinear.from_ternary(w, scale, activation_bits=16, group_size=64)
+        x = torch.randn(3, 150)
+        assert torch.equal(layer(x), reference.ternary_linear(x, w, scale, None, 16, 64))
+        other = BitLinear(150, 40, activation_bits=16, group_size=64)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(x), layer(x))
+        assert "activation_bits=16, group_size=64" in repr(layer)
+        assert bitnet_ops.repack(layer).layout == "tile16"
+
+    def test_options_that_do_not_exist(self) -> None:
+        with pytest.raises(ValueError, match="activation_bits: expected 8 or 16, got 4"):
+            BitLinear(64, 64, activation_bits=4)
+        with pytest.raises(ValueError, match="group_size: expected 0, or 64, 128 or 256"):
+            BitLinear(64, 64, group_size=32)
+        with pytest.raises(ValueError, match="with layout 'row'"):
+            BitLinear(64, 64, group_size=64, layout="row")
+        with pytest.raises(ValueError, match="layout must be one of"):
+            BitLinear(64, 64, layout="tile8")

@@ -100,9 +100,10 @@ def save_pretrained(model: "BitNet", folder: str | os.PathLike[str]) -> None:
                 f"save_pretrained: model: expected BitLinear projections, got {type(module).__name__} at "
                 f"{name!r}{hint}"
             )
-        if isinstance(module, BitLinear) and module.bias is not None:
+        if isinstance(module, BitLinear) and (module.bias is not None or module.group_size != 0):
             raise ValueError(
-                f"save_pretrained: model: expected projections without bias, got one at {name!r}"
+                "save_pretrained: model: expected projections without bias and with one scale a row, "
+                f"got another at {name!r}"
             )
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
