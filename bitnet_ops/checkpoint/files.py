@@ -4,6 +4,7 @@ Nothing in here trusts a file. A header is checked in full before any data is re
 pread into memory of its own, and every way to fail ends in a `CheckpointError`.
 """
 
+import ctypes
 import json
 import os
 from contextlib import AbstractContextManager, ExitStack
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,6 +27,14 @@ MAX_JSON_BYTES = 16 << 20
 tokenizer_config.json 55 KB; the limit only keeps a hostile file from filling the memory."""
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+TORCH_DTYPE = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+"""The dtypes of the formats that are read here."""
 """The float types that a checkpoint may use, by their safetensors names."""
 
 
@@ -85,6 +95,7 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
 class TensorFiles(AbstractContextManager["TensorFiles"]):
@@ -100,7 +111,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, StoredTensor] = {}
         self.total_bytes = 0
-        self._handles: dict[Path, Any] = {}  # of safe_open, whose methods have no types
+        self._descriptors: dict[Path, int] = {}
         self._stack = ExitStack()
         try:
             # With both present the single file counts, as in transformers: it is the one that a later
@@ -127,7 +138,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
         stored = self.tensors.get(name)
         if stored is None:
-            where = ", ".join(sorted({str(file) for file in self._handles}))
+            where = ", ".join(sorted({str(file) for file in self._descriptors}))
             raise CheckpointError(f"{where}: tensor {name!r}: expected {expected}, got no such tensor")
         if stored.dtype not in dtypes or stored.shape not in shapes:
             raise self.error(name, expected, f"{stored.dtype} {list(stored.shape)}")
@@ -136,14 +147,30 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
     def read(self, name: str) -> Tensor:
         """A tensor's data, in memory that belongs to the caller."""
         stored = self.tensors[name]
+        out = torch.empty(stored.shape, dtype=self._dtype(name))
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Reads a tensor's data where it shall stay, a contiguous tensor of its dtype and size."""
+        stored = self.tensors[name]
+        # A view of the tensor's memory without NumPy, which is not a dependency.
+        room = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())) if out.nbytes else b""
+        done = 0
         try:
-            tensor: Tensor = self._handles[stored.file].get_tensor(name)
-        except (
-            SafetensorError,
-            OSError,
-        ) as error:  # the file shrank, or the disk failed, since it was opened
+            while done < len(room):
+                count = os.preadv(self._descriptors[stored.file], [room[done:]], stored.offset + done)
+                if count == 0:
+                    raise OSError("the file ends before the tensor does")
+                done += count
+        except OSError as error:  # the file shrank, or the disk failed, since it was opened
             raise self.error(name, "readable data", f"{error}") from None
-        return tensor
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self.tensors[name].dtype
+        if dtype not in TORCH_DTYPE:
+            raise self.error(name, f"dtype {' or '.join(TORCH_DTYPE)}", dtype)
+        return TORCH_DTYPE[dtype]
 
     def error(self, name: str, expected: str, given: str) -> CheckpointError:
         """The error to raise when a tensor's content is wrong."""
@@ -158,15 +185,20 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
             hint = f" (formats like {others[0]} are not supported)" if others else ""
             raise CheckpointError.at(file, "file", "a safetensors file", f"no such file{hint}")
         try:
-            self.total_bytes += file.stat().st_size
-            # pread and not mmap: mapped pages count as memory beside the copy that is kept, and a file
-            # that shrinks while it is mapped ends the process with SIGBUS instead of an exception.
-            handle = self._stack.enter_context(safe_open(file, framework="pt", backend="pread"))
-            names = handle.keys()
-        except (SafetensorError, OSError) as error:
+            # safe_open checks the header against the size of the file; the data is then read with pread,
+            # not mapped: mapped pages count as memory beside the copy that is kept, and a file that
+            # shrinks while it is mapped ends the process with SIGBUS instead of an exception.
+            with safe_open(file, framework="pt", backend="pread"):
+                pass
+            handle = self._stack.enter_context(file.open("rb"))
+            header_bytes = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(header_bytes))
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError.at(file, "file", "a valid safetensors file", f"{error}") from None
-        self._handles[file] = handle
-        for name in names:
+        self.total_bytes += os.fstat(handle.fileno()).st_size
+        self._descriptors[file] = handle.fileno()
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
             if name in self.tensors:
                 raise CheckpointError.at(
                     file,
@@ -174,8 +206,8 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
                     "each tensor in one file",
                     f"it in {self.tensors[name].file} too",
                 )
-            header = handle.get_slice(name)
-            self.tensors[name] = StoredTensor(file, header.get_dtype(), tuple(header.get_shape()))
+            offset = 8 + header_bytes + entry["data_offsets"][0]
+            self.tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), offset)
 
     def _open_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")

@@ -15,8 +15,9 @@ from ..linear import BitLinear
 from ..model import BitNet, RMSNorm
 from .config_json import parse_config
 from .errors import CheckpointError
-from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json
+from .files import FLOAT_DTYPES, TORCH_DTYPE, TensorFiles, local_folder, read_json
 from .hf import PublishedProjections
+from .huge_pages import HugePages
 from .packed import CONFIG_FILE, QUANT_METHOD, PackedProjections
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
 
@@ -128,10 +129,9 @@ def _check_plausible(config: BitNetConfig, files: TensorFiles, file: Path) -> No
 def _read_state(model: BitNet, files: TensorFiles, projections: ProjectionReader) -> dict[str, Tensor]:
     """Checks that the files have the tensors of the model and no others, then reads them.
 
-    Memory that stays is allocated before anything is read; untouched pages cost nothing yet. The
-    temporaries of reading then come and go beside it. In between, each would leave a hole in the heap:
-    0.9 GB of holes for 2B4T with glibc. (The embedding is too large to come from the heap.)
+    What stays lies in one region of huge pages, so the temporaries of reading leave no holes between.
     """
+    memory = HugePages(*_room(model, files))
     state: dict[str, Tensor] = {}
     used: list[str] = []
     steps: list[Callable[[], None]] = []
@@ -139,18 +139,19 @@ def _read_state(model: BitNet, files: TensorFiles, projections: ProjectionReader
         if isinstance(module, BitLinear):
             sizes = module.out_features, module.in_features
             used += projections.check(files, name, *sizes)
-            packed = state[f"{name}.packed_weight"] = torch.empty_like(module.packed_weight, device="cpu")
-            scale = state[f"{name}.weight_scale"] = torch.empty_like(module.weight_scale, device="cpu")
+            packed = state[f"{name}.packed_weight"] = memory.empty(module.packed_weight.shape, torch.uint8)
+            scale = state[f"{name}.weight_scale"] = memory.empty(module.weight_scale.shape, torch.float32)
             steps.append(partial(_read_projection, files, projections, name, *sizes, packed, scale))
         elif isinstance(module, (RMSNorm, nn.Embedding, nn.Linear)):
             weight = f"{name}.weight"
-            files.expect(weight, FLOAT_DTYPES, tuple(module.weight.shape))
+            stored = files.expect(weight, FLOAT_DTYPES, tuple(module.weight.shape))
             used.append(weight)
             if isinstance(module, RMSNorm):
                 norm = state[weight] = torch.empty(module.weight.shape)
                 steps.append(partial(_read_norm, files, weight, norm))
             else:
-                steps.append(partial(_read_matrix, files, weight, state))
+                matrix = state[weight] = memory.empty(stored.shape, TORCH_DTYPE[stored.dtype])
+                steps.append(partial(_read_matrix, files, weight, matrix))
     if model.config.tie_word_embeddings and "lm_head.weight" in files.tensors:
         files.expect("lm_head.weight", FLOAT_DTYPES, tuple(model.head_weight.shape))
         used.append("lm_head.weight")
@@ -182,13 +183,27 @@ def _read_projection(
     scale.copy_(scale_read)
 
 
+def _room(model: BitNet, files: TensorFiles) -> tuple[int, int]:
+    """Bytes and number of the tensors that stay."""
+    sizes = []
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            sizes += [module.packed_weight.nbytes, module.weight_scale.nbytes]
+        elif isinstance(module, (nn.Embedding, nn.Linear)):
+            stored = files.expect(f"{name}.weight", FLOAT_DTYPES, tuple(module.weight.shape))
+            sizes.append(module.weight.numel() * TORCH_DTYPE[stored.dtype].itemsize)
+    return sum(sizes), len(sizes)
+
+
 def _read_norm(files: TensorFiles, name: str, out: Tensor) -> None:
-    out.copy_(_read_finite(files, name))
+    out.copy_(files.read(name))
+    _check_finite(files, name, out)
 
 
-def _read_matrix(files: TensorFiles, name: str, state: dict[str, Tensor]) -> None:
-    # Kept as it was read, for a copy would take its size once more.
-    state[name] = _read_finite(files, name)
+def _read_matrix(files: TensorFiles, name: str, out: Tensor) -> None:
+    files.read_into(name, out)
+    for rows in torch.split(out, CHUNK_ROWS):
+        _check_finite(files, name, rows)
 
 
 def _check_tied(files: TensorFiles, head: str, state: dict[str, Tensor]) -> None:
@@ -199,8 +214,6 @@ def _check_tied(files: TensorFiles, head: str, state: dict[str, Tensor]) -> None
         )
 
 
-def _read_finite(files: TensorFiles, name: str) -> Tensor:
-    tensor = files.read(name)
-    if not all(bool(rows.isfinite().all()) for rows in torch.split(tensor, CHUNK_ROWS)):
+def _check_finite(files: TensorFiles, name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
         raise files.error(name, "finite numbers", "a NaN or an infinity")
-    return tensor
