@@ -23,6 +23,7 @@ inline float bits_float(uint32_t bits) {
 
 constexpr uint32_t kAbsMask = 0x7fffffffu;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr uint32_t kOneBits = 0x3f800000u;  // 1.0f: the exponent's bias
 // The one quiet NaN that PyTorch rounds every NaN to.
 constexpr uint16_t kBFloat16NaN = 0x7fc0;
 

@@ -92,6 +92,68 @@ struct Logits {
 // given holds this many rows of x_stride floats. Eight rows of 2560 are 80 KB: they stay in L2.
 constexpr int64_t kLogitsScratchRows = 8;
 
+// Attention. Keys come in blocks, and blocks in spans: attention.h has the order of all sums.
+constexpr int64_t kAttentionBlock = kVirtualLanes;
+// Threads share out spans where there is one token to compute: 256 keys and values of 128 bfloat16 are 128 KB,
+// about 10 us of a core's stream, and joining two spans costs a hundredth of that.
+constexpr int64_t kAttentionSpan = 4 * kAttentionBlock;
+// Values are stored with zeros up to whole registers of every instruction set.
+constexpr int64_t kValueAlignment = 16;
+// Rows of the largest register block (see Isa::kAttentionRows).
+constexpr int64_t kAttentionRegisterRows = 6;
+
+constexpr float kInfinity = __builtin_inff();
+
+constexpr int64_t value_width(int64_t head_dim) { return divide_up(head_dim, kValueAlignment) * kValueAlignment; }
+
+enum class CacheType { kFloat32, kBFloat16, kInt8 };
+
+// [batch][tokens][heads * head_dim], a row per token; rows may lie apart.
+struct TokenRows {
+  const float* data;
+  int64_t batch_stride;  // floats
+  int64_t token_stride;
+  const float* row(int64_t batch, int64_t token) const { return data + batch * batch_stride + token * token_stride; }
+};
+
+// Token t of sequence b stands at position start[b] + t; below 0 it is padding: it is not stored and its
+// result is 0. A token sees the positions up to its own.
+struct Attention {
+  TokenRows q, k, v;
+  const float* cos;  // [positions][head_dim / 2]
+  const float* sin;
+  const int64_t* start;  // [batch]
+  int64_t batch, tokens, kv_heads;
+  int64_t group;     // query heads to a key-value head: head h reads h / group
+  int64_t head_dim;  // even
+  float scale;       // of scores, in units of ln 2: log2(e) / sqrt(head_dim), taken into q
+  CacheType cache;
+  int64_t capacity;  // positions of a sequence, a multiple of kAttentionBlock
+  void* keys;        // [batch][kv_heads][capacity / kAttentionBlock][head_dim][kAttentionBlock]
+  void* values;      // [batch][kv_heads][capacity][value_width(head_dim)]
+  float* key_scale;  // [batch][kv_heads][capacity]; only for kInt8
+  float* value_scale;
+  float* out;  // [batch][tokens][kv_heads * group * head_dim], contiguous
+};
+
+// Rows (token, head of the group), tokens first.
+struct AttentionRows {
+  int64_t batch, kv_head, token_begin, token_end;
+};
+
+// A softmax under way for each of AttentionRows.
+struct AttentionState {
+  float* max;  // -inf at first, like 0 and 0 for the other two
+  float* sum;
+  float* out;  // [rows][value_width(head_dim)]
+};
+
+// Floats of scratch that attention_span needs; attention_store needs two heads.
+constexpr int64_t attention_scratch(int64_t rows, int64_t head_dim) {
+  return kAttentionRegisterRows * kAttentionBlock + rows * head_dim +
+         kAttentionBlock * (head_dim + value_width(head_dim));
+}
+
 struct KernelTable {
   const char* isa;
 
@@ -128,6 +190,20 @@ struct KernelTable {
 
   // Rows [row_begin, row_end) of the vocabulary, every token.
   void (*logits)(const Logits& logits, int64_t row_begin, int64_t row_end, float* scratch);
+
+  // Rotates the keys of these tokens and writes them and the values into the cache.
+  void (*attention_store)(const Attention& attention, const AttentionRows& rows, float* scratch);
+
+  // Attends to the keys of one span alone: `state` is written, not read.
+  void (*attention_span)(const Attention& attention, const AttentionRows& rows, int64_t span,
+                         const AttentionState& state, float* scratch);
+
+  // Takes what attention_span made of span number `span` into `state`. Spans come in order.
+  void (*attention_join)(const Attention& attention, const AttentionRows& rows, int64_t span,
+                         const AttentionState& state, const AttentionState& part);
+
+  // Writes the results of these rows.
+  void (*attention_finish)(const Attention& attention, const AttentionRows& rows, const AttentionState& state);
 };
 
 }  // namespace bitnet_ops

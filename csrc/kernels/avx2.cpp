@@ -32,6 +32,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "attention.h"
 #include "ternary_driver.h"
 #include "ymm.h"
 
@@ -54,6 +55,7 @@ struct Maddubs {
 };
 
 using Float = FloatKernels<Ymm>;
+using Attend = AttentionKernels<Ymm>;
 
 }  // namespace
 
@@ -69,6 +71,10 @@ constexpr KernelTable kAvx2Kernels = {
     Float::rms_norm_row,
     Float::widen_row,
     Float::logits,
+    Attend::store,
+    Attend::span,
+    Attend::join,
+    Attend::finish,
 };
 
 }  // namespace bitnet_ops

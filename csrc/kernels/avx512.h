@@ -38,6 +38,9 @@ struct Avx512 {
   // Three tokens of 2560 floats are 30 KB: a fourth would not stay in an L1 of 32 KB.
   static constexpr int kLogitsTokensStreamed = 3;
   static constexpr int64_t kTokenGroupBytes = 512 << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
+  // 6 x 4 accumulators + 4 lanes + 1 scalar = 29 of 32 registers.
+  static constexpr int kAttentionRows = 6;
+  static constexpr int kAttentionRegisters = 4;
 
   static F32 zero() { return _mm512_setzero_ps(); }
   static F32 set1(float s) { return _mm512_set1_ps(s); }
@@ -72,6 +75,19 @@ struct Avx512 {
   static void store(Float16* p, F32 v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static F32 load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+  static float fold_max(F32 v) { return _mm512_reduce_max_ps(v); }
+  static F32 power_of_two(F32 v) {
+    const __m512i exponent_u32x16 = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(exponent_u32x16, _mm512_set1_epi32(kOneBits)));
+  }
+  static F32 zero_below(F32 x, F32 limit, F32 v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v);
   }
 
   static float fold(F32 v) {

@@ -19,6 +19,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "attention.h"
 #include "ternary_driver.h"
 #include "avx512.h"
 
@@ -75,6 +76,7 @@ struct Base3Codes {
 };
 
 using Float = FloatKernels<Avx512>;
+using Attend = AttentionKernels<Avx512>;
 
 }  // namespace
 
@@ -90,6 +92,10 @@ constexpr KernelTable kAvx512VbmiKernels = {
     Float::rms_norm_row,
     Float::widen_row,
     Float::logits,
+    Attend::store,
+    Attend::span,
+    Attend::join,
+    Attend::finish,
 };
 
 }  // namespace bitnet_ops

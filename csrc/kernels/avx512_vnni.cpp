@@ -18,6 +18,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "attention.h"
 #include "ternary_driver.h"
 #include "avx512.h"
 
@@ -25,6 +26,7 @@ namespace bitnet_ops {
 namespace {
 
 using Float = FloatKernels<Avx512>;
+using Attend = AttentionKernels<Avx512>;
 
 }  // namespace
 
@@ -40,6 +42,10 @@ constexpr KernelTable kAvx512VnniKernels = {
     Float::rms_norm_row,
     Float::widen_row,
     Float::logits,
+    Attend::store,
+    Attend::span,
+    Attend::join,
+    Attend::finish,
 };
 
 }  // namespace bitnet_ops

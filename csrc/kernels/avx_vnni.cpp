@@ -30,6 +30,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "attention.h"
 #include "ternary_driver.h"
 #include "ymm.h"
 
@@ -92,6 +93,7 @@ struct Inner : YmmLoops<Dpbusd> {
 };
 
 using Float = FloatKernels<Ymm>;
+using Attend = AttentionKernels<Ymm>;
 
 }  // namespace
 
@@ -107,6 +109,10 @@ constexpr KernelTable kAvxVnniKernels = {
     Float::rms_norm_row,
     Float::widen_row,
     Float::logits,
+    Attend::store,
+    Attend::span,
+    Attend::join,
+    Attend::finish,
 };
 
 }  // namespace bitnet_ops

@@ -26,6 +26,7 @@
 
 // No target region: all of this is the baseline.
 #include "float_algorithms.h"
+#include "attention.h"
 #include "ternary_driver.h"
 #include "neon.h"
 #include "neon_sparse.h"
@@ -141,6 +142,7 @@ struct Inner : NeonSparse<Smlal> {
 };
 
 using Float = FloatKernels<Neon>;
+using Attend = AttentionKernels<Neon>;
 
 }  // namespace
 
@@ -156,6 +158,10 @@ constexpr KernelTable kNeonKernels = {
     Float::rms_norm_row,
     Float::widen_row,
     Float::logits,
+    Attend::store,
+    Attend::span,
+    Attend::join,
+    Attend::finish,
 };
 
 }  // namespace bitnet_ops

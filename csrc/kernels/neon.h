@@ -26,6 +26,9 @@ struct Neon {
   static constexpr int kLogitsTokens = 6;
   static constexpr int kLogitsTokensStreamed = 1;         // x 16 accumulators
   static constexpr int64_t kTokenGroupBytes = 256 << 10;  // half of a 512 KB L2 (Cortex-A76)
+  // 6 x 4 accumulators + 4 lanes + 1 scalar = 29 of 32 registers.
+  static constexpr int kAttentionRows = 6;
+  static constexpr int kAttentionRegisters = 4;
 
   static F32 zero() { return vdupq_n_f32(0.0f); }
   static F32 set1(float s) { return vdupq_n_f32(s); }
@@ -62,6 +65,21 @@ struct Neon {
   static void store(Float16* p, F32 v) {
     const float16x4_t half_f16x4 = vcvt_f16_f32(v);
     std::memcpy(p, &half_f16x4, sizeof half_f16x4);
+  }
+
+  static F32 load(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    const int16x8_t i16x8 = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(i16x8)));
+  }
+  static F32 max(F32 a, F32 b) { return vmaxq_f32(a, b); }
+  static float fold_max(F32 v) { return vmaxvq_f32(v); }
+  static F32 power_of_two(F32 v) {
+    return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), 23), vdupq_n_u32(kOneBits)));
+  }
+  static F32 zero_below(F32 x, F32 limit, F32 v) {
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)));
   }
 
   static float fold(F32 v) {

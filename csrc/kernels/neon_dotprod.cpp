@@ -31,6 +31,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "attention.h"
 #include "ternary_driver.h"
 #include "neon.h"
 #include "neon_sparse.h"
@@ -40,6 +41,7 @@ namespace bitnet_ops {
 namespace {
 
 using Float = FloatKernels<Neon>;
+using Attend = AttentionKernels<Neon>;
 
 }  // namespace
 
@@ -55,6 +57,10 @@ constexpr KernelTable kNeonDotprodKernels = {
     Float::rms_norm_row,
     Float::widen_row,
     Float::logits,
+    Attend::store,
+    Attend::span,
+    Attend::join,
+    Attend::finish,
 };
 
 }  // namespace bitnet_ops

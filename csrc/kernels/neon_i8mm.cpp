@@ -34,6 +34,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "attention.h"
 #include "ternary_driver.h"
 #include "neon.h"
 #include "neon_sparse.h"
@@ -123,6 +124,7 @@ struct Inner {
 };
 
 using Float = FloatKernels<Neon>;
+using Attend = AttentionKernels<Neon>;
 
 }  // namespace
 
@@ -138,6 +140,10 @@ constexpr KernelTable kNeonI8mmKernels = {
     Float::rms_norm_row,
     Float::widen_row,
     Float::logits,
+    Attend::store,
+    Attend::span,
+    Attend::join,
+    Attend::finish,
 };
 
 }  // namespace bitnet_ops

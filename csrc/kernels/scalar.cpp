@@ -14,6 +14,7 @@
 #include "../float_convert.h"
 #include "../kernel_table.h"
 #include "float_algorithms.h"
+#include "attention.h"
 #include "ternary_driver.h"
 
 namespace bitnet_ops {
@@ -27,6 +28,8 @@ struct Scalar {
   static constexpr int kLogitsTokens = 1;
   static constexpr int kLogitsTokensStreamed = 1;
   static constexpr int64_t kTokenGroupBytes = 128 << 10;  // half of the smallest common L2, 256 KB
+  static constexpr int kAttentionRows = 1;
+  static constexpr int kAttentionRegisters = 4;  // chains enough to hide the latency of an FMA
 
   static F32 zero() { return 0.0f; }
   static F32 set1(float s) { return s; }
@@ -50,6 +53,11 @@ struct Scalar {
   static void fold_all(F32 (&v)[N], float* out) {
     for (int i = 0; i < N; ++i) out[i] = v[i];
   }
+  static F32 load(const int8_t* p) { return static_cast<float>(*p); }
+  static F32 max(F32 a, F32 b) { return a > b ? a : b; }
+  static float fold_max(F32 v) { return v; }
+  static F32 power_of_two(F32 v) { return bits_float((float_bits(v) << 23) + kOneBits); }
+  static F32 zero_below(F32 x, F32 limit, F32 v) { return x < limit ? 0.0f : v; }
   static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
   static I32 zero_i32() { return 0; }
@@ -133,6 +141,7 @@ struct Inner {
 };
 
 using Float = FloatKernels<Scalar>;
+using Attend = AttentionKernels<Scalar>;
 
 }  // namespace
 
@@ -148,6 +157,10 @@ constexpr KernelTable kScalarKernels = {
     Float::rms_norm_row,
     Float::widen_row,
     Float::logits,
+    Attend::store,
+    Attend::span,
+    Attend::join,
+    Attend::finish,
 };
 
 }  // namespace bitnet_ops

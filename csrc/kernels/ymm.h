@@ -15,6 +15,9 @@ struct Ymm {
   static constexpr int kLogitsTokens = 4;
   static constexpr int kLogitsTokensStreamed = 1;         // x 8 accumulators
   static constexpr int64_t kTokenGroupBytes = 128 << 10;  // half of the smallest common L2, 256 KB
+  // 6 x 2 accumulators + 2 lanes + 1 scalar = 15 of 16 registers.
+  static constexpr int kAttentionRows = 6;
+  static constexpr int kAttentionRegisters = 2;
 
   static F32 zero() { return _mm256_setzero_ps(); }
   static F32 set1(float s) { return _mm256_set1_ps(s); }
@@ -51,6 +54,21 @@ struct Ymm {
   static void store(Float16* p, F32 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+
+  static F32 load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+  static float fold_max(F32 v) {
+    const __m128 f32x4 = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 f32x2 = _mm_max_ps(f32x4, _mm_movehl_ps(f32x4, f32x4));
+    return _mm_cvtss_f32(_mm_max_ss(f32x2, _mm_movehdup_ps(f32x2)));
+  }
+  static F32 power_of_two(F32 v) {
+    const __m256i exponent_u32x8 = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(exponent_u32x8, _mm256_set1_epi32(kOneBits)));
+  }
+  static F32 zero_below(F32 x, F32 limit, F32 v) { return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), v); }
 
   static float fold(F32 v) {
     const __m128 f32x4 = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

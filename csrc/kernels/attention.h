@@ -1,0 +1,395 @@
+// Attention over a cache of keys and values, once; an instruction set only supplies `Isa`.
+//
+// Include this inside a kernel file's target region, after float_algorithms.h.
+//
+// The order of every float operation, which decides the bits. Position p of a sequence is the p-th of its
+// own tokens, so padding before the first one has no place here and cannot move anything: a sequence
+// in a batch runs through the operations of the same sequence alone. A token at position p sees keys 0 .. p;
+// they fall into blocks of 64 and spans of 256, which begin at multiples of these numbers, whoever asks.
+//
+//     keys      0 ......... 63 | 64 ........ 127 | 128 ...... 191 | 192 ...... 255 | 256 ....
+//     blocks         0         |        1        |       2        |       3        |   4
+//     spans                                0                                       |   1
+//
+// For one query row (one token and head) and one block:
+//     score[j]  = fma chain over d = 0, 1, ... of q[d] * key[j][d], from +0   (a lane is a key: no sums across lanes)
+//     max'      = max(max, score of every visible key)
+//     factor    = exp2(max - max'),  weight[j] = exp2(score[j] - max')
+//     sum       = sum * factor + (the weights in 64 virtual lanes, folded as in float_algorithms.h)
+//     out[i]    = fma chain over visible keys j in order of weight[j] * value[j][i], from out[i] * factor
+// A span starts from max = -inf, sum = 0, out = 0. Spans join in order, so that threads may share them out:
+//     max'      = max(max, max_s), sum = sum * exp2(max - max') + sum_s * exp2(max_s - max')
+//     out[i]    = fma(out_s[i], exp2(max_s - max'), out[i] * exp2(max - max'))
+// and at the end out[i] * (1 / sum). A key that a token does not see is never multiplied, not even by zero:
+// 0 * NaN is NaN, and -0 + 0 is +0. Its weight in the folded sum is +0, and x + 0 = x for the others, which
+// are not negative. So what prefill computes for a token is what decoding it computes.
+//
+// A NaN among the visible scores makes its weight NaN, hence sum and every out[i]; whether max(a, NaN)
+// is a or NaN, in which instruction sets differ, therefore changes nothing.
+//
+// Isa provides, beside float_algorithms.h's,
+//     kAttentionRows, kAttentionRegisters    accumulators of a register block: rows x registers
+//     load(const int8_t*)                    kLanes small integers as float32
+//     max(a, b) fold_max(v)
+//     power_of_two(v)                        2^n where the lowest bits of v's significand hold n + 0
+//     zero_below(x, limit, v)                x < limit ? +0 : v
+
+namespace bitnet_ops {
+namespace {
+
+// How far ahead of a stream of keys or values memory is asked for: as for rows of the LM head.
+constexpr int64_t kCacheAheadBytes = kStreamAheadBytes;
+
+template <class Isa>
+struct AttentionKernels {
+  using F32 = typename Isa::F32;
+  using Float = FloatKernels<Isa>;
+  static constexpr int kLanes = Isa::kLanes;
+  static constexpr int kRows = Isa::kAttentionRows;
+  static constexpr int kRegisters = static_cast<int>(kAttentionBlock) / kLanes;  // of the scores of one row
+  static constexpr int64_t kPanel = Isa::kAttentionRegisters * kLanes;
+  static_assert(kAttentionBlock == kVirtualLanes, "the weights of a block fold like 64 virtual lanes");
+  static_assert(kAttentionBlock % kPanel == 0 && kValueAlignment % kLanes == 0, "no register is part of a row");
+  static_assert(kRows <= kAttentionRegisterRows, "scratch is sized for them");
+
+  // 2^x for x <= 0, or NaN; +0 below -126, where results would be subnormal. With n the integer nearest to x,
+  // 2^x = 2^n * 2^r, |r| <= 1/2, and a polynomial whose relative error is below 2.0e-9 (Remez; p(0) is
+  // exactly 1). Rounding adds less than 1.1 ulp: at most 1.3e-7 in all, over every float32.
+  static F32 exp2(F32 x) {
+    // 1.5 * 2^23: the addition itself rounds to an integer, which then stands in the lowest bits.
+    const F32 shifted = Isa::add(x, Isa::set1(12582912.0f));
+    const F32 n = Isa::add(shifted, Isa::set1(-12582912.0f));
+    const F32 r = Isa::fma(n, Isa::set1(-1.0f), x);
+    F32 p = Isa::set1(0x1.41fbbcp-13f);
+    p = Isa::fma(p, r, Isa::set1(0x1.5f3e52p-10f));
+    p = Isa::fma(p, r, Isa::set1(0x1.3b2d4cp-7f));
+    p = Isa::fma(p, r, Isa::set1(0x1.c6aee8p-5f));
+    p = Isa::fma(p, r, Isa::set1(0x1.ebfbdcp-3f));
+    p = Isa::fma(p, r, Isa::set1(0x1.62e430p-1f));
+    p = Isa::fma(p, r, Isa::set1(1.0f));
+    return Isa::zero_below(x, Isa::set1(-126.0f), Isa::mul(p, Isa::power_of_two(shifted)));
+  }
+
+  static float exp2_of(float x) {
+    float lanes[kLanes];
+    Isa::store(lanes, exp2(Isa::set1(x)));
+    return lanes[0];
+  }
+
+  // ---- rows x lanes -----------------------------------------------------------------------------
+
+  // c[row][lane] = fma chain over k of a[row][k] * b[k][lane], from +0, or from c * factor[row] if given.
+  template <int ROWS, int REGISTERS, class T>
+  static void block(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count, float* c,
+                    int64_t c_stride, const float* factor) {
+    F32 acc[ROWS][REGISTERS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+      for (int i = 0; i < REGISTERS; ++i) {
+        acc[r][i] = factor == nullptr ? Isa::zero()
+                                      : Isa::mul(Isa::load(c + r * c_stride + i * kLanes), Isa::set1(factor[r]));
+      }
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const T* b_row = b + k * b_stride;
+      const char* ahead = reinterpret_cast<const char*>(b_row) + kCacheAheadBytes;
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < REGISTERS * kLanes * static_cast<int64_t>(sizeof(T)); line += 64) {
+        Isa::prefetch_far(ahead + line);
+      }
+      F32 lanes[REGISTERS];
+#pragma GCC unroll 16
+      for (int i = 0; i < REGISTERS; ++i) lanes[i] = Isa::load(b_row + i * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const F32 scalar = Isa::set1(a[r * a_stride + k]);
+#pragma GCC unroll 16
+        for (int i = 0; i < REGISTERS; ++i) acc[r][i] = Isa::fma(scalar, lanes[i], acc[r][i]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+      for (int i = 0; i < REGISTERS; ++i) Isa::store(c + r * c_stride + i * kLanes, acc[r][i]);
+    }
+  }
+
+  template <int ROWS, int REGISTERS, class T>
+  static void block_of(int rows, const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count,
+                       float* c, int64_t c_stride, const float* factor) {
+    if constexpr (ROWS > 1) {
+      if (rows < ROWS) {
+        return block_of<ROWS - 1, REGISTERS>(rows, a, a_stride, b, b_stride, count, c, c_stride, factor);
+      }
+    }
+    block<ROWS, REGISTERS>(a, a_stride, b, b_stride, count, c, c_stride, factor);
+  }
+
+  // Lanes [0, width), a multiple of kLanes; at most kRows rows.
+  template <class T>
+  static void multiply(int rows, int64_t width, const float* a, int64_t a_stride, const T* b, int64_t b_stride,
+                       int64_t count, float* c, int64_t c_stride, const float* factor) {
+    int64_t lane = 0;
+    for (; lane + kPanel <= width; lane += kPanel) {
+      block_of<kRows, Isa::kAttentionRegisters>(rows, a, a_stride, b + lane, b_stride, count, c + lane, c_stride,
+                                                factor);
+    }
+    for (; lane < width; lane += kLanes) {
+      block_of<kRows, 1>(rows, a, a_stride, b + lane, b_stride, count, c + lane, c_stride, factor);
+    }
+  }
+
+  // ---- rotation ---------------------------------------------------------------------------------
+
+  static F32 load_upto(const float* x, int64_t count) {
+    return count == kLanes ? Isa::load(x) : load_partial<Isa>(x, count);
+  }
+  static void store_upto(float* x, F32 v, int64_t count) {
+    if (count == kLanes) return Isa::store(x, v);
+    store_partial<Isa>(x, v, count);
+  }
+
+  // out = (low * cos - high * sin, high * cos + low * sin) * scale, each operation rounded: rotate-half.
+  static void rotate(const float* x, const float* cos, const float* sin, int64_t head_dim, float scale, float* out) {
+    const int64_t half = head_dim / 2;
+    const F32 factor = Isa::set1(scale);
+    const F32 minus = Isa::set1(-1.0f);
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const int64_t count = half - i < kLanes ? half - i : kLanes;
+      const F32 low = load_upto(x + i, count);
+      const F32 high = load_upto(x + half + i, count);
+      const F32 c = load_upto(cos + i, count);
+      const F32 s = load_upto(sin + i, count);
+      // fma with -1 is a subtraction, one rounding.
+      const F32 new_low = Isa::mul(Isa::fma(minus, Isa::mul(high, s), Isa::mul(low, c)), factor);
+      const F32 new_high = Isa::mul(Isa::add(Isa::mul(high, c), Isa::mul(low, s)), factor);
+      store_upto(out + i, new_low, count);
+      store_upto(out + half + i, new_high, count);
+    }
+  }
+
+  // ---- the cache --------------------------------------------------------------------------------
+
+  // A vector of the cache in its storage type; int8 is quantised as activations are, and has a scale.
+  template <class T>
+  static void convert(const float* x, int64_t count, T* out, float*) {
+    const int64_t full = count - count % kLanes;
+    for (int64_t i = 0; i < full; i += kLanes) Isa::store(out + i, Isa::load(x + i));
+    if (full < count) store_partial<Isa>(out + full, load_partial<Isa>(x + full, count - full), count - full);
+  }
+  static void convert(const float* x, int64_t count, int8_t* out, float* scale) {
+    int32_t unused_sum;
+    Float::quantize_row_of(x, count, out, count, scale, &unused_sum);
+  }
+
+  template <class T>
+  static void store_of(const Attention& p, const AttentionRows& rows, float* scratch) {
+    const int64_t d = p.head_dim;
+    const int64_t width = value_width(d);
+    const int64_t head = rows.batch * p.kv_heads + rows.kv_head;
+    T* keys = static_cast<T*>(p.keys) + head * p.capacity * d;
+    T* values = static_cast<T*>(p.values) + head * p.capacity * width;
+    T* converted = reinterpret_cast<T*>(scratch + d);
+    for (int64_t token = rows.token_begin; token < rows.token_end; ++token) {
+      const int64_t position = p.start[rows.batch] + token;
+      if (position < 0) continue;  // padding
+      const int64_t place = head * p.capacity + position;
+      float* key_scale = p.cache == CacheType::kInt8 ? p.key_scale + place : nullptr;
+      float* value_scale = p.cache == CacheType::kInt8 ? p.value_scale + place : nullptr;
+      rotate(p.k.row(rows.batch, token) + rows.kv_head * d, p.cos + position * (d / 2), p.sin + position * (d / 2), d,
+             1.0f, scratch);
+      convert(scratch, d, converted, key_scale);
+      T* key = keys + position / kAttentionBlock * kAttentionBlock * d + position % kAttentionBlock;
+      for (int64_t i = 0; i < d; ++i) key[i * kAttentionBlock] = converted[i];
+      T* value = values + position * width;
+      convert(p.v.row(rows.batch, token) + rows.kv_head * d, d, value, value_scale);
+      std::memset(static_cast<void*>(value + d), 0, static_cast<size_t>(width - d) * sizeof(T));
+    }
+  }
+
+  static void store(const Attention& p, const AttentionRows& rows, float* scratch) {
+    switch (p.cache) {
+      case CacheType::kBFloat16:
+        return store_of<BFloat16>(p, rows, scratch);
+      case CacheType::kInt8:
+        return store_of<int8_t>(p, rows, scratch);
+      default:
+        return store_of<float>(p, rows, scratch);
+    }
+  }
+
+  // ---- one span ---------------------------------------------------------------------------------
+
+  // One row and one block: scores become the weights that values are multiplied with.
+  static void soften(float* scores, int64_t visible, const float* key_scale, const float* value_scale, float* max,
+                     float* sum, float* factor) {
+    if (key_scale != nullptr) {
+      for (int64_t j = 0; j < visible; ++j) scores[j] *= key_scale[j];
+    }
+    for (int64_t j = visible; j < kAttentionBlock; ++j) scores[j] = -kInfinity;
+    F32 highest = Isa::load(scores);
+    for (int r = 1; r < kRegisters; ++r) highest = Isa::max(highest, Isa::load(scores + r * kLanes));
+    const float block_max = Isa::fold_max(highest);
+    const float new_max = *max > block_max ? *max : block_max;
+    *factor = exp2_of(*max - new_max);
+    const F32 minus_max = Isa::set1(-new_max);
+    F32 weight[kRegisters];
+    for (int r = 0; r < kRegisters; ++r) {
+      weight[r] = exp2(Isa::add(Isa::load(scores + r * kLanes), minus_max));
+      Isa::store(scores + r * kLanes, weight[r]);
+    }
+    *sum = *sum * *factor + Float::fold_registers(weight);
+    *max = new_max;
+    if (value_scale != nullptr) {
+      for (int64_t j = 0; j < visible; ++j) scores[j] *= value_scale[j];
+    }
+  }
+
+  // Keys from `key` on that row `row` of `rows` sees; not positive if there are none.
+  static int64_t visible_keys(const Attention& p, const AttentionRows& rows, int64_t row, int64_t key) {
+    const int64_t position = p.start[rows.batch] + rows.token_begin + row / p.group;
+    return position + 1 - key;
+  }
+  static int64_t visible_in_block(const Attention& p, const AttentionRows& rows, int64_t row, int64_t key) {
+    const int64_t visible = visible_keys(p, rows, row, key);
+    return visible < kAttentionBlock ? visible : kAttentionBlock;
+  }
+
+  // Keys (or rows of values) of one block against all rows, from the cache itself or widened from it.
+  template <class T>
+  static void attend_block(const Attention& p, const AttentionRows& rows, int64_t key, const float* q, const T* keys,
+                           const T* values, const float* key_scale, const float* value_scale,
+                           const AttentionState& state, float* scores) {
+    const int64_t count = p.group * (rows.token_end - rows.token_begin);
+    const int64_t width = value_width(p.head_dim);
+    int64_t row = 0;  // the first that sees any of these keys
+    while (row < count && visible_keys(p, rows, row, key) <= 0) ++row;
+    for (; row < count; row += kRows) {
+      const int n = static_cast<int>(count - row < kRows ? count - row : kRows);
+      // Rows follow their tokens, so the first of them sees least and the last most.
+      int64_t visible[kRows];
+      for (int i = 0; i < n; ++i) visible[i] = visible_in_block(p, rows, row + i, key);
+      const int64_t least = visible[0];
+      const int64_t most = divide_up(visible[n - 1], kLanes) * kLanes;
+      float* out = state.out + row * width;
+      multiply(n, most, q + row * p.head_dim, p.head_dim, keys, kAttentionBlock, p.head_dim, scores, kAttentionBlock,
+               nullptr);
+      float factor[kRows];
+      for (int i = 0; i < n; ++i) {
+        soften(scores + i * kAttentionBlock, visible[i], key_scale, value_scale, state.max + row + i,
+               state.sum + row + i, factor + i);
+      }
+      multiply(n, width, scores, kAttentionBlock, values, width, least, out, width, factor);
+      for (int i = 1; i < n; ++i) {
+        const float one = 1.0f;
+        const int64_t more = visible[i] - least;
+        if (more > 0) {
+          multiply(1, width, scores + i * kAttentionBlock + least, kAttentionBlock, values + least * width, width, more,
+                   out + i * width, width, &one);
+        }
+      }
+    }
+  }
+
+  template <class T>
+  static void widen_block(const T* keys, const T* values, int64_t head_dim, int64_t width, int64_t visible,
+                          float* wide_keys, float* wide_values) {
+    for (int64_t i = 0; i < head_dim * kAttentionBlock; i += kLanes) Isa::store(wide_keys + i, Isa::load(keys + i));
+    for (int64_t i = 0; i < visible * width; i += kLanes) Isa::store(wide_values + i, Isa::load(values + i));
+  }
+
+  template <class T>
+  static void span_of(const Attention& p, const AttentionRows& rows, int64_t span, const AttentionState& state,
+                      float* scratch) {
+    const int64_t d = p.head_dim;
+    const int64_t width = value_width(d);
+    const int64_t count = p.group * (rows.token_end - rows.token_begin);
+    const int64_t head = rows.batch * p.kv_heads + rows.kv_head;
+    float* scores = scratch;
+    float* q = scores + kAttentionRegisterRows * kAttentionBlock;
+    float* wide_keys = q + count * d;
+    float* wide_values = wide_keys + kAttentionBlock * d;
+    for (int64_t row = 0; row < count; ++row) {
+      state.max[row] = -kInfinity;
+      state.sum[row] = 0.0f;
+      std::memset(state.out + row * width, 0, static_cast<size_t>(width) * sizeof(float));
+      const int64_t token = rows.token_begin + row / p.group;
+      const int64_t position = p.start[rows.batch] + token;
+      if (position < 0) continue;
+      rotate(p.q.row(rows.batch, token) + (rows.kv_head * p.group + row % p.group) * d, p.cos + position * (d / 2),
+             p.sin + position * (d / 2), d, p.scale, q + row * d);
+    }
+    const int64_t seen = visible_keys(p, rows, count - 1, 0);
+    const int64_t end = seen < (span + 1) * kAttentionSpan ? seen : (span + 1) * kAttentionSpan;
+    for (int64_t key = span * kAttentionSpan; key < end; key += kAttentionBlock) {
+      const T* keys = static_cast<const T*>(p.keys) + (head * p.capacity + key) * d;
+      const T* values = static_cast<const T*>(p.values) + (head * p.capacity + key) * width;
+      const float* key_scale = p.cache == CacheType::kInt8 ? p.key_scale + head * p.capacity + key : nullptr;
+      const float* value_scale = p.cache == CacheType::kInt8 ? p.value_scale + head * p.capacity + key : nullptr;
+      // Widening costs about as much as it saves one register block; few rows read the cache itself.
+      if (p.cache == CacheType::kFloat32 || count <= 2 * kRows) {
+        attend_block(p, rows, key, q, keys, values, key_scale, value_scale, state, scores);
+      } else {
+        const int64_t visible = end - key < kAttentionBlock ? end - key : kAttentionBlock;
+        widen_block(keys, values, d, width, visible, wide_keys, wide_values);
+        attend_block(p, rows, key, q, wide_keys, wide_values, key_scale, value_scale, state, scores);
+      }
+    }
+  }
+
+  static void span(const Attention& p, const AttentionRows& rows, int64_t index, const AttentionState& state,
+                   float* scratch) {
+    switch (p.cache) {
+      case CacheType::kBFloat16:
+        return span_of<BFloat16>(p, rows, index, state, scratch);
+      case CacheType::kInt8:
+        return span_of<int8_t>(p, rows, index, state, scratch);
+      default:
+        return span_of<float>(p, rows, index, state, scratch);
+    }
+  }
+
+  // ---- all spans --------------------------------------------------------------------------------
+
+  static void join(const Attention& p, const AttentionRows& rows, int64_t index, const AttentionState& state,
+                   const AttentionState& part) {
+    const int64_t width = value_width(p.head_dim);
+    const int64_t count = p.group * (rows.token_end - rows.token_begin);
+    for (int64_t row = 0; row < count; ++row) {
+      if (visible_keys(p, rows, row, index * kAttentionSpan) <= 0) continue;
+      const float max = state.max[row] > part.max[row] ? state.max[row] : part.max[row];
+      const float factor = exp2_of(state.max[row] - max);
+      const float part_factor = exp2_of(part.max[row] - max);
+      state.max[row] = max;
+      state.sum[row] = state.sum[row] * factor + part.sum[row] * part_factor;
+      float* out = state.out + row * width;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const F32 before = Isa::mul(Isa::load(out + i), Isa::set1(factor));
+        Isa::store(out + i, Isa::fma(Isa::load(part.out + row * width + i), Isa::set1(part_factor), before));
+      }
+    }
+  }
+
+  static void finish(const Attention& p, const AttentionRows& rows, const AttentionState& state) {
+    const int64_t d = p.head_dim;
+    const int64_t count = p.group * (rows.token_end - rows.token_begin);
+    const int64_t full = d - d % kLanes;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t token = rows.token_begin + row / p.group;
+      const int64_t head = rows.kv_head * p.group + row % p.group;
+      float* out = p.out + ((rows.batch * p.tokens + token) * p.kv_heads * p.group + head) * d;
+      if (p.start[rows.batch] + token < 0) {  // padding
+        std::memset(out, 0, static_cast<size_t>(d) * sizeof(float));
+        continue;
+      }
+      const F32 inverse = Isa::set1(1.0f / state.sum[row]);
+      const float* sums = state.out + row * value_width(d);
+      for (int64_t i = 0; i < full; i += kLanes) Isa::store(out + i, Isa::mul(Isa::load(sums + i), inverse));
+      if (full < d) store_partial<Isa>(out + full, Isa::mul(Isa::load(sums + full), inverse), d - full);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace bitnet_ops
