@@ -70,11 +70,24 @@ void store_sums(const TernaryProduct& p, const float* sums, int64_t token, int64
   }
 }
 
+// The usual case, 16 rows of 8-bit activations to float32, as one loop that compiles to a few vector
+// instructions: with K = 2560 the general path below costs prefill 5 %.
+inline void store_sixteen(const TernaryProduct& p, const int32_t* __restrict acc, int64_t token, int64_t row) {
+  float* __restrict out = static_cast<float*>(p.out) + token * p.out_features + row;
+  const float* __restrict weight_scale = p.weight_scale + row;
+  const int32_t q_sum = p.q_sum[token];
+  const float x_scale = p.x_scale[token];
+  for (int64_t i = 0; i < kTileRows; ++i) out[i] = static_cast<float>(acc[i] - q_sum) * (x_scale * weight_scale[i]);
+}
+
 // Results of 16 neighbouring rows, acc[planes][plane_stride], or fewer at the end of the matrix.
 template <class Isa>
 void store_rows(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t row) {
   const int64_t left = p.out_features - row;
   const int64_t count = left < kTileRows ? left : kTileRows;
+  if (count == kTileRows && p.out_dtype == DType::kFloat32 && p.planes == 1 && p.bias == nullptr) {
+    return store_sixteen(p, acc, token, row);
+  }
   if (p.out_dtype == DType::kInt32) {
     int32_t* out = static_cast<int32_t*>(p.out) + token * p.out_features + row;
     for (int64_t i = 0; i < count; ++i) out[i] = acc[i] - p.q_sum[token];
