@@ -9,6 +9,7 @@ The quantisers follow "The Era of 1-bit LLMs: All Large Language Models are in 1
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ABSMAX_FLOOR = 1e-5
@@ -147,3 +148,123 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
         float32 [..., V].
     """
     return x.float() @ weight.float().T
+
+
+KEYS_IN_BLOCK = 64
+"""Keys of a cache stand in blocks of so many, transposed: see `cached_attention`."""
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864) in the rotate-half convention.
+
+    Turns the pair (i, i + head_dim / 2) of a head by the i-th angle of its position.
+
+    Args:
+        x: float [..., head_dim].
+        cos: float [..., head_dim / 2], broadcast against the pairs of ``x``.
+        sin: likewise.
+    """
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None
+) -> Tensor:
+    """Causal self-attention with rotary positions, and several query heads to a key-value head.
+
+    ``y[t] = softmax over s <= t of (rotate(q[t]) . rotate(k[s]) / sqrt(head_dim)) @ v[s]``, where query head h
+    reads key-value head ``h // (heads / kv_heads)``.
+
+    Args:
+        q: float [B, T, heads * head_dim].
+        k: float [B, T, kv_heads * head_dim].
+        v: like ``k``.
+        cos: float32 [positions, head_dim / 2], a row for each position from 0.
+        sin: likewise.
+        start: int64 [B], at most 0: the position of a sequence's first token. Tokens at negative positions are
+            padding: no token sees them, and their result is 0. None for a batch without padding.
+
+    Returns:
+        [B, T, heads * head_dim] in the dtype of ``q``.
+    """
+    q, k, v = (x.unflatten(-1, (-1, 2 * cos.shape[-1])).transpose(1, 2) for x in (q, k, v))
+    token = torch.arange(q.shape[2], device=q.device)
+    positions = token.unsqueeze(0) if start is None else start.unsqueeze(1) + token
+    rows = positions.clamp(min=0).unsqueeze(1)
+    q, k = (rotate(x, cos[rows], sin[rows]).to(v.dtype) for x in (q, k))
+    mask = real = None
+    if start is not None:
+        real = positions >= 0
+        # Padding sees itself, so that no row of the softmax is empty; its result is dropped.
+        sees = real.unsqueeze(1) | torch.eye(len(token), dtype=torch.bool, device=q.device)
+        mask = (sees & (token <= token.unsqueeze(1))).unsqueeze(1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    y = y.transpose(1, 2).flatten(2)
+    return y if real is None else torch.where(real.unsqueeze(-1), y, 0.0)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Tensor:
+    """`attention` to the tokens of a cache as well, which the new ones are written to first.
+
+    Args:
+        q: as for `attention`.
+        k: as for `attention`; stored rotated, in the dtype of ``keys``.
+        v: as for `attention`.
+        cos: as for `attention`.
+        sin: as for `attention`.
+        start: int64 [B], the position of each sequence's first new token; the cache holds those before it.
+            Tokens at negative positions are padding, and are not stored.
+        keys: float32, bfloat16 or int8 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is
+            column p % 64 of block p // 64.
+        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], changed in place.
+        key_scale: float32 [B, kv_heads, blocks * 64] where the cache is int8, changed in place. Each head's
+            vector is rounded by `quantize_activations`.
+        value_scale: likewise.
+
+    Returns:
+        float32 [B, T, heads * head_dim].
+    """
+    head_dim = 2 * cos.shape[-1]
+    positions = start.unsqueeze(1) + torch.arange(q.shape[1], device=q.device)
+    real = positions >= 0
+    rows = positions.clamp(min=0).unsqueeze(2)
+    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))  # [B, T, heads, head_dim]
+    q, k = rotate(q, cos[rows], sin[rows]), rotate(k, cos[rows], sin[rows])
+
+    sequence, token = real.nonzero(as_tuple=True)
+    place = positions[sequence, token]
+    new_keys, new_values = k[sequence, token], v[sequence, token]  # [new, kv_heads, head_dim]
+    if key_scale is not None and value_scale is not None:
+        new_keys, key_scale[sequence, :, place] = quantize_activations(new_keys)
+        new_values, value_scale[sequence, :, place] = quantize_activations(new_values)
+    keys[sequence, :, place // KEYS_IN_BLOCK, :, place % KEYS_IN_BLOCK] = new_keys.to(keys.dtype)
+    values[sequence, :, place, :head_dim] = new_values.to(values.dtype)
+    values[sequence, :, place, head_dim:] = 0
+
+    longest = int(positions.max()) + 1 if positions.numel() else 0
+    k = keys.transpose(3, 4).flatten(2, 3)[:, :, :longest].float()  # [B, kv_heads, S, head_dim]
+    v = values[:, :, :longest, :head_dim].float()
+    if key_scale is not None and value_scale is not None:
+        k = k * key_scale[:, :, :longest, None]
+        v = v * value_scale[:, :, :longest, None]
+    group = q.shape[2] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    seen = torch.arange(longest, device=q.device) <= positions.unsqueeze(-1)  # [B, T, S]
+    # Places that no row has written may hold anything, even NaN, which a weight of 0 does not remove.
+    v = torch.where(seen.any(1)[:, None, :, None], v, 0.0)
+    scores = q.transpose(1, 2).float() @ k.transpose(2, 3) / head_dim**0.5
+    weights = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
+    y = (weights @ v).transpose(1, 2).flatten(2)
+    return torch.where(real.unsqueeze(-1), y, 0.0)

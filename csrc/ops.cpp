@@ -1,5 +1,5 @@
 // The operators as PyTorch sees them: schemas, and those that are not about ternary weights
-// (ternary_ops.cpp has these). All of it stands on torch's stable ABI (torch/csrc/stable), so one
+// (ternary_ops.cpp has these) or attention (attention_ops.cpp). All of it stands on torch's stable ABI (torch/csrc/stable), so one
 // binary serves torch >= 2.10.
 //
 // Threads: every operator has at most two parallel regions, cut into equal runs of rows or tiles. A cut
@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention_ops.h"
 #include "dispatch.h"
 #include "kernel_table.h"
 #include "scratch.h"
@@ -161,6 +162,10 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
       "str layout=\"tile16\", int activation_bits=8, int group_size=0, Tensor? active=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("lm_head(Tensor x, Tensor weight) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start) -> Tensor");
+  m.def(
+      "cached_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
@@ -171,4 +176,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("ternary_linear", TORCH_BOX(&bitnet_ops::ternary_linear));
   m.impl("rms_norm", TORCH_BOX(&bitnet_ops::rms_norm));
   m.impl("lm_head", TORCH_BOX(&bitnet_ops::lm_head));
+  m.impl("attention", TORCH_BOX(&bitnet_ops::attention));
+  m.impl("cached_attention", TORCH_BOX(&bitnet_ops::cached_attention));
 }
