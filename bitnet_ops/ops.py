@@ -4,7 +4,7 @@ Each one equals its namesake in ``bitnet_ops.reference``: integers bit for bit, 
 Results do not depend on the instruction set, the number of threads or the batch (DESIGN.md section 3).
 All of them work under ``torch.compile(fullgraph=True)``.
 
-The kernels run on the CPU. ``quantize_activations``, ``rms_norm`` and ``lm_head`` also accept tensors on a
+The kernels run on the CPU. All operators without packed weights also accept tensors on a
 GPU, where the reference runs, so that the same model trains there.
 
 A wrong argument raises a ``RuntimeError`` that names the operator, the argument, what was expected and
@@ -165,6 +165,103 @@ def ternary_linear(
     )
 
 
+def norm_linears(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    packed: list[Tensor],
+    weight_scale: list[Tensor],
+    out_features: list[int],
+    layout: str = "tile16",
+) -> list[Tensor]:
+    """``rms_norm``, then ``ternary_linear`` with each of several matrices: the same bits in one call.
+
+    Inference only: it has no gradient.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], on the CPU.
+        norm_weight: float32 [K].
+        eps: as in ``rms_norm``.
+        packed: matrices from ``pack_ternary(w, layout)``, [N_i, K] each.
+        weight_scale: float32 [N_i] each.
+        out_features: N_i.
+        layout: as in ``pack_ternary``.
+
+    Returns:
+        One [..., N_i] a matrix, in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: if dtypes or shapes do not fit together.
+    """
+    return _OPS.norm_linears.default(x, norm_weight, eps, packed, weight_scale, out_features, layout)
+
+
+def norm_linear_add(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    packed: Tensor,
+    weight_scale: Tensor,
+    layout: str,
+    residual: Tensor,
+) -> Tensor:
+    """``residual + ternary_linear(rms_norm(x))``: the same bits in one call. Inference only.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], on the CPU.
+        norm_weight: float32 [K].
+        eps: as in ``rms_norm``.
+        packed: from ``pack_ternary(w, layout)``, [N, K].
+        weight_scale: float32 [N].
+        layout: as in ``pack_ternary``.
+        residual: [..., N] in the dtype of ``x``.
+
+    Returns:
+        [..., N] in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: if dtypes or shapes do not fit together.
+    """
+    return _OPS.norm_linear_add.default(x, norm_weight, eps, packed, weight_scale, layout, residual)
+
+
+def norm_squared_relu_glu(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate: Tensor,
+    gate_scale: Tensor,
+    gate_layout: str,
+    up: Tensor,
+    up_scale: Tensor,
+    up_layout: str,
+) -> Tensor:
+    """``relu(gate(n))^2 * up(n)`` with ``n = rms_norm(x)``: the same values in one call. Inference only.
+
+    With ``up_layout="row"`` and up to four tokens, rows of ``up`` whose gate is closed are not read.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], on the CPU.
+        norm_weight: float32 [K].
+        eps: as in ``rms_norm``.
+        gate: from ``pack_ternary(w, gate_layout)``, [N, K].
+        gate_scale: float32 [N].
+        gate_layout: as in ``pack_ternary``.
+        up: from ``pack_ternary(w, up_layout)``, [N, K].
+        up_scale: float32 [N].
+        up_layout: as in ``pack_ternary``.
+
+    Returns:
+        [..., N] in the dtype of ``x``. Where the gate is closed it is +0, where the parts may give -0.
+
+    Raises:
+        RuntimeError: if dtypes or shapes do not fit together.
+    """
+    return _OPS.norm_squared_relu_glu.default(
+        x, norm_weight, eps, gate, gate_scale, gate_layout, up, up_scale, up_layout
+    )
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis (arXiv:1910.07467), rounded once to the dtype of ``x``.
 
@@ -209,6 +306,92 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
         tensor([ 3., -2.])
     """
     return _OPS.lm_head.default(x, weight)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None
+) -> Tensor:
+    """Causal self-attention with rotary positions, and several query heads to a key-value head.
+
+    ``y[t] = softmax over s <= t of (rotate(q[t]) . rotate(k[s]) / sqrt(head_dim)) @ v[s]`` (arXiv:1706.03762,
+    2104.09864, 2305.13245), where query head h reads key-value head ``h // (heads / kv_heads)``. Needs no
+    memory for the scores.
+
+    The result of a token is the same bits with and without padding before its sequence, and the same that
+    `cached_attention` gives with a float32 cache, however the tokens are cut into calls. Scores that are NaN
+    or plus infinity make a NaN of the tokens that see them, and of no other.
+
+    Gradients with respect to ``q``, ``k`` and ``v`` are those of ``reference.attention``.
+
+    Args:
+        q: float [B, T, heads * head_dim].
+        k: float [B, T, kv_heads * head_dim].
+        v: like ``k``.
+        cos: float32 [positions, head_dim / 2], at least T rows; see ``reference.rotary_embedding``.
+        sin: likewise.
+        start: int64 [B], at most 0: the position of each sequence's first token. Tokens at negative positions
+            are padding: no token sees them, and their result is 0. None for a batch without padding.
+
+    Returns:
+        float32 [B, T, heads * head_dim].
+
+    Raises:
+        RuntimeError: if dtypes, shapes or positions do not fit together.
+
+    Example:
+        >>> q, k, v = torch.randn(1, 10, 8 * 64), torch.randn(1, 10, 2 * 64), torch.randn(1, 10, 2 * 64)
+        >>> cos, sin = reference.rotary_embedding(torch.arange(10), 64, 10000.0)
+        >>> attention(q, k, v, cos, sin).shape
+        torch.Size([1, 10, 512])
+    """
+    return _OPS.attention.default(q.float(), k.float(), v.float(), cos, sin, start)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Tensor:
+    """`attention` to the tokens of a cache as well, which the new ones are written to first.
+
+    Has no gradients. `bitnet_ops.KVCache` makes the tensors and keeps count.
+
+    Args:
+        q: as for `attention`.
+        k: as for `attention`; stored rotated, in the dtype of ``keys``.
+        v: as for `attention`.
+        cos: as for `attention`, with a row for every position.
+        sin: likewise.
+        start: int64 [B], the position of each sequence's first new token; the cache holds those before it.
+            Tokens at negative positions are padding, and are not stored.
+        keys: float32, bfloat16 or int8 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is
+            column p % 64 of block p // 64.
+        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], changed in place.
+        key_scale: float32 [B, kv_heads, blocks * 64] where the cache is int8, else None; changed in place.
+            Each head's vector is rounded as by `quantize_activations`.
+        value_scale: likewise.
+
+    Returns:
+        float32 [B, T, heads * head_dim].
+
+    Raises:
+        RuntimeError: if dtypes, shapes or positions do not fit together.
+
+    Example:
+        >>> cache = KVCache(config, batch_size=1, capacity=64)
+        >>> stored = cache.keys[0], cache.values[0]
+        >>> y = cached_attention(q, k, v, cache.cos, cache.sin, torch.tensor([0]), *stored)
+    """
+    return _OPS.cached_attention.default(
+        q.float(), k.float(), v.float(), cos, sin, start, keys, values, key_scale, value_scale
+    )
 
 
 # ---- shapes and dtypes without data, for torch.compile and meta tensors ------------------------------
@@ -262,6 +445,66 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@torch.library.register_fake("bitnet_ops::norm_linears")
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    packed: list[Tensor],
+    weight_scale: list[Tensor],
+    out_features: list[int],
+    layout: str = "tile16",
+) -> list[Tensor]:
+    for matrix, scale in zip(packed, weight_scale, strict=True):
+        _check_device("norm_linears", x, norm_weight=norm_weight, packed=matrix, weight_scale=scale)
+    return [x.new_empty((*x.shape[:-1], size)) for size in out_features]
+
+
+@torch.library.register_fake("bitnet_ops::norm_linear_add")
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    packed: Tensor,
+    weight_scale: Tensor,
+    layout: str,
+    residual: Tensor,
+) -> Tensor:
+    _check_device(
+        "norm_linear_add",
+        x,
+        norm_weight=norm_weight,
+        packed=packed,
+        weight_scale=weight_scale,
+        residual=residual,
+    )
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+@torch.library.register_fake("bitnet_ops::norm_squared_relu_glu")
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate: Tensor,
+    gate_scale: Tensor,
+    gate_layout: str,
+    up: Tensor,
+    up_scale: Tensor,
+    up_layout: str,
+) -> Tensor:
+    _check_device(
+        "norm_squared_relu_glu",
+        x,
+        norm_weight=norm_weight,
+        gate=gate,
+        gate_scale=gate_scale,
+        up=up,
+        up_scale=up_scale,
+    )
+    return x.new_empty((*x.shape[:-1], gate_scale.shape[0]))
+
+
 @torch.library.register_fake("bitnet_ops::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check_device("rms_norm", x, weight=weight)
@@ -272,6 +515,29 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _(x: Tensor, weight: Tensor) -> Tensor:
     _check_device("lm_head", x, weight=weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("bitnet_ops::attention")
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None) -> Tensor:
+    _check_device("attention", q, k=k, v=v, cos=cos, sin=sin, start=start)
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("bitnet_ops::cached_attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Tensor:
+    _check_device("cached_attention", q, k=k, v=v, cos=cos, sin=sin, start=start, keys=keys, values=values)
+    return q.new_empty(q.shape)
 
 
 # ---- gradients, in plain PyTorch -----------------------------------------------------------------
@@ -352,9 +618,27 @@ def _lm_head_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...
 torch.library.register_autograd("bitnet_ops::lm_head", _lm_head_backward, setup_context=_lm_head_setup)
 
 
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _attention_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, *constants = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        y = reference.attention(*leaves, *constants)
+        gradients = torch.autograd.grad(y, leaves, grad_y)
+    return *gradients, None, None, None
+
+
+torch.library.register_autograd("bitnet_ops::attention", _attention_backward, setup_context=_attention_setup)
+
+
 # ---- other devices: the reference -----------------------------------------------------------------
 
 for _backend in ("CUDA", "MPS", "XPU"):
     torch.library.impl("bitnet_ops::quantize_activations", _backend)(reference.quantize_activations)
     torch.library.impl("bitnet_ops::rms_norm", _backend)(reference.rms_norm)
     torch.library.impl("bitnet_ops::lm_head", _backend)(reference.lm_head)
+    torch.library.impl("bitnet_ops::attention", _backend)(reference.attention)
+    torch.library.impl("bitnet_ops::cached_attention", _backend)(reference.cached_attention)

@@ -154,6 +154,26 @@ KEYS_IN_BLOCK = 64
 """Keys of a cache stand in blocks of so many, transposed: see `cached_attention`."""
 
 
+def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (arXiv:2104.09864).
+
+    Position p turns pair i by the angle ``p * theta^(-2i / head_dim)``.
+
+    Args:
+        positions: int64 of any shape.
+        head_dim: even.
+        theta: base of the wavelengths.
+
+    Returns:
+        ``(cos, sin)``: float32 [..., head_dim / 2].
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponent)
+    # Libraries and torch.compile disagree about the last bit of a sine; rounded from float64 it is the same.
+    angles = angles.double()
+    return angles.cos().float(), angles.sin().float()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv:2104.09864) in the rotate-half convention.
 
@@ -173,8 +193,8 @@ def attention(
 ) -> Tensor:
     """Causal self-attention with rotary positions, and several query heads to a key-value head.
 
-    ``y[t] = softmax over s <= t of (rotate(q[t]) . rotate(k[s]) / sqrt(head_dim)) @ v[s]``, where query head h
-    reads key-value head ``h // (heads / kv_heads)``.
+    ``y[t] = softmax over s <= t of (rotate(q[t]) . rotate(k[s]) / sqrt(head_dim)) @ v[s]``, where query head
+    h reads key-value head ``h // (heads / kv_heads)``.
 
     Args:
         q: float [B, T, heads * head_dim].
@@ -182,8 +202,8 @@ def attention(
         v: like ``k``.
         cos: float32 [positions, head_dim / 2], a row for each position from 0.
         sin: likewise.
-        start: int64 [B], at most 0: the position of a sequence's first token. Tokens at negative positions are
-            padding: no token sees them, and their result is 0. None for a batch without padding.
+        start: int64 [B], at most 0: the position of each sequence's first token. Tokens at negative positions
+            are padding: no token sees them, and their result is 0. None for a batch without padding.
 
     Returns:
         [B, T, heads * head_dim] in the dtype of ``q``.

@@ -50,7 +50,7 @@ int64_t check_heads(const char* op, const char* argument, const Tensor& tensor, 
 }
 
 Sizes check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
-                   const Tensor& sin, const Tensor& start) {
+                   const Tensor& sin) {
   if (!cos.is_cpu() || dtype_code(cos) != codes().float32 || cos.dim() != 2 || cos.size(1) == 0) {
     refuse(op, "cos", "a CPU tensor float32 [positions, head_dim / 2]", describe(cos));
   }
@@ -65,12 +65,11 @@ Sizes check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tenso
            describe(k));
   }
   check(op, "v", v, codes().float32, {sizes.batch, sizes.tokens, k.size(2)});
-  check(op, "start", start, codes().int64, {sizes.batch});
   return sizes;
 }
 
 // Positions must lie in the tables and in the cache. Padding, below 0, is in neither.
-void check_start(const char* op, const int64_t* start, const Sizes& sizes, int64_t positions, int64_t capacity) {
+void check_positions(const char* op, const int64_t* start, const Sizes& sizes, int64_t positions, int64_t capacity) {
   const int64_t room = positions < capacity ? positions : capacity;
   for (int64_t b = 0; b < sizes.batch; ++b) {
     if (start[b] <= room - sizes.tokens && start[b] >= -std::numeric_limits<int32_t>::max()) continue;
@@ -228,14 +227,14 @@ void run(const Attention& attention) {
 }
 
 Attention make(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
-               const Tensor& start, const Sizes& sizes, const Tensor& out) {
+               const int64_t* start, const Sizes& sizes, const Tensor& out) {
   Attention attention{};
   attention.q = rows_of_tokens(q);
   attention.k = rows_of_tokens(k);
   attention.v = rows_of_tokens(v);
   attention.cos = data<float>(cos);
   attention.sin = data<float>(sin);
-  attention.start = data<int64_t>(start);
+  attention.start = start;
   attention.batch = sizes.batch;
   attention.tokens = sizes.tokens;
   attention.kv_heads = sizes.kv_heads;
@@ -249,16 +248,21 @@ Attention make(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 }  // namespace
 
 Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& cos_any,
-                 const Tensor& sin_any, const Tensor& start_any) {
+                 const Tensor& sin_any, const std::optional<Tensor>& start_any) {
   constexpr const char* kOp = "attention";
-  const Sizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any, start_any);
+  const Sizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any);
+  if (start_any.has_value()) check(kOp, "start", *start_any, codes().int64, {sizes.batch});
   const Tensor q = with_whole_rows(q_any);
   const Tensor k = with_whole_rows(k_any);
   const Tensor v = with_whole_rows(v_any);
   const Tensor cos = as_contiguous(cos_any);
   const Tensor sin = as_contiguous(sin_any);
-  const Tensor start = as_contiguous(start_any);
-  check_start(kOp, data<int64_t>(start), sizes, cos.size(0), sizes.tokens);
+  std::vector<int64_t> start(static_cast<size_t>(sizes.batch), 0);
+  if (start_any.has_value() && sizes.batch > 0) {
+    const Tensor given = as_contiguous(*start_any);
+    start.assign(data<int64_t>(given), data<int64_t>(given) + sizes.batch);
+  }
+  check_positions(kOp, start.data(), sizes, cos.size(0), sizes.tokens);
   const Tensor out = empty({sizes.batch, sizes.tokens, sizes.heads * sizes.head_dim}, codes().float32);
   if (sizes.batch == 0 || sizes.tokens == 0) return out;
 
@@ -267,7 +271,7 @@ Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, 
   const int64_t places = sizes.batch * sizes.kv_heads * capacity;
   const Tensor keys = empty({places * sizes.head_dim}, codes().float32);
   const Tensor values = empty({places * value_width(sizes.head_dim)}, codes().float32);
-  Attention attention = make(q, k, v, cos, sin, start, sizes, out);
+  Attention attention = make(q, k, v, cos, sin, start.data(), sizes, out);
   attention.cache = CacheType::kFloat32;
   attention.capacity = capacity;
   attention.keys = mutable_data<void>(keys);
@@ -280,7 +284,8 @@ Tensor cached_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& 
                         const Tensor& sin_any, const Tensor& start_any, const Tensor& keys, const Tensor& values,
                         const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
   constexpr const char* kOp = "cached_attention";
-  const Sizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any, start_any);
+  const Sizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any);
+  check(kOp, "start", start_any, codes().int64, {sizes.batch});
   const int32_t type = dtype_code(keys);
   if (!keys.is_cpu() || (type != codes().float32 && type != codes().bfloat16 && type != codes().int8) ||
       keys.dim() != 5 || !keys.is_contiguous() ||
@@ -313,11 +318,11 @@ Tensor cached_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& 
   const Tensor cos = as_contiguous(cos_any);
   const Tensor sin = as_contiguous(sin_any);
   const Tensor start = as_contiguous(start_any);
-  check_start(kOp, data<int64_t>(start), sizes, cos.size(0), capacity);
+  check_positions(kOp, data<int64_t>(start), sizes, cos.size(0), capacity);
   const Tensor out = empty({sizes.batch, sizes.tokens, sizes.heads * sizes.head_dim}, codes().float32);
   if (sizes.batch == 0 || sizes.tokens == 0) return out;
 
-  Attention attention = make(q, k, v, cos, sin, start, sizes, out);
+  Attention attention = make(q, k, v, cos, sin, data<int64_t>(start), sizes, out);
   attention.cache = type == codes().float32    ? CacheType::kFloat32
                     : type == codes().bfloat16 ? CacheType::kBFloat16
                                                : CacheType::kInt8;

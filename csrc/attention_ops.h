@@ -8,7 +8,7 @@
 namespace bitnet_ops {
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
-                 const Tensor& start);
+                 const std::optional<Tensor>& start);
 
 Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
                         const Tensor& start, const Tensor& keys, const Tensor& values,

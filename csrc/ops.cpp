@@ -12,6 +12,7 @@
 
 #include "attention_ops.h"
 #include "dispatch.h"
+#include "fused_ops.h"
 #include "kernel_table.h"
 #include "scratch.h"
 #include "tensors.h"
@@ -160,9 +161,18 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
   m.def(
       "ternary_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features, "
       "str layout=\"tile16\", int activation_bits=8, int group_size=0, Tensor? active=None) -> Tensor");
+  m.def(
+      "norm_linears(Tensor x, Tensor norm_weight, float eps, Tensor[] packed, Tensor[] weight_scale, "
+      "int[] out_features, str layout=\"tile16\") -> Tensor[]");
+  m.def(
+      "norm_linear_add(Tensor x, Tensor norm_weight, float eps, Tensor packed, Tensor weight_scale, str layout, "
+      "Tensor residual) -> Tensor");
+  m.def(
+      "norm_squared_relu_glu(Tensor x, Tensor norm_weight, float eps, Tensor gate, Tensor gate_scale, "
+      "str gate_layout, Tensor up, Tensor up_scale, str up_layout) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("lm_head(Tensor x, Tensor weight) -> Tensor");
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? start=None) -> Tensor");
   m.def(
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
@@ -174,6 +184,9 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("unpack_ternary", TORCH_BOX(&bitnet_ops::unpack_ternary));
   m.impl("ternary_matmul", TORCH_BOX(&bitnet_ops::ternary_matmul));
   m.impl("ternary_linear", TORCH_BOX(&bitnet_ops::ternary_linear));
+  m.impl("norm_linears", TORCH_BOX(&bitnet_ops::norm_linears));
+  m.impl("norm_linear_add", TORCH_BOX(&bitnet_ops::norm_linear_add));
+  m.impl("norm_squared_relu_glu", TORCH_BOX(&bitnet_ops::norm_squared_relu_glu));
   m.impl("rms_norm", TORCH_BOX(&bitnet_ops::rms_norm));
   m.impl("lm_head", TORCH_BOX(&bitnet_ops::lm_head));
   m.impl("attention", TORCH_BOX(&bitnet_ops::attention));

@@ -33,13 +33,13 @@ inline std::vector<int64_t> packed_sizes(Layout layout, MatrixSize size) {
   return {};
 }
 
-inline void check_packed(const char* op, const Tensor& packed, Layout layout, const std::string& layout_name,
-                  MatrixSize size) {
+inline void check_packed(const char* op, const char* argument, const Tensor& packed, Layout layout,
+                         const std::string& layout_name, MatrixSize size) {
   const std::vector<int64_t> sizes = packed_sizes(layout, size);
   if (packed.is_cpu() && dtype_code(packed) == codes().uint8 && shape_is(packed, {sizes[0], sizes[1], sizes[2]})) {
     return;
   }
-  refuse(op, "packed",
+  refuse(op, argument,
          "a CPU tensor uint8 " + shape_text(sizes) + " (" + layout_name + " of out_features=" +
              std::to_string(size.out_features) + ", in_features=" + std::to_string(size.in_features) + ")",
          describe(packed));

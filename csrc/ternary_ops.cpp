@@ -49,7 +49,7 @@ Tensor unpack_ternary(const Tensor& packed_any, int64_t out_features, int64_t in
   check_size(kOp, "in_features", in_features);
   check_in_features(kOp, "in_features", in_features, most_in_features(layout));
   const MatrixSize size{out_features, in_features};
-  check_packed(kOp, packed_any, layout, layout_name, size);
+  check_packed(kOp, "packed", packed_any, layout, layout_name, size);
   const Tensor packed = as_contiguous(packed_any);
   const Tensor w = empty({out_features, in_features}, codes().int8);
 
@@ -81,7 +81,7 @@ Tensor ternary_matmul(const Tensor& q_any, const Tensor& packed_any, int64_t out
   const int64_t in_features = q_any.size(1);
   check_in_features(kOp, "q", in_features, most_in_features(layout));
   const MatrixSize size{out_features, in_features};
-  check_packed(kOp, packed_any, layout, layout_name, size);
+  check_packed(kOp, "packed", packed_any, layout, layout_name, size);
   const Tensor q = as_contiguous(q_any);
   const Tensor packed = as_contiguous(packed_any);
   const Tensor out = empty({tokens, out_features}, codes().int32);
@@ -117,7 +117,7 @@ Tensor ternary_linear(const Tensor& x_any, const Tensor& packed_any, const Tenso
   check_in_features(kOp, "x", in_features, most_in_features(layout));
   check_activation_bits(kOp, "activation_bits", activation_bits);
   const MatrixSize size{out_features, in_features};
-  check_packed(kOp, packed_any, layout, layout_name, size);
+  check_packed(kOp, "packed", packed_any, layout, layout_name, size);
   int64_t groups = 1;
   if (group_size == 0) {
     check(kOp, "weight_scale", weight_scale_any, codes().float32, {out_features});

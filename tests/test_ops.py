@@ -363,6 +363,18 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
                 torch.rand(2, 3, 33) < 0.5,
             ),
         ),
+        "norm_linears": (
+            namespace.norm_linears.default,
+            (x, torch.rand(50), 1e-5, [packed, packed], [weight_scale, weight_scale], [33, 33]),
+        ),
+        "norm_linear_add": (
+            namespace.norm_linear_add.default,
+            (x, torch.rand(50), 1e-5, packed, weight_scale, "tile16", torch.randn(2, 3, 33)),
+        ),
+        "norm_squared_relu_glu": (
+            namespace.norm_squared_relu_glu.default,
+            (x, torch.rand(50), 1e-5, packed, weight_scale, "tile16", packed, weight_scale, "tile16"),
+        ),
         "rms_norm": (namespace.rms_norm.default, (grad(x), grad(torch.rand(50)), 1e-5)),
         "lm_head": (namespace.lm_head.default, (grad(x), grad(torch.randn(70, 50)))),
         "lm_head in bfloat16": (
