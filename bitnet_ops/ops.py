@@ -308,6 +308,93 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
     return _OPS.lm_head.default(x, weight)
 
 
+def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes the int8 copy of the head's table by which ``lm_head_top_k`` rules tokens out.
+
+    Row v is about ``scale[v] * (codes - 128)``; csrc/kernels/screen.h draws the layout and proves the bounds.
+
+    Args:
+        weight: float32, bfloat16 or float16 [V, K], on the CPU; K at most 2^16.
+
+    Returns:
+        ``(codes, bounds)``: uint8 [ceil(V / 16), ceil(K / 16), 256] and float32 [3, V rounded up to 16]: the
+        scale of each row, a bound of its norm, and one of the norm of what the copy loses (infinite for
+        a row that holds a NaN or an infinity).
+
+    Raises:
+        RuntimeError: if ``weight`` is no such tensor.
+
+    Example:
+        >>> codes, bounds = screen_lm_head(torch.randn(1000, 64))
+        >>> codes.shape
+        torch.Size([63, 4, 256])
+    """
+    return _OPS.screen_lm_head.default(weight)
+
+
+def lm_head_top_k(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    codes: Tensor | None = None,
+    bounds: Tensor | None = None,
+    temperature: float = 1.0,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best-scored tokens: what ``lm_head`` and a stable sort would give, bit for bit.
+
+    A token's score is its logit or, with ``noise``, ``logit / temperature + noise`` in float64. Of equals
+    the one with the smaller id comes first; NaN comes before everything.
+
+    With ``codes`` and ``bounds`` of ``screen_lm_head(weight)``, only rows that can be among the best are read
+    from the table: an upper bound of every logit comes from the copy of half the size. The result is the
+    same; a table that changed since needs a new copy.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], on the CPU.
+        weight: float32, bfloat16 or float16 [V, K].
+        k: at least 1; V stands for anything larger.
+        codes: from ``screen_lm_head``, or None to compute all logits.
+        bounds: the same.
+        temperature: above 0.
+        noise: float32 [..., V] or None. With ``gumbel_noise`` the best token is a draw from
+            ``softmax(logits / temperature)``.
+
+    Returns:
+        ``(logits, ids, rescored)``: float32 and int64 [..., min(k, V)], best first; and int64 [...], how many
+        rows of the table were needed.
+
+    Raises:
+        RuntimeError: if dtypes or shapes do not fit together.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 1.0], [0.0, -1.0], [2.0, 0.5]])
+        >>> lm_head_top_k(torch.tensor([1.0, 2.0]), weight, 2)
+        (tensor([3., 3.]), tensor([0, 2]), tensor(3))
+    """
+    return _OPS.lm_head_top_k.default(x, weight, k, codes, bounds, temperature, noise)
+
+
+def gumbel_noise(seed: Tensor, size: int) -> Tensor:
+    """Gumbel-distributed random numbers, ``-ln(-ln(u))`` with u uniform in (0, 1), a stream for each seed.
+
+    The argmax of ``logits / temperature + noise`` is a draw from ``softmax(logits / temperature)``
+    (Gumbel 1954; Maddison et al., arXiv:1411.0030). The same seed gives the same bits on every CPU.
+
+    Args:
+        seed: int64 [...], on the CPU.
+        size: how many numbers for each.
+
+    Returns:
+        float32 [..., size].
+
+    Example:
+        >>> gumbel_noise(torch.tensor([7]), 128256).shape
+        torch.Size([1, 128256])
+    """
+    return _OPS.gumbel_noise.default(seed, size)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None
 ) -> Tensor:
@@ -515,6 +602,38 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _(x: Tensor, weight: Tensor) -> Tensor:
     _check_device("lm_head", x, weight=weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("bitnet_ops::screen_lm_head")
+def _(weight: Tensor) -> tuple[Tensor, Tensor]:
+    vocabulary, in_features = weight.shape
+    tiles = (vocabulary + 15) // 16
+    codes = weight.new_empty((tiles, (in_features + 15) // 16, 256), dtype=torch.uint8)
+    return codes, weight.new_empty((3, tiles * 16), dtype=torch.float32)
+
+
+@torch.library.register_fake("bitnet_ops::lm_head_top_k")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    codes: Tensor | None = None,
+    bounds: Tensor | None = None,
+    temperature: float = 1.0,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device("lm_head_top_k", x, weight=weight, codes=codes, bounds=bounds, noise=noise)
+    shape = (*x.shape[:-1], min(k, weight.shape[0]))
+    return (
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(x.shape[:-1], dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("bitnet_ops::gumbel_noise")
+def _(seed: Tensor, size: int) -> Tensor:
+    return seed.new_empty((*seed.shape, size), dtype=torch.float32)
 
 
 @torch.library.register_fake("bitnet_ops::attention")

@@ -150,6 +150,91 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
     return x.float() @ weight.float().T
 
 
+def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The int8 copy of a table, and bounds of what it loses (csrc/kernels/screen.h has the proof).
+
+    ``scale = absmax / 127``, ``q = round(row * (127 / absmax))``, ``residual = row - scale * q``. A row of
+    elements below 2^-100 becomes zeros; so does one that is not finite, with infinite bounds.
+
+    Args:
+        weight: float [V, K].
+
+    Returns:
+        ``(codes, bounds)``: uint8 [ceil(V / 16), ceil(K / 16), 256], ``q + 128`` in tiles of 16 rows x 4
+        inputs; and float32 [3, 16 * ceil(V / 16)], of each row ``scale``, ``|scale * q| + |residual|`` and
+        ``|residual| + gamma * (|scale * q| + |residual|)``, gamma being the relative error of a float32 sum.
+    """
+    vocabulary, in_features = weight.shape
+    wide = torch.nn.functional.pad(weight.float(), (0, -in_features % 16, 0, -vocabulary % 16))
+    absmax = wide.abs().amax(dim=1) if in_features else wide.new_zeros(wide.shape[0])
+    finite = absmax.isfinite()
+    quantized = finite & (absmax >= 2.0**-100)
+    scale = torch.where(quantized, absmax / 127, 0.0)
+    q = torch.where(quantized[:, None], (wide * (127 / absmax)[:, None]).round(), 0.0)
+    norm = (scale[:, None].double() * q).norm(dim=1)
+    residual = (wide.double() - scale[:, None].double() * q).norm(dim=1)
+    additions = -(-in_features // 64) + 6
+    gamma = additions * 2.0**-24 / (1 - additions * 2.0**-24)
+    bounds = torch.stack((norm + residual, residual + gamma * (norm + residual) + 2.0**-100))
+    bounds = torch.where(finite, bounds, torch.inf).float()
+    tiles = (q + 128).to(torch.uint8).unflatten(0, (-1, 16)).unflatten(2, (-1, 4, 4))
+    codes = tiles.permute(0, 2, 3, 1, 4).flatten(2)  # [tile, block, four, row, j]
+    return codes.contiguous(), torch.cat((scale[None], bounds))
+
+
+def lm_head_top_k(
+    x: Tensor, weight: Tensor, k: int, temperature: float = 1.0, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k best-scored tokens; of equals the smaller id first, and NaN before everything.
+
+    Args:
+        x: float [..., K].
+        weight: float [V, K].
+        k: how many.
+        temperature: with ``noise``, the score is ``logit / temperature + noise`` in float64.
+        noise: float32 [..., V] or None.
+
+    Returns:
+        ``(logits, ids)``: float32 and int64 [..., min(k, V)], best first.
+    """
+    return top_k(lm_head(x, weight), k, temperature, noise)
+
+
+def top_k(
+    logits: Tensor, k: int, temperature: float = 1.0, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The second half of ``lm_head_top_k``, for logits that are there."""
+    scores = logits if noise is None else logits.double() / temperature + noise
+    ids = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return logits.gather(-1, ids), ids
+
+
+def gumbel_noise(seed: Tensor, size: int) -> Tensor:
+    """Gumbel-distributed numbers ``-ln(-ln(u))``; u is made of SplitMix64's number i of the stream of a seed.
+
+    Args:
+        seed: int64 [...].
+        size: how many numbers for each.
+
+    Returns:
+        float32 [..., size].
+    """
+
+    def shifted(z: Tensor, bits: int) -> Tensor:  # logically, not arithmetically
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+    def signed(constant: int) -> int:
+        return constant - (1 << 64)
+
+    index = torch.arange(1, size + 1, dtype=torch.int64)
+    z = seed.unsqueeze(-1) + index * signed(0x9E3779B97F4A7C15)  # int64 wraps around
+    z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
+    z = z ^ shifted(z, 31)
+    one_minus_u = (shifted(z, 24).double() + 0.5) * 2.0**-40
+    return -(-torch.log1p(-one_minus_u)).log().float()
+
+
 KEYS_IN_BLOCK = 64
 """Keys of a cache stand in blocks of so many, transposed: see `cached_attention`."""
 

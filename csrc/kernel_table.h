@@ -154,6 +154,51 @@ constexpr int64_t attention_scratch(int64_t rows, int64_t head_dim) {
          kAttentionBlock * (head_dim + value_width(head_dim));
 }
 
+// ---- the certified LM head: kernels/screen.h draws the int8 copy and proves the bounds ----------------
+
+constexpr int64_t kScreenBlockBytes = 4 * kBlockBytes;  // 16 rows x 16 inputs
+
+// Largest in_features of a screen, so that int32 sums cannot overflow.
+constexpr int64_t kMaxScreenFeatures = int64_t{1} << 16;
+
+// More than what underflow can take from a logit, for norms up to 1; far below any logit that matters.
+constexpr double kUnderflow = 0x1p-100;
+
+// The int8 copy of a table, and what its rows lose in it.
+struct ScreenTable {
+  const void* weight;  // [vocabulary][in_features], contiguous
+  DType weight_dtype;
+  int64_t in_features;
+  int64_t vocabulary;
+  uint8_t* codes;   // [tiles][blocks][kScreenBlockBytes]
+  float* scale;     // [tiles * kTileRows] each, and so:
+  float* norm;      // infinite for a row that is not finite
+  float* residual;
+};
+
+// What the bounds need of one token.
+struct ScreenedToken {
+  double scale;    // h is about scale * (256 * hi + lo)
+  double norm;     // at least ||h||
+  double error;    // at least ||h - scale * (256 * hi + lo)||, underflow included
+  int32_t sum[2];  // of hi and of lo
+};
+
+struct Screen {
+  const uint8_t* codes;  // as in ScreenTable
+  int64_t blocks;
+  const float* scale;
+  const float* norm;
+  const float* residual;
+  const int8_t* q;  // [tokens][2][q_stride]: hi and lo; zeros from in_features on
+  int64_t q_stride;
+  const ScreenedToken* token;  // [tokens]
+  int64_t tokens;
+  int64_t vocabulary;
+  float* upper;  // [tokens][vocabulary], at least the logit that `logits` would give,
+  float* lower;  // likewise, at most that logit; infinite where nothing is known
+};
+
 struct KernelTable {
   const char* isa;
 
@@ -204,6 +249,17 @@ struct KernelTable {
 
   // Writes the results of these rows.
   void (*attention_finish)(const Attention& attention, const AttentionRows& rows, const AttentionState& state);
+
+  // Rows rows[0 .. count) of one token, count > 0: out[i] is the logit of rows[i], the same bits as from `logits`;
+  // logits.out is not used.
+  void (*logits_of_rows)(const Logits& logits, const int32_t* rows, int64_t count, float* out, float* scratch);
+
+  // Makes tiles [tile_begin, tile_end) of the copy. Scratch: `wide` of in_features rounded up to kVirtualLanes,
+  // and `q` of kTileRows times as many.
+  void (*screen_rows)(const ScreenTable& table, int64_t tile_begin, int64_t tile_end, float* wide, int8_t* q);
+
+  // Bounds of the logits of tiles [tile_begin, tile_end), every token.
+  void (*screen)(const Screen& screen, int64_t tile_begin, int64_t tile_end);
 };
 
 }  // namespace bitnet_ops

@@ -1,6 +1,6 @@
 // The operators as PyTorch sees them: schemas, and those that are not about ternary weights
-// (ternary_ops.cpp has these) or attention (attention_ops.cpp). All of it stands on torch's stable ABI (torch/csrc/stable), so one
-// binary serves torch >= 2.10.
+// (ternary_ops.cpp has these), attention (attention_ops.cpp) or the head (lm_head_ops.cpp). All of it stands
+// on torch's stable ABI (torch/csrc/stable), so one binary serves torch >= 2.10.
 //
 // Threads: every operator has at most two parallel regions, cut into equal runs of rows or tiles. A cut
 // never divides a sum, so results do not depend on it.
@@ -14,16 +14,13 @@
 #include "dispatch.h"
 #include "fused_ops.h"
 #include "kernel_table.h"
+#include "lm_head_ops.h"
 #include "scratch.h"
 #include "tensors.h"
 #include "ternary_ops.h"
 
 namespace bitnet_ops {
 namespace {
-
-// Rough costs for `parallel`, on one core of the machine in bench/LOG.md.
-constexpr double kNsPerWeightByte = 0.05;  // 20 GB/s
-constexpr double kNsPerMultiply = 0.03;    // 16 lanes a cycle, half used
 
 std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x_any, int64_t bits) {
   constexpr const char* kOp = "quantize_activations";
@@ -101,55 +98,6 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps) {
   return out;
 }
 
-Tensor lm_head(const Tensor& x_any, const Tensor& weight_any) {
-  constexpr const char* kOp = "lm_head";
-  const DType dtype = check_float(kOp, "x", x_any);
-  const int64_t in_features = last_size(kOp, "x", x_any, "a tensor [..., in_features]");
-  const DType weight_dtype = check_float(kOp, "weight", weight_any);
-  if (weight_any.dim() != 2 || weight_any.size(1) != in_features) {
-    refuse(kOp, "weight", "shape [vocabulary, " + std::to_string(in_features) + "] (in_features = the last size of x)",
-           describe(weight_any));
-  }
-  const Tensor x = as_contiguous(x_any);
-  const Tensor weight = as_contiguous(weight_any);
-  const int64_t vocabulary = weight.size(0);
-  const Tensor out = empty(with_last(x, vocabulary), codes().float32);
-  const int64_t tokens = rows_of(x);
-  if (tokens == 0 || vocabulary == 0) return out;
-
-  const KernelTable& table = kernels();
-  static thread_local Scratch activations;
-  Logits logits{};
-  logits.x_stride = round_up(in_features, kVirtualLanes);
-  float* wide = static_cast<float*>(activations.reserve(static_cast<size_t>(tokens * logits.x_stride) * sizeof(float)));
-  const void* in = data<void>(x);
-  for (int64_t token = 0; token < tokens; ++token) {
-    table.widen_row(row_at(in, token, in_features, dtype), dtype, in_features, wide + token * logits.x_stride,
-                    logits.x_stride);
-  }
-  logits.x = wide;
-  logits.tokens = tokens;
-  logits.weight = data<void>(weight);
-  logits.weight_dtype = weight_dtype;
-  logits.in_features = in_features;
-  logits.vocabulary = vocabulary;
-  logits.out = mutable_data<float>(out);
-
-  // Threads share out groups of as many rows as a kernel widens at a time.
-  const int64_t groups = round_up(vocabulary, kLogitsScratchRows) / kLogitsScratchRows;
-  const double ns_per_row =
-      static_cast<double>(in_features + 1) * (static_cast<double>(element_bytes(weight_dtype)) * kNsPerWeightByte +
-                                              static_cast<double>(tokens) * kNsPerMultiply);
-  parallel(groups, ns_per_row * kLogitsScratchRows, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch rows;
-    float* scratch =
-        static_cast<float*>(rows.reserve(static_cast<size_t>(kLogitsScratchRows * logits.x_stride) * sizeof(float)));
-    const int64_t row_end = end * kLogitsScratchRows < vocabulary ? end * kLogitsScratchRows : vocabulary;
-    table.logits(logits, begin * kLogitsScratchRows, row_end, scratch);
-  });
-  return out;
-}
-
 }  // namespace
 }  // namespace bitnet_ops
 
@@ -172,6 +120,11 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
       "str gate_layout, Tensor up, Tensor up_scale, str up_layout) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("lm_head(Tensor x, Tensor weight) -> Tensor");
+  m.def("screen_lm_head(Tensor weight) -> (Tensor codes, Tensor bounds)");
+  m.def(
+      "lm_head_top_k(Tensor x, Tensor weight, int k, Tensor? codes=None, Tensor? bounds=None, "
+      "float temperature=1.0, Tensor? noise=None) -> (Tensor logits, Tensor ids, Tensor rescored)");
+  m.def("gumbel_noise(Tensor seed, int size) -> Tensor");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? start=None) -> Tensor");
   m.def(
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
@@ -189,6 +142,9 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("norm_squared_relu_glu", TORCH_BOX(&bitnet_ops::norm_squared_relu_glu));
   m.impl("rms_norm", TORCH_BOX(&bitnet_ops::rms_norm));
   m.impl("lm_head", TORCH_BOX(&bitnet_ops::lm_head));
+  m.impl("screen_lm_head", TORCH_BOX(&bitnet_ops::screen_lm_head));
+  m.impl("lm_head_top_k", TORCH_BOX(&bitnet_ops::lm_head_top_k));
+  m.impl("gumbel_noise", TORCH_BOX(&bitnet_ops::gumbel_noise));
   m.impl("attention", TORCH_BOX(&bitnet_ops::attention));
   m.impl("cached_attention", TORCH_BOX(&bitnet_ops::cached_attention));
 }

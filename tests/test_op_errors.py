@@ -25,6 +25,8 @@ def linear(**others: Any) -> torch.Tensor:
     return ops.ternary_linear(**{**arguments, **others})
 
 
+COPY = ops.screen_lm_head(X)
+
 # What is called, the operator and argument that the error must name, what it must say was expected
 # and what was given.
 CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
@@ -263,6 +265,53 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
         "float32, bfloat16 or float16",
         "float64 [2, 20]",
     ),
+    (lambda: ops.lm_head_top_k(X, X, 0), "lm_head_top_k", "k", "at least 1", "0"),
+    (
+        lambda: ops.lm_head_top_k(X, X[0], 1),
+        "lm_head_top_k",
+        "weight",
+        "shape [vocabulary, 20]",
+        "float32 [20]",
+    ),
+    (lambda: ops.lm_head_top_k(X, X, 1, *COPY, 0.0), "lm_head_top_k", "temperature", "above 0", "0.0"),
+    (
+        lambda: ops.lm_head_top_k(X, X, 1, COPY[0]),
+        "lm_head_top_k",
+        "bounds",
+        "both of codes and",
+        "codes alone",
+    ),
+    (
+        lambda: ops.lm_head_top_k(X[:, :16], X[:, :16], 1, *COPY),
+        "lm_head_top_k",
+        "codes",
+        "uint8 [1, 1, 256]",
+        "uint8 [1, 2, 256]",
+    ),
+    (
+        lambda: ops.lm_head_top_k(X, X, 1, COPY[0], COPY[1][:2]),
+        "lm_head_top_k",
+        "bounds",
+        "float32 [3, 16]",
+        "float32 [2, 16]",
+    ),
+    (
+        lambda: ops.lm_head_top_k(X, X, 1, *COPY, 1.0, X),
+        "lm_head_top_k",
+        "noise",
+        "float32 [2, 2]",
+        "float32 [2, 20]",
+    ),
+    (lambda: ops.screen_lm_head(X[0]), "screen_lm_head", "weight", "shape [vocabulary, in_features]", "[20]"),
+    (
+        lambda: ops.screen_lm_head(torch.zeros(1, 2**16 + 1)),
+        "screen_lm_head",
+        "weight",
+        "at most 65536 columns",
+        "65537",
+    ),
+    (lambda: ops.gumbel_noise(X, 5), "gumbel_noise", "seed", "int64", "float32 [2, 20]"),
+    (lambda: ops.gumbel_noise(torch.tensor(1), -1), "gumbel_noise", "size", "at least 0", "-1"),
 ]
 
 

@@ -323,6 +323,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
     w = random_ternary(33, 50)
     packed = ops.pack_ternary(w)
     x, weight_scale, bias = torch.randn(2, 3, 50), torch.rand(33), torch.randn(33)
+    table = torch.randn(70, 50)
 
     def grad(tensor: Tensor) -> Tensor:
         return tensor.clone().requires_grad_()
@@ -381,6 +382,13 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
             namespace.lm_head.default,
             (grad(x.bfloat16()), grad(torch.randn(70, 50).bfloat16())),
         ),
+        "screen_lm_head": (namespace.screen_lm_head.default, (torch.randn(70, 50),)),
+        "lm_head_top_k": (
+            namespace.lm_head_top_k.default,
+            (x, table, 3, *ops.screen_lm_head(table), 0.7, torch.rand(2, 3, 70)),
+        ),
+        "lm_head_top_k of all logits": (namespace.lm_head_top_k.default, (x, table, 100)),
+        "gumbel_noise": (namespace.gumbel_noise.default, (torch.arange(3), 70)),
     }
 
 

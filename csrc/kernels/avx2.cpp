@@ -33,6 +33,7 @@
 
 #include "float_algorithms.h"
 #include "attention.h"
+#include "screen.h"
 #include "ternary_driver.h"
 #include "ymm.h"
 
@@ -52,6 +53,56 @@ struct Maddubs {
     return acc_i16x16;
   }
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
+};
+
+// The screen of the LM head. vpmaddubsw would saturate (255 * 128 * 2 > 32767), so codes and activations widen to
+// 16 bits; vpmaddwd then adds two products to int32. A quarter of a line is one ymm of four rows:
+//
+//     code_i16x16   | row 0: j=0..3   | row 1: j=0..3   | row 2: j=0..3   | row 3: j=0..3   |   vpmovzxbw
+//     q_i16x16      | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   |
+//     acc_i32x8     | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  |
+struct WideningScreen {
+  static constexpr int32_t kCodeBias = 128;
+  static constexpr int kRows = 2;  // 2 x 4 accumulators + 2 activations + 1 code + 1 product = 12 of 16 registers
+
+  template <int ROWS>
+  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    __m256i acc_i32x8[ROWS][4];
+    for (int t = 0; t < ROWS; ++t) {
+      for (int i = 0; i < 4; ++i) acc_i32x8[t][i] = _mm256_setzero_si256();
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        const uint8_t* line = tile + b * kScreenBlockBytes + p * kBlockBytes;
+        prefetch_near(line + kPrefetchBytes);
+        __m256i q_i16x16[ROWS];
+#pragma GCC unroll 2
+        for (int t = 0; t < ROWS; ++t) {
+          int32_t four;
+          std::memcpy(&four, q + t * q_stride + b * kBlockInputs + 4 * p, sizeof four);
+          q_i16x16[t] = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const __m256i code_i16x16 =
+              _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line + 16 * i)));
+#pragma GCC unroll 2
+          for (int t = 0; t < ROWS; ++t) {
+            acc_i32x8[t][i] = _mm256_add_epi32(acc_i32x8[t][i], _mm256_madd_epi16(code_i16x16, q_i16x16[t]));
+          }
+        }
+      }
+    }
+    for (int t = 0; t < ROWS; ++t) {
+      for (int i = 0; i < 4; i += 2) {
+        // Rows 0, 1, 4, 5 and 2, 3, 6, 7: vphaddd works within 128-bit halves.
+        const __m256i rows_i32x8 = _mm256_hadd_epi32(acc_i32x8[t][i], acc_i32x8[t][i + 1]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kTileRows + 4 * i),
+                            _mm256_permute4x64_epi64(rows_i32x8, 0xd8));
+      }
+    }
+  }
 };
 
 using Float = FloatKernels<Ymm>;
@@ -75,6 +126,9 @@ constexpr KernelTable kAvx2Kernels = {
     Attend::span,
     Attend::join,
     Attend::finish,
+    Float::logits_of_rows,
+    ScreenRows<Ymm>::screen_rows,
+    ScreenDriver<WideningScreen>::screen,
 };
 
 }  // namespace bitnet_ops

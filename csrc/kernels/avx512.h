@@ -380,5 +380,40 @@ struct Sparse {
   }
 };
 
+// The screen of the LM head: codes need no decoding.
+struct Avx512Screen {
+  static constexpr int32_t kCodeBias = 128;
+  static constexpr int kRows = 12;  // as many chains, which cover the latency of vpdpbusd
+
+  template <int ROWS>
+  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    // At least 8 chains, the rows of a token by themselves being too few.
+    constexpr int kChains = ROWS <= 2 ? 4 : ROWS <= 6 ? 2 : 1;
+    __m512i acc_i32x16[ROWS][kChains];
+#pragma GCC unroll 12
+    for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) acc_i32x16[t][c] = _mm512_setzero_si512();
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* block = tile + b * kScreenBlockBytes;
+      const int8_t* q_block = q + b * kBlockInputs;
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        prefetch_near(block + p * kBlockBytes + kPrefetchBytes);
+        const __m512i code_u8x64 = load64(block + p * kBlockBytes);
+#pragma GCC unroll 12
+        for (int t = 0; t < ROWS; ++t) dot(acc_i32x16[t][p % kChains], code_u8x64, q_block + t * q_stride + 4 * p);
+      }
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) acc_i32x16[t][0] = _mm512_add_epi32(acc_i32x16[t][0], acc_i32x16[t][c]);
+      _mm512_storeu_si512(acc + t * kTileRows, acc_i32x16[t][0]);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace bitnet_ops

@@ -19,6 +19,7 @@
 
 #include "float_algorithms.h"
 #include "attention.h"
+#include "screen.h"
 #include "ternary_driver.h"
 #include "avx512.h"
 
@@ -46,6 +47,9 @@ constexpr KernelTable kAvx512VnniKernels = {
     Attend::span,
     Attend::join,
     Attend::finish,
+    Float::logits_of_rows,
+    ScreenRows<Avx512>::screen_rows,
+    ScreenDriver<Avx512Screen>::screen,
 };
 
 }  // namespace bitnet_ops

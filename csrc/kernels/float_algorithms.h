@@ -297,29 +297,62 @@ struct FloatKernels {
     }
   }
 
-  // Few tokens: the rows of the table stream past one after another, widened in registers, so that
-  // memory sees one sequential read. TOKENS * kRegisters accumulators.
+  // One row of the table, widened in registers. Meanwhile memory at `ahead` is asked for.
+  template <int TOKENS, class T>
+  static void logits_row(const Logits& p, const T* weight, const float* x, const char* ahead,
+                         F32 (&acc)[TOKENS][kRegisters]) {
+    const int64_t full = p.in_features - p.in_features % kVirtualLanes;
+    for (int t = 0; t < TOKENS; ++t) {
+      for (int r = 0; r < kRegisters; ++r) acc[t][r] = Isa::zero();
+    }
+    for (int64_t k = 0; k < full; k += kVirtualLanes) {
+      for (size_t line = 0; line < kVirtualLanes * sizeof(T); line += 64) Isa::prefetch_far(ahead + line);
+      ahead += kVirtualLanes * sizeof(T);
+      multiply_64<TOKENS>(weight + k, x + k, p.x_stride, acc);
+    }
+    if (full < p.in_features) {
+      T padded[kVirtualLanes] = {};
+      std::memcpy(padded, weight + full, static_cast<size_t>(p.in_features - full) * sizeof(T));
+      multiply_64<TOKENS>(padded, x + full, p.x_stride, acc);
+    }
+  }
+
+  // Few tokens: the rows of the table stream past one after another, so that memory sees one sequential read.
+  // TOKENS * kRegisters accumulators.
   template <int TOKENS, class T>
   static void logits_streamed(const Logits& p, int64_t row_begin, int64_t row_end, float* scratch) {
     const T* weight = static_cast<const T*>(p.weight) + row_begin * p.in_features;
     const float* x = in_pair_order(p, weight, scratch);
-    const int64_t full = p.in_features - p.in_features % kVirtualLanes;
     for (int64_t row = row_begin; row < row_end; ++row, weight += p.in_features) {
       F32 acc[TOKENS][kRegisters];
-      for (int t = 0; t < TOKENS; ++t) {
-        for (int r = 0; r < kRegisters; ++r) acc[t][r] = Isa::zero();
-      }
-      for (int64_t k = 0; k < full; k += kVirtualLanes) {
-        const char* ahead = reinterpret_cast<const char*>(weight + k) + kStreamAheadBytes;
-        for (size_t line = 0; line < kVirtualLanes * sizeof(T); line += 64) Isa::prefetch_far(ahead + line);
-        multiply_64<TOKENS>(weight + k, x + k, p.x_stride, acc);
-      }
-      if (full < p.in_features) {
-        T padded[kVirtualLanes] = {};
-        std::memcpy(padded, weight + full, static_cast<size_t>(p.in_features - full) * sizeof(T));
-        multiply_64<TOKENS>(padded, x + full, p.x_stride, acc);
-      }
+      logits_row<TOKENS>(p, weight, x, reinterpret_cast<const char*>(weight) + kStreamAheadBytes, acc);
       for (int t = 0; t < TOKENS; ++t) p.out[t * p.vocabulary + row] = fold_pairs(acc[t], weight);
+    }
+  }
+
+  // Some rows of one token. The rows to come are asked for about as far ahead as in a stream.
+  template <class T>
+  static void logits_of_rows_of(const Logits& p, const int32_t* rows, int64_t count, float* out, float* scratch) {
+    const T* table = static_cast<const T*>(p.weight);
+    const float* x = in_pair_order(p, table, scratch);
+    const int64_t rows_ahead = kStreamAheadBytes / (p.in_features * static_cast<int64_t>(sizeof(T)) + 1) + 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t next = rows[i + rows_ahead < count ? i + rows_ahead : count - 1];
+      F32 acc[1][kRegisters];
+      logits_row<1>(p, table + rows[i] * p.in_features, x,
+                    reinterpret_cast<const char*>(table + next * p.in_features), acc);
+      out[i] = fold_pairs(acc[0], table);
+    }
+  }
+
+  static void logits_of_rows(const Logits& p, const int32_t* rows, int64_t count, float* out, float* scratch) {
+    switch (p.weight_dtype) {
+      case DType::kBFloat16:
+        return logits_of_rows_of<BFloat16>(p, rows, count, out, scratch);
+      case DType::kFloat16:
+        return logits_of_rows_of<Float16>(p, rows, count, out, scratch);
+      default:
+        return logits_of_rows_of<float>(p, rows, count, out, scratch);
     }
   }
 

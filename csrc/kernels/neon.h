@@ -129,5 +129,10 @@ inline int8x16_t codes(uint8x16_t block_u8x16) {
   }
 }
 
+// A quarter of a line of the LM head's screen, as signed numbers.
+inline int8x16_t signed_codes(const uint8_t* p) {
+  return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(0x80)));
+}
+
 }  // namespace
 }  // namespace bitnet_ops

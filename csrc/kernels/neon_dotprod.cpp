@@ -32,6 +32,7 @@
 
 #include "float_algorithms.h"
 #include "attention.h"
+#include "screen.h"
 #include "ternary_driver.h"
 #include "neon.h"
 #include "neon_sparse.h"
@@ -61,6 +62,9 @@ constexpr KernelTable kNeonDotprodKernels = {
     Attend::span,
     Attend::join,
     Attend::finish,
+    Float::logits_of_rows,
+    ScreenRows<Neon>::screen_rows,
+    ScreenDriver<SdotScreen>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -35,6 +35,7 @@
 
 #include "float_algorithms.h"
 #include "attention.h"
+#include "screen.h"
 #include "ternary_driver.h"
 #include "neon.h"
 #include "neon_sparse.h"
@@ -144,6 +145,9 @@ constexpr KernelTable kNeonI8mmKernels = {
     Attend::span,
     Attend::join,
     Attend::finish,
+    Float::logits_of_rows,
+    ScreenRows<Neon>::screen_rows,
+    ScreenDriver<SdotScreen>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -15,6 +15,7 @@
 #include "../kernel_table.h"
 #include "float_algorithms.h"
 #include "attention.h"
+#include "screen.h"
 #include "ternary_driver.h"
 
 namespace bitnet_ops {
@@ -140,6 +141,24 @@ struct Inner {
   }
 };
 
+struct ScalarScreen {
+  static constexpr int kRows = 2;
+  static constexpr int32_t kCodeBias = 0;
+
+  template <int ROWS>
+  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    for (int64_t i = 0; i < ROWS * kTileRows; ++i) acc[i] = 0;
+    for (int64_t four = 0; four < 4 * blocks; ++four) {
+      for (int64_t byte = 0; byte < kBlockBytes; ++byte) {
+        const int32_t code = tile[four * kBlockBytes + byte] - 128;
+        for (int64_t t = 0; t < ROWS; ++t) {
+          acc[t * kTileRows + byte / 4] += code * q[t * q_stride + 4 * four + byte % 4];
+        }
+      }
+    }
+  }
+};
+
 using Float = FloatKernels<Scalar>;
 using Attend = AttentionKernels<Scalar>;
 
@@ -161,6 +180,9 @@ constexpr KernelTable kScalarKernels = {
     Attend::span,
     Attend::join,
     Attend::finish,
+    Float::logits_of_rows,
+    ScreenRows<Scalar>::screen_rows,
+    ScreenDriver<ScalarScreen>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -1,0 +1,595 @@
+// The head: all logits, or the k best of them without reading all of the table.
+//
+// lm_head_top_k goes over the table in two parallel regions. The first bounds every logit by the int8 copy
+// (kernels/screen.h proves the bounds) and finds the k-th best lower bound. A token whose upper bound is below
+// that has k better ones, strictly, so it is not wanted, however ties are resolved; the second region computes
+// the others from the table itself, by the code of lm_head. Where this cannot pay, the rest of the table is
+// computed at once (see kMostSurvivors).
+
+#include "lm_head_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "dispatch.h"
+#include "scratch.h"
+
+namespace bitnet_ops {
+namespace {
+
+// Rough costs for `parallel`, on one core of the machine in bench/LOG.md.
+constexpr double kNsPerWeightByte = 0.05;  // 20 GB/s
+constexpr double kNsPerMultiply = 0.03;    // 16 lanes a cycle, half used
+
+struct Sizes {
+  int64_t in_features;
+  DType weight_dtype;
+};
+
+Sizes check_head(const char* op, const Tensor& x, const Tensor& weight) {
+  check_float(op, "x", x);
+  const int64_t in_features = last_size(op, "x", x, "a tensor [..., in_features]");
+  const DType weight_dtype = check_float(op, "weight", weight);
+  if (weight.dim() != 2 || weight.size(1) != in_features) {
+    refuse(op, "weight", "shape [vocabulary, " + std::to_string(in_features) + "] (in_features = the last size of x)",
+           describe(weight));
+  }
+  return {in_features, weight_dtype};
+}
+
+// Everything of Logits but `out`. The tokens, widened, belong to this thread until the next call.
+Logits widened(const KernelTable& table, const Tensor& x, const Tensor& weight, Sizes sizes) {
+  static thread_local Scratch activations;
+  const DType dtype = check_float("lm_head", "x", x);
+  Logits logits{};
+  logits.tokens = rows_of(x);
+  logits.x_stride = round_up(sizes.in_features, kVirtualLanes);
+  float* wide = static_cast<float*>(
+      activations.reserve(static_cast<size_t>(logits.tokens * logits.x_stride) * sizeof(float)));
+  for (int64_t token = 0; token < logits.tokens; ++token) {
+    table.widen_row(row_at(data<void>(x), token, sizes.in_features, dtype), dtype, sizes.in_features,
+                    wide + token * logits.x_stride, logits.x_stride);
+  }
+  logits.x = wide;
+  logits.weight = data<void>(weight);
+  logits.weight_dtype = sizes.weight_dtype;
+  logits.in_features = sizes.in_features;
+  logits.vocabulary = weight.size(0);
+  return logits;
+}
+
+double ns_per_row(const Logits& p, int64_t tokens) {
+  return static_cast<double>(p.in_features + 1) *
+         (static_cast<double>(element_bytes(p.weight_dtype)) * kNsPerWeightByte +
+          static_cast<double>(tokens) * kNsPerMultiply);
+}
+
+float* logits_scratch(const Logits& p) {
+  static thread_local Scratch rows;
+  return static_cast<float*>(rows.reserve(static_cast<size_t>(kLogitsScratchRows * p.x_stride) * sizeof(float)));
+}
+
+// ---- the k best -----------------------------------------------------------------------------------
+
+// Tokens are ranked by their logits, or, to sample, by logit / temperature + noise. Either grows with the logit,
+// also as it is rounded, so bounds of logits turn into bounds of scores.
+struct Score {
+  double temperature;
+  const float* noise;  // [vocabulary] or null
+
+  double operator()(float logit, int64_t id) const {
+    return noise == nullptr ? static_cast<double>(logit) : static_cast<double>(logit) / temperature + noise[id];
+  }
+};
+
+// The k-th largest of the numbers offered, NaN not counted.
+class KthLargest {
+ public:
+  explicit KthLargest(int64_t k) : k_(static_cast<size_t>(k)) {}
+
+  void offer(double score) {
+    if (!(score > threshold_)) return;
+    best_.push_back(score);
+    // Twice as many as needed before they are sorted out: a constant number of steps for each.
+    if (best_.size() >= 2 * k_) shrink();
+  }
+
+  // -infinity as long as there are not k.
+  double threshold() {
+    shrink();
+    return threshold_;
+  }
+
+  void merge(const KthLargest& other) {
+    for (const double score : other.best_) offer(score);
+  }
+
+ private:
+  void shrink() {
+    if (best_.size() < k_) return;
+    std::nth_element(best_.begin(), best_.begin() + static_cast<int64_t>(k_) - 1, best_.end(), std::greater<double>());
+    best_.resize(k_);
+    threshold_ = best_[k_ - 1];
+  }
+
+  size_t k_;
+  double threshold_ = -std::numeric_limits<double>::infinity();
+  std::vector<double> best_;
+};
+
+struct Ranked {
+  double score;
+  float logit;
+  int32_t id;
+};
+
+// NaN comes first, as for torch.max, so that it does not go unnoticed; of equals the one with the smaller id.
+bool before(const Ranked& a, const Ranked& b) {
+  const bool a_nan = std::isnan(a.score);
+  const bool b_nan = std::isnan(b.score);
+  if (a_nan || b_nan) return a_nan == b_nan ? a.id < b.id : a_nan;
+  return a.score != b.score ? a.score > b.score : a.id < b.id;
+}
+
+// Collects the k first, in the order of `before`.
+class Best {
+ public:
+  explicit Best(int64_t k) : k_(static_cast<size_t>(k)) {}
+
+  void offer(const Ranked& candidate) {
+    if (full_ && !before(candidate, last_)) return;
+    list_.push_back(candidate);
+    if (list_.size() >= 2 * k_) shrink();
+  }
+
+  void write(float* logits, int64_t* ids) {
+    std::sort(list_.begin(), list_.end(), before);
+    for (size_t i = 0; i < k_; ++i) {
+      logits[i] = list_[i].logit;
+      ids[i] = list_[i].id;
+    }
+  }
+
+ private:
+  void shrink() {
+    std::nth_element(list_.begin(), list_.begin() + static_cast<int64_t>(k_) - 1, list_.end(), before);
+    list_.resize(k_);
+    last_ = list_[k_ - 1];
+    full_ = true;
+  }
+
+  size_t k_;
+  bool full_ = false;
+  Ranked last_{};
+  std::vector<Ranked> list_;
+};
+
+// ---- the screen -----------------------------------------------------------------------------------
+
+// A screened row costs half of one that is computed from bfloat16, and a survivor is read from here and there
+// rather than in a stream. So a screen that drops 70 % is well worth it. It is looked at after every sixteenth
+// of a thread's rows, and where more have survived, those that remain are computed without it. Then
+// the whole costs at most this much more than without a screen: a sixteenth screened for nothing, and the
+// survivors before it, (0.5 + 0.3 * penalty) instead of 1, nothing. Survivors of several tokens count together;
+// but then computing a row takes longer, too, from four tokens on about 0.75 times their number (bench/LOG.md).
+constexpr double kMostSurvivors = 0.3;
+constexpr double kMostSurvivorsPerToken = 0.15;
+constexpr int64_t kLooks = 16;
+// But among few rows many are the k best so far: 0.3 of them are not before 16 k have been seen.
+constexpr int64_t kRowsPerPlace = 16;
+
+// Tokens that share a pass over the table: their bounds are 1 MB each for 128256 rows.
+constexpr int64_t kTokensAtOnce = 16;
+
+// The rows of one thread: [begin, screened) are bounded, [screened, end) are computed already.
+struct Part {
+  int64_t begin, screened, end;
+};
+
+struct Search {
+  const KernelTable& table;
+  Logits logits;               // of this group of tokens; out is `upper`
+  const Screen* screen;        // null: everything is computed
+  std::vector<Score> score;    // of each token
+  int64_t k;
+  float* upper;  // [tokens][vocabulary]
+  std::vector<KthLargest> threshold;
+  std::vector<Part> parts;
+
+  void compute(int64_t row, int64_t end) {
+    if (row < end) table.logits(logits, row, end, logits_scratch(logits));
+  }
+
+  int64_t count_survivors(std::vector<KthLargest>& lower, int64_t begin, int64_t end) const {
+    int64_t survivors = 0;
+    for (int64_t token = 0; token < logits.tokens; ++token) {
+      const double threshold = lower[static_cast<size_t>(token)].threshold();
+      const float* bounds = upper + token * logits.vocabulary;
+      for (int64_t row = begin; row < end; ++row) {
+        survivors += !(score[static_cast<size_t>(token)](bounds[row], row) < threshold);
+      }
+    }
+    return survivors;
+  }
+
+  void offer(std::vector<KthLargest>& lower, const float* values, int64_t begin, int64_t end) const {
+    for (int64_t token = 0; token < logits.tokens; ++token) {
+      const Score& score_of = score[static_cast<size_t>(token)];
+      KthLargest& best = lower[static_cast<size_t>(token)];
+      for (int64_t row = begin; row < end; ++row) {
+        best.offer(score_of(values[token * logits.vocabulary + row], row));
+      }
+    }
+  }
+
+  // The tiles of one thread.
+  void bound(int64_t tile_begin, int64_t tile_end, std::mutex& mutex) {
+    std::vector<KthLargest> lower(static_cast<size_t>(logits.tokens), KthLargest(k));
+    const auto row_of = [&](int64_t tile) { return std::min(tile * kTileRows, logits.vocabulary); };
+    const int64_t begin = row_of(tile_begin);
+    const int64_t step = std::max(divide_up(tile_end - tile_begin, kLooks), divide_up(kRowsPerPlace * k, kTileRows));
+    const double most_of_rows = std::max(kMostSurvivors, kMostSurvivorsPerToken * static_cast<double>(logits.tokens));
+    int64_t survivors = 0;
+    int64_t tile = tile_begin;
+    while (tile < tile_end) {
+      const int64_t next = std::min(tile + step, tile_end);
+      table.screen(*screen, tile, next);
+      offer(lower, screen->lower, row_of(tile), row_of(next));
+      // Survivors of a lower threshold are too many; they are counted anew only where that could matter.
+      survivors += count_survivors(lower, row_of(tile), row_of(next));
+      tile = next;
+      const double most = most_of_rows * static_cast<double>(row_of(tile) - begin);
+      if (static_cast<double>(survivors) <= most) continue;
+      survivors = count_survivors(lower, begin, row_of(tile));
+      if (static_cast<double>(survivors) > most) break;
+    }
+    compute(row_of(tile), row_of(tile_end));
+    offer(lower, upper, row_of(tile), row_of(tile_end));
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (size_t token = 0; token < lower.size(); ++token) threshold[token].merge(lower[token]);
+    parts.push_back({begin, row_of(tile), row_of(tile_end)});
+  }
+
+  void run(float* out_logits, int64_t* out_ids, int64_t* out_rescored) {
+    const int64_t tiles = tiles_of(logits.vocabulary);
+    const double ns_per_tile = ns_per_row(logits, logits.tokens) * kTileRows;
+    if (screen == nullptr) {
+      parallel(tiles, ns_per_tile, [&](int64_t begin, int64_t end) {
+        compute(begin * kTileRows, std::min(end * kTileRows, logits.vocabulary));
+      });
+      parts.push_back({0, 0, logits.vocabulary});
+    } else {
+      threshold.assign(static_cast<size_t>(logits.tokens), KthLargest(k));
+      std::mutex mutex;
+      parallel(tiles, ns_per_tile, [&](int64_t begin, int64_t end) { bound(begin, end, mutex); });
+    }
+
+    std::vector<int32_t> survivors;  // of every token, one after another
+    std::vector<int64_t> first{0};   // where those of a token start
+    std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.begin < b.begin; });
+    for (int64_t token = 0; token < logits.tokens; ++token) {
+      const float* bounds = upper + token * logits.vocabulary;
+      for (const Part& part : parts) {
+        if (part.begin == part.screened) continue;
+        const double least = threshold[static_cast<size_t>(token)].threshold();
+        for (int64_t row = part.begin; row < part.screened; ++row) {
+          if (!(score[static_cast<size_t>(token)](bounds[row], row) < least)) {
+            survivors.push_back(static_cast<int32_t>(row));
+          }
+        }
+      }
+      first.push_back(static_cast<int64_t>(survivors.size()));
+    }
+    std::vector<float> exact(survivors.size());
+    parallel(first.back(), ns_per_row(logits, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t token = 0; token < logits.tokens; ++token) {
+        const int64_t from = std::max(begin, first[static_cast<size_t>(token)]);
+        const int64_t to = std::min(end, first[static_cast<size_t>(token) + 1]);
+        if (from >= to) continue;
+        Logits one = logits;
+        one.x += token * one.x_stride;
+        one.tokens = 1;
+        table.logits_of_rows(one, survivors.data() + from, to - from, exact.data() + from, logits_scratch(one));
+      }
+    });
+
+    for (int64_t token = 0; token < logits.tokens; ++token) {
+      const Score& score_of = score[static_cast<size_t>(token)];
+      Best best(k);
+      int64_t computed = 0;
+      for (const Part& part : parts) {
+        for (int64_t row = part.screened; row < part.end; ++row) {
+          const float logit = upper[token * logits.vocabulary + row];
+          best.offer({score_of(logit, row), logit, static_cast<int32_t>(row)});
+        }
+        computed += part.end - part.screened;
+      }
+      for (int64_t i = first[static_cast<size_t>(token)]; i < first[static_cast<size_t>(token) + 1]; ++i) {
+        const float logit = exact[static_cast<size_t>(i)];
+        const int32_t id = survivors[static_cast<size_t>(i)];
+        best.offer({score_of(logit, id), logit, id});
+        ++computed;
+      }
+      best.write(out_logits + token * k, out_ids + token * k);
+      out_rescored[token] = computed;
+    }
+  }
+};
+
+// 16-bit forms of the tokens and what the bounds need of them. 16 bits, because with 8 the error of the
+// token would be as large as that of the table, and twice the bound leaves ten times the survivors.
+struct QuantizedTokens {
+  int64_t q_stride;
+  const int8_t* q;
+  std::vector<ScreenedToken> tokens;
+  bool finite = true;
+
+  QuantizedTokens(const KernelTable& table, const Logits& logits)
+      : q_stride(padded_in_features(logits.in_features)), tokens(static_cast<size_t>(logits.tokens)) {
+    static thread_local Scratch scratch;
+    int8_t* rows = static_cast<int8_t*>(scratch.reserve(static_cast<size_t>(2 * logits.tokens * q_stride)));
+    q = rows;
+    for (int64_t t = 0; t < logits.tokens; ++t) {
+      const float* x = logits.x + t * logits.x_stride;
+      int8_t* hi = rows + 2 * t * q_stride;
+      int8_t* lo = hi + q_stride;
+      ScreenedToken& token = tokens[static_cast<size_t>(t)];
+      float scale;
+      table.quantize_row_16(x, DType::kFloat32, logits.in_features, hi, lo, q_stride, &scale, token.sum);
+      token.scale = scale;
+      double square = 0.0;
+      double error_square = 0.0;
+      for (int64_t k = 0; k < logits.in_features; ++k) {
+        const double value = x[k];
+        const double error = value - token.scale * (256 * hi[k] + lo[k]);  // the product is exact
+        square += value * value;
+        error_square += error * error;
+      }
+      // 2^16 additions in float64 are off by 2^-37 at most; a difference by 2^-53 of `value`.
+      constexpr double kSumRounding = 1.0 + 0x1p-30;
+      token.norm = std::sqrt(square) * kSumRounding;
+      token.error = std::sqrt(error_square) * kSumRounding + 0x1p-50 * token.norm + kUnderflow;
+      finite = finite && std::isfinite(token.norm) && std::isfinite(token.error);
+    }
+  }
+};
+
+// Asks for 2 MB pages, before the first write: a copy of 328 MB then costs 160 page faults instead of 80000, and
+// reading it loses less of the bus to address translation (bench/LOG.md).
+void prefer_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: it may fail
+#else
+  (void)begin;
+  (void)bytes;
+#endif
+}
+
+struct Copy {
+  const uint8_t* codes;
+  const float* bounds;
+};
+
+Copy check_copy(const char* op, const Tensor& weight, const Tensor& codes_any, const Tensor& bounds_any) {
+  const int64_t tiles = tiles_of(weight.size(0));
+  check(op, "codes", codes_any, codes().uint8, {tiles, blocks_of(weight.size(1)), kScreenBlockBytes});
+  check(op, "bounds", bounds_any, codes().float32, {3, tiles * kTileRows});
+  for (const auto& [name, tensor] : {std::pair("codes", &codes_any), std::pair("bounds", &bounds_any)}) {
+    if (!tensor->is_contiguous()) refuse(op, name, "a contiguous tensor, as from screen_lm_head", "one that is not");
+  }
+  return {data<uint8_t>(codes_any), data<float>(bounds_any)};
+}
+
+void check_screen_features(const char* op, int64_t in_features) {
+  if (in_features <= kMaxScreenFeatures) return;
+  refuse(op, "weight", "at most " + std::to_string(kMaxScreenFeatures) + " columns (int32 sums cannot overflow then)",
+         std::to_string(in_features));
+}
+
+// ---- Gumbel noise ---------------------------------------------------------------------------------
+
+// ln(x) of a positive normal float: ln(m 2^e) = e ln 2 + 2 artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2)).
+// With |z| <= 0.1716 the series left out, 2 z^11 / 11, is below 2^-30 of the sum. Nothing but additions,
+// products and one division, each rounded as IEEE says, so that every CPU makes the same noise.
+inline float natural_log(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
+  const int32_t exponent = static_cast<int32_t>(bits - kSqrtHalf) >> 23;
+  const uint32_t mantissa = bits - (static_cast<uint32_t>(exponent) << 23);
+  float m;
+  std::memcpy(&m, &mantissa, sizeof m);
+  const float z = (m - 1.0f) / (m + 1.0f);
+  const float zz = z * z;
+  const float series = ((((1.0f / 9) * zz + 1.0f / 7) * zz + 1.0f / 5) * zz + 1.0f / 3) * zz;
+  return static_cast<float>(exponent) * 0.693147181f + 2.0f * (z + z * series);
+}
+
+// Number `index` of the stream of `seed`: SplitMix64 (Steele, Lea, Flood 2014), whose state is a counter.
+inline uint64_t random_bits(uint64_t seed, uint64_t index) {
+  uint64_t z = seed + (index + 1) * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// -ln(-ln(u)) for u uniform in (0, 1). What wins is u next to 1, that is, a small e = -ln(u): there it comes from
+// w = 1 - u, which keeps its relative precision down to 2^-41: e = 2 artanh(w / (2 - w)) is natural_log's
+// series for m = 1 / (1 - w).
+inline float gumbel(uint64_t bits) {
+  constexpr float kSmall = 0.25f;
+  const float w = (static_cast<float>(static_cast<int64_t>(bits >> 24)) + 0.5f) * 0x1p-40f;  // (0, 1]
+  const float z = w / (2.0f - w);
+  const float zz = z * z;
+  const float series = ((((1.0f / 9) * zz + 1.0f / 7) * zz + 1.0f / 5) * zz + 1.0f / 3) * zz;
+  const float near_one = 2.0f * (z + z * series);
+  const float u = 1.0f - w;
+  const float elsewhere = -natural_log(u < 0x1p-24f ? 0x1p-24f : u);
+  return -natural_log(w < kSmall ? near_one : elsewhere);
+}
+
+}  // namespace
+
+Tensor gumbel_noise(const Tensor& seed_any, int64_t size) {
+  constexpr const char* kOp = "gumbel_noise";
+  if (!seed_any.is_cpu() || dtype_code(seed_any) != codes().int64) {
+    refuse(kOp, "seed", "a CPU tensor of int64", describe(seed_any));
+  }
+  check_size(kOp, "size", size);
+  const Tensor seed = as_contiguous(seed_any);
+  std::vector<int64_t> shape = shape_of(seed);
+  const int64_t rows = rows_of(seed) * (shape.empty() ? 1 : shape.back());
+  shape.push_back(size);
+  const Tensor noise = empty(shape, codes().float32);
+  const int64_t* seeds = data<int64_t>(seed);
+  float* out = mutable_data<float>(noise);
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint64_t row_seed = static_cast<uint64_t>(seeds[row]);
+    constexpr double kNsPerNumber = 5.0;
+    parallel(size, kNsPerNumber, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        out[row * size + i] = gumbel(random_bits(row_seed, static_cast<uint64_t>(i)));
+      }
+    });
+  }
+  return noise;
+}
+
+Tensor lm_head(const Tensor& x_any, const Tensor& weight_any) {
+  const Sizes sizes = check_head("lm_head", x_any, weight_any);
+  const Tensor x = as_contiguous(x_any);
+  const Tensor weight = as_contiguous(weight_any);
+  const Tensor out = empty(with_last(x, weight.size(0)), codes().float32);
+  if (rows_of(x) == 0 || weight.size(0) == 0) return out;
+
+  const KernelTable& table = kernels();
+  Logits logits = widened(table, x, weight, sizes);
+  logits.out = mutable_data<float>(out);
+  // Threads share out groups of as many rows as a kernel widens at a time.
+  parallel(divide_up(logits.vocabulary, kLogitsScratchRows), ns_per_row(logits, logits.tokens) * kLogitsScratchRows,
+           [&](int64_t begin, int64_t end) {
+             table.logits(logits, begin * kLogitsScratchRows, std::min(end * kLogitsScratchRows, logits.vocabulary),
+                          logits_scratch(logits));
+           });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> screen_lm_head(const Tensor& weight_any) {
+  constexpr const char* kOp = "screen_lm_head";
+  const DType dtype = check_float(kOp, "weight", weight_any);
+  if (weight_any.dim() != 2) refuse(kOp, "weight", "shape [vocabulary, in_features]", describe(weight_any));
+  check_screen_features(kOp, weight_any.size(1));
+  const Tensor weight = as_contiguous(weight_any);
+  ScreenTable copy{};
+  copy.weight = data<void>(weight);
+  copy.weight_dtype = dtype;
+  copy.vocabulary = weight.size(0);
+  copy.in_features = weight.size(1);
+  const int64_t tiles = tiles_of(copy.vocabulary);
+  const Tensor code = empty({tiles, blocks_of(copy.in_features), kScreenBlockBytes}, codes().uint8);
+  const Tensor bounds = empty({3, tiles * kTileRows}, codes().float32);
+  copy.codes = mutable_data<uint8_t>(code);
+  prefer_huge_pages(copy.codes, tiles * blocks_of(copy.in_features) * kScreenBlockBytes);
+  copy.scale = mutable_data<float>(bounds);
+  copy.norm = copy.scale + tiles * kTileRows;
+  copy.residual = copy.norm + tiles * kTileRows;
+
+  const KernelTable& table = kernels();
+  const int64_t length = round_up(copy.in_features, kVirtualLanes);
+  // Two passes over a row in L1, and a transposition: several times what quantising activations costs.
+  constexpr double kNsPerElement = 0.5;
+  parallel(tiles, static_cast<double>(kTileRows * (length + 1)) * kNsPerElement, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    constexpr int64_t kBytes = static_cast<int64_t>(sizeof(float)) + kTileRows;
+    float* wide = static_cast<float*>(scratch.reserve(static_cast<size_t>(length * kBytes)));
+    table.screen_rows(copy, begin, end, wide, reinterpret_cast<int8_t*>(wide + length));
+  });
+  return {code, bounds};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x_any, const Tensor& weight_any, int64_t k,
+                                                 const std::optional<Tensor>& codes_any,
+                                                 const std::optional<Tensor>& bounds_any, double temperature,
+                                                 const std::optional<Tensor>& noise_any) {
+  constexpr const char* kOp = "lm_head_top_k";
+  const Sizes sizes = check_head(kOp, x_any, weight_any);
+  if (k < 1) refuse(kOp, "k", "at least 1", std::to_string(k));
+  if (!(temperature > 0.0)) refuse(kOp, "temperature", "a number above 0", std::to_string(temperature));
+  if (codes_any.has_value() != bounds_any.has_value()) {
+    refuse(kOp, "bounds", "both of codes and bounds, or none", codes_any.has_value() ? "codes alone" : "bounds alone");
+  }
+  const Tensor x = as_contiguous(x_any);
+  const Tensor weight = as_contiguous(weight_any);
+  const int64_t vocabulary = weight.size(0);
+  const int64_t tokens = rows_of(x);
+  k = std::min(k, vocabulary);
+  std::optional<Copy> copy;
+  if (codes_any.has_value()) {
+    check_screen_features(kOp, sizes.in_features);
+    copy = check_copy(kOp, weight, *codes_any, *bounds_any);
+  }
+  std::optional<Tensor> noise;
+  if (noise_any.has_value()) {
+    if (!noise_any->is_cpu() || dtype_code(*noise_any) != codes().float32 ||
+        shape_of(*noise_any) != with_last(x, vocabulary)) {
+      refuse(kOp, "noise", "a CPU tensor float32 " + shape_text(with_last(x, vocabulary)), describe(*noise_any));
+    }
+    noise = as_contiguous(*noise_any);
+  }
+  std::vector<int64_t> shape = shape_of(x);
+  shape.pop_back();
+  const Tensor rescored = empty(shape, codes().int64);
+  const Tensor best = empty(with_last(x, k), codes().float32);
+  const Tensor ids = empty(with_last(x, k), codes().int64);
+  if (tokens == 0) return {best, ids, rescored};
+  if (vocabulary == 0) {
+    std::fill_n(mutable_data<int64_t>(rescored), tokens, 0);
+    return {best, ids, rescored};
+  }
+
+  const KernelTable& table = kernels();
+  const Logits all = widened(table, x, weight, sizes);
+  static thread_local Scratch scratch;
+  for (int64_t token = 0; token < tokens; token += kTokensAtOnce) {
+    const int64_t count = std::min(tokens - token, kTokensAtOnce);
+    const int64_t results = count * vocabulary;
+    float* upper = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * results) * sizeof(float)));
+    Search search{table, all, nullptr, {}, k, upper, {}, {}};
+    search.logits.x += token * all.x_stride;
+    search.logits.tokens = count;
+    search.logits.out = upper;
+    for (int64_t t = token; t < token + count; ++t) {
+      const float* row = noise.has_value() ? data<float>(*noise) + t * vocabulary : nullptr;
+      search.score.push_back({temperature, row});
+    }
+    std::optional<QuantizedTokens> quantized;
+    Screen screen{};
+    if (copy.has_value()) {
+      const int64_t rows = tiles_of(vocabulary) * kTileRows;
+      quantized.emplace(table, search.logits);
+      screen = {copy->codes,          blocks_of(sizes.in_features), copy->bounds, copy->bounds + rows,
+                copy->bounds + 2 * rows, quantized->q,              quantized->q_stride, quantized->tokens.data(),
+                count,                vocabulary,                   upper,        upper + results};
+      if (quantized->finite) search.screen = &screen;
+    }
+    search.run(mutable_data<float>(best) + token * k, mutable_data<int64_t>(ids) + token * k,
+               mutable_data<int64_t>(rescored) + token);
+  }
+  return {best, ids, rescored};
+}
+
+}  // namespace bitnet_ops
