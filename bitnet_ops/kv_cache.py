@@ -3,19 +3,27 @@
 import torch
 from torch import Tensor
 
+from . import ops, reference
 from .config import BitNetConfig
 
 
 class KVCache:
-    """Keys and values per layer, in buffers of a fixed capacity that the model fills from the left.
+    """Keys and values per layer, which the model fills and reads in place.
 
-    ``model(input_ids, cache=cache)`` writes the new tokens behind the ``length`` tokens already there.
+    ``model(input_ids, cache=cache)`` adds the new tokens to the ``length`` tokens already there. Where they
+    do not fit, the cache grows to twice its size or more. To take back the last tokens, set ``length``.
+
+    Rows of a batch are padded on the left, but padding has no place in the cache: token t of a row with p
+    padding tokens is stored at position t - p.
 
     Attributes:
-        keys, values: one tensor [batch, kv_heads, capacity, head_dim] per layer.
-        length: tokens stored so far, the same for every row (shorter prompts are padded on the left).
-        padded: whether any token stored so far may be padding.
-        visible: bool [batch, capacity], False where a token is padding; written only where ``padded``.
+        keys: per layer, in ``dtype``, [batch, kv_heads, capacity / 64, head_dim, 64], rotated.
+        values: per layer, in ``dtype``, [batch, kv_heads, capacity, head_dim rounded up to 16].
+        key_scales: per layer, None or with int8 float32 [batch, kv_heads, capacity].
+        value_scales: likewise.
+        length: tokens seen so far, padding included, the same for every row.
+        padding: int64 [batch], how many of them are padding.
+        cos, sin: float32 [capacity, head_dim / 2], the rotations of all positions.
     """
 
     def __init__(
@@ -27,28 +35,74 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        """Allocates room for ``capacity`` tokens in each of ``batch_size`` rows."""
-        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.padded = False
-        self.visible = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
+        """Allocates room for ``capacity`` tokens in each of ``batch_size`` rows.
+
+        Args:
+            config: the model's.
+            batch_size: number of rows.
+            capacity: rounded up to a multiple of 64. The system hands out the memory as it is written to.
+            dtype: float32; bfloat16, half the bytes; or int8 with a scale for each head of each token, a
+                quarter. What is stored is rounded to it, so the dtype changes the scores.
+            device: that of the model.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(f"KVCache: dtype: expected torch.float32, bfloat16 or int8, got {dtype}")
+        self.config = config
+        self.batch_size = batch_size
+        self.dtype = dtype
         self.length = 0
+        self.padding = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._allocate(capacity)
 
     @property
     def capacity(self) -> int:
-        """Largest number of tokens a row can hold."""
-        return self.keys[0].shape[2]
+        """Number of tokens a row can hold before the cache grows."""
+        return self.cos.shape[0]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new keys and values [batch, kv_heads, T, head_dim].
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` tokens in all, those already there included."""
+        if tokens > self.capacity:
+            old = (self.keys, self.values, self.key_scales, self.value_scales)
+            self._allocate(max(tokens, 2 * self.capacity))
+            for new, kept in zip(
+                (self.keys, self.values, self.key_scales, self.value_scales), old, strict=True
+            ):
+                for layer, tensor in enumerate(kept):
+                    if tensor is not None:
+                        new[layer][:, :, : tensor.shape[2]] = tensor
 
-        Returns:
-            Views of all keys and values so far, the new ones included. ``length`` moves only when the
-            model has run through all layers.
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+        """Stores one layer's new keys and values and attends to all so far: `ops.cached_attention`.
+
+        ``length`` moves only when the model has run through all layers.
         """
-        end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return ops.cached_attention(
+            q, k, v, self.cos, self.sin, start,
+            self.keys[layer], self.values[layer], self.key_scales[layer], self.value_scales[layer],
+        )  # fmt: skip
+
+    def _allocate(self, capacity: int) -> None:
+        config, device = self.config, self.padding.device
+        block = reference.KEYS_IN_BLOCK
+        blocks = -(-capacity // block)
+        heads = (self.batch_size, config.num_key_value_heads)
+        width = -(-config.head_dim // 16) * 16
+
+        def per_layer(*shape: int, dtype: torch.dtype) -> list[Tensor]:
+            return [
+                torch.empty(*heads, *shape, dtype=dtype, device=device)
+                for _ in range(config.num_hidden_layers)
+            ]
+
+        self.keys = per_layer(blocks, config.head_dim, block, dtype=self.dtype)
+        self.values = per_layer(blocks * block, width, dtype=self.dtype)
+        self.key_scales: list[Tensor | None] = [None] * config.num_hidden_layers
+        self.value_scales: list[Tensor | None] = [None] * config.num_hidden_layers
+        if self.dtype == torch.int8:
+            self.key_scales = list(per_layer(blocks * block, dtype=torch.float32))
+            self.value_scales = list(per_layer(blocks * block, dtype=torch.float32))
+        positions = torch.arange(blocks * block, device=device)
+        self.cos, self.sin = reference.rotary_embedding(positions, config.head_dim, config.rope_theta)

@@ -58,21 +58,16 @@ class Attention(nn.Module):
         self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], start: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, head_dim]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        # Not an `and` of the two: under torch.compile that may be a symbol, which attention does not take.
-        causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210
-        y = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=causal, enable_gqa=True
-        )
-        return self.o_proj(self.attn_sub_norm(y.transpose(1, 2).flatten(2)))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if cache is not None and start is not None:
+            y = cache.attend(self.layer, q, k, v, start)
+        elif self.training:
+            y = reference.attention(q, k, v, *rotation, start)
+        else:
+            y = ops.attention(q, k, v, *rotation, start)
+        return self.o_proj(self.attn_sub_norm(y))
 
 
 class FeedForward(nn.Module):
@@ -102,9 +97,9 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], start: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, mask, cache))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, start, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -124,11 +119,19 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        positions, mask = positions_and_mask(input_ids, attention_mask, cache)
-        rotation = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta)
+        # Positions count a row's own tokens: where padding comes first, they start below 0.
+        padding = None if attention_mask is None else (attention_mask == 0).sum(1)
+        if cache is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            rotation = reference.rotary_embedding(positions, self.config.head_dim, self.config.rope_theta)
+            start = None if padding is None else -padding
+        else:
+            if padding is not None:
+                cache.padding += padding
+            rotation, start = (cache.cos, cache.sin), cache.length - cache.padding
         x = self.dropout(self.embed_tokens(input_ids).float())
         for layer in self.layers:
-            x = layer(x, rotation, mask, cache)
+            x = layer(x, rotation, start, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm(x)
@@ -184,12 +187,16 @@ class BitNet(GenerationMixin, nn.Module):
 
         Args:
             input_ids: int64 [B, T]. With a cache, the tokens that follow the ones it holds.
-            attention_mask: [B, T], 1 for a token and 0 for padding; None when nothing is padded.
+            attention_mask: [B, T], 1 for a token and 0 for padding, which stands on the left; None when
+                nothing is padded. Scores of padding mean nothing.
             cache: filled and moved on in place.
             logits_to_keep: compute the scores of only so many last positions; 0 means all.
 
         Returns:
             float32 [B, T or logits_to_keep, vocab_size].
+
+        Raises:
+            ValueError: shapes that do not fit, or padding behind a token.
         """
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: expected shape [batch, tokens], got {list(input_ids.shape)}")
@@ -198,11 +205,10 @@ class BitNet(GenerationMixin, nn.Module):
                 f"attention_mask: expected the shape of input_ids {list(input_ids.shape)}, "
                 f"got {list(attention_mask.shape)}"
             )
-        if cache is not None and cache.length + input_ids.shape[1] > cache.capacity:
-            raise ValueError(
-                f"cache: expected room for {input_ids.shape[1]} more tokens, "
-                f"got {cache.capacity - cache.length} of {cache.capacity} places left"
-            )
+        if cache is not None:
+            cache.reserve(cache.length + input_ids.shape[1])
+        if attention_mask is not None and not torch.compiler.is_compiling():
+            check_left_padding(attention_mask, cache)
         hidden = self.model(input_ids, attention_mask, cache)[:, -logits_to_keep:]
         if self.training:
             return F.linear(hidden, self.head_weight).float()
@@ -215,56 +221,11 @@ class BitNet(GenerationMixin, nn.Module):
         save_pretrained(self, folder)
 
 
-def positions_and_mask(
-    input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
-) -> tuple[Tensor, Tensor | None]:
-    """Where the new tokens stand, and which keys each may look at.
-
-    Returns:
-        ``(positions, mask)``: int64 [B or 1, T], padding not counted; and bool [B or 1, 1, T, S] over the
-        S keys stored so far, or None where plain causal attention (T > 1 and nothing cached) or full
-        attention (T = 1) is meant.
-    """
-    new = input_ids.shape[1]
-    start = 0 if cache is None else cache.length
-    end = start + new
-    device = input_ids.device
-    visible = None
-    if attention_mask is not None or (cache is not None and cache.padded):
-        visible = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        visible = visible.bool()
-        if cache is not None:
-            cache.padded = True
-            cache.visible[:, start:end] = visible
-            visible = cache.visible[:, :end]
-        positions = (visible.cumsum(1) - 1).clamp(min=0)[:, start:]
-    else:
-        positions = torch.arange(start, end, device=device).unsqueeze(0)
-        if new == 1 or start == 0:
-            return positions, None
-    query = torch.arange(start, end, device=device).unsqueeze(1)
-    key = torch.arange(end, device=device).unsqueeze(0)
-    mask = (key <= query).unsqueeze(0)
-    if visible is not None:
-        # A padding token sees itself, so that no row of the softmax is empty and turns into NaN.
-        mask = mask & visible.unsqueeze(1) | (key == query)
-    return positions, mask.unsqueeze(1)
-
-
-def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv:2104.09864), float32 [B, 1, T, head_dim].
-
-    Position p turns the pair (i, i + head_dim / 2) by the angle ``p * theta^(-2i / head_dim)``.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponent)
-    # Libraries and torch.compile disagree about the last bit of a sine; rounded from float64 it is the same.
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1).double()
-    return angles.cos().float(), angles.sin().float()
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns heads [B, heads, T, head_dim] by their positions (rotate-half convention)."""
-    cos, sin = rotation
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+def check_left_padding(attention_mask: Tensor, cache: KVCache | None) -> None:
+    """Raises ValueError where padding comes after a token, in the mask or in the cache."""
+    real = attention_mask != 0
+    begun = real.cummax(1).values if real.shape[1] else real
+    if cache is not None:
+        begun = begun | (cache.padding < cache.length).unsqueeze(1)
+    if bool((begun & ~real).any()):
+        raise ValueError("attention_mask: expected padding on the left only, got padding behind a token")

@@ -325,6 +325,9 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
     x, weight_scale, bias = torch.randn(2, 3, 50), torch.rand(33), torch.randn(33)
     table = torch.randn(70, 50)
 
+    q, k, v = torch.randn(2, 5, 4 * 12), torch.randn(2, 5, 2 * 12), torch.randn(2, 5, 2 * 12)
+    cos, sin = reference.rotary_embedding(torch.arange(8), 12, 10000.0)
+
     def grad(tensor: Tensor) -> Tensor:
         return tensor.clone().requires_grad_()
 
@@ -378,6 +381,22 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
         ),
         "rms_norm": (namespace.rms_norm.default, (grad(x), grad(torch.rand(50)), 1e-5)),
         "lm_head": (namespace.lm_head.default, (grad(x), grad(torch.randn(70, 50)))),
+        "attention": (namespace.attention.default, tuple(map(grad, (q, k, v))) + (cos, sin)),
+        "attention with padding": (
+            namespace.attention.default,
+            (*map(grad, (q, k, v)), cos, sin, torch.tensor([0, -2])),
+        ),
+        **{
+            f"cached_attention, {dtype}": (
+                namespace.cached_attention.default,
+                (
+                    *(q, k, v, cos, sin, torch.tensor([3, -2])),
+                    *(torch.zeros(shape, dtype=dtype) for shape in ((2, 2, 1, 12, 64), (2, 2, 64, 16))),
+                    *(torch.ones(2, 2, 64) if dtype == torch.int8 else None for _ in range(2)),
+                ),
+            )
+            for dtype in (torch.float32, torch.bfloat16, torch.int8)
+        },
         "lm_head in bfloat16": (
             namespace.lm_head.default,
             (grad(x.bfloat16()), grad(torch.randn(70, 50).bfloat16())),
