@@ -21,6 +21,7 @@ SOURCES = [
     "csrc/fused_ops.cpp",
     "csrc/ternary_ops.cpp",
     "csrc/ternary_run.cpp",
+    "csrc/thread_pool.cpp",
     "csrc/python_module.cpp",
     "csrc/dispatch.cpp",
     "csrc/cpu_features.cpp",

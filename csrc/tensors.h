@@ -1,5 +1,5 @@
 // Tensors, through libtorch's stable ABI: what an operator asks of one, in words and in bytes, and the loop
-// that shares rows out among torch's threads. Part of ops.cpp, and like it the only code that knows torch.
+// that shares rows out among threads. Part of ops.cpp, and like it the only code that knows torch.
 #pragma once
 
 #pragma GCC diagnostic push
@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "thread_pool.h"
 
 namespace bitnet_ops {
 
@@ -199,17 +200,36 @@ inline char* row_at(void* base, int64_t row, int64_t row_elements, DType dtype) 
 // Waking a second thread costs a few microseconds, so a thread is given this much work at least.
 constexpr double kNanosecondsPerThread = 8000.0;
 
-// Runs work(begin, end) over [0, count) in equal parts; ns_per_item is a rough cost, which only
+// Parts for each thread: a thread that loses its processor for a while leaves the other parts to the rest.
+constexpr int64_t kPartsPerThread = 4;
+
+// Runs work(begin, end) over [0, count) in about equal parts; ns_per_item is a rough cost, which only
 // decides how many threads are worth waking.
 template <class Work>
-inline void parallel(int64_t count, double ns_per_item, const Work& work) {
+void parallel(int64_t count, double ns_per_item, const Work& work) {
   if (count == 0) return;
-  if (static_cast<double>(count) * ns_per_item < 2 * kNanosecondsPerThread) {
+  const double worth = static_cast<double>(count) * ns_per_item / kNanosecondsPerThread;
+  int64_t threads = worth < 2.0 ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  if (static_cast<double>(threads) > worth) threads = static_cast<int64_t>(worth);
+  if (threads <= 1) {
     work(int64_t{0}, count);
     return;
   }
-  const double grain = kNanosecondsPerThread / ns_per_item;
-  torch::stable::parallel_for(0, count, grain < 1.0 ? 1 : static_cast<int64_t>(grain), work);
+  struct Context {
+    const Work& work;
+    int64_t count, parts;
+  };
+  int64_t parts = threads * kPartsPerThread;
+  if (static_cast<double>(parts) > worth) parts = static_cast<int64_t>(worth);
+  if (parts > count) parts = count;
+  const Context context{work, count, parts};
+  run_parts(
+      threads, parts,
+      [](const void* untyped, int64_t part) {
+        const Context& c = *static_cast<const Context*>(untyped);
+        c.work(c.count * part / c.parts, c.count * (part + 1) / c.parts);
+      },
+      &context);
 }
 
 // What quantising (or norming) one element costs a core, roughly, for `parallel`.

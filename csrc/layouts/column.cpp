@@ -14,6 +14,19 @@ namespace {
 constexpr int64_t kSteps = 4;
 constexpr int64_t kNeighbours = 4;
 
+// From sixteen inputs of a panel the tile16 words of the 64 rows at bits 2P: word i, of four bytes (neighbours j),
+// for the row that byte i stands for. P is a constant and the arrays are local, so that this is vectors of bytes.
+template <int P>
+void words_of_rows(const uint8_t (&in)[kBlockInputs][kBlockBytes], uint8_t (&words)[kBlockBytes * kNeighbours]) {
+  const auto code = [](uint8_t byte, int step) { return ((byte >> (2 * P)) & 3) << (2 * step); };
+  for (int64_t i = 0; i < kBlockBytes; ++i) {
+    for (int64_t j = 0; j < kNeighbours; ++j) {
+      words[kNeighbours * i + j] = static_cast<uint8_t>(code(in[j][i], 0) | code(in[4 + j][i], 1) |
+                                                        code(in[8 + j][i], 2) | code(in[12 + j][i], 3));
+    }
+  }
+}
+
 }  // namespace
 
 void column_from_tile16(const uint8_t* tile16, MatrixSize size, uint8_t* column, int64_t panel_begin,
@@ -46,34 +59,27 @@ void tile16_from_column(const uint8_t* column, MatrixSize size, uint8_t* tile16,
   const int64_t blocks = blocks_of(size.in_features);
   const int64_t tiles = tiles_of(size.out_features);
   const int64_t panels = divide_up(size.out_features, kPanelRows);
-  uint8_t padding[kBlockBytes];
-  std::memset(padding, kZeroByte, sizeof padding);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     for (int64_t block = 0; block < blocks; ++block) {
-      const uint8_t* in[kBlockInputs];
+      uint8_t in[kBlockInputs][kBlockBytes];
       for (int64_t i = 0; i < kBlockInputs; ++i) {
         const int64_t k = block * kBlockInputs + i;
-        in[i] = k < size.in_features ? column + (k * panels + panel) * kBlockBytes : padding;
+        if (k < size.in_features) {
+          std::memcpy(in[i], column + (k * panels + panel) * kBlockBytes, kBlockBytes);
+        } else {
+          std::memset(in[i], kZeroByte, kBlockBytes);
+        }
       }
-      for (int p = 0; p < 4; ++p) {
-        if (panel * kPanelTiles + 4 * p >= tiles) break;
-        // Byte i of neighbour j: the codes of its four steps, for the row that byte i stands for at p.
-        uint32_t words[kBlockBytes];
-        for (int64_t i = 0; i < kBlockBytes; ++i) {
-          uint32_t word = 0;
-          for (int j = 0; j < kNeighbours; ++j) {
-            uint32_t byte = 0;
-            for (int s = 0; s < kSteps; ++s) byte |= ((in[kNeighbours * s + j][i] >> (2 * p)) & 3u) << (2 * s);
-            word |= byte << (8 * j);
-          }
-          words[i] = word;
-        }
-        for (int64_t u = 0; u < 4; ++u) {
-          const int64_t tile = panel * kPanelTiles + 4 * p + u;
-          if (tile >= tiles) break;
-          uint8_t* out = tile16 + (tile * blocks + block) * kBlockBytes;
-          for (int64_t l = 0; l < 4; ++l) std::memcpy(out + 16 * l, words + 16 * l + 4 * u, 16);
-        }
+      uint8_t words[4][kBlockBytes * kNeighbours];
+      words_of_rows<0>(in, words[0]);
+      words_of_rows<1>(in, words[1]);
+      words_of_rows<2>(in, words[2]);
+      words_of_rows<3>(in, words[3]);
+      for (int64_t t = 0; t < kPanelTiles; ++t) {
+        const int64_t tile = panel * kPanelTiles + t;
+        if (tile >= tiles) break;
+        uint8_t* out = tile16 + (tile * blocks + block) * kBlockBytes;
+        for (int64_t l = 0; l < 4; ++l) std::memcpy(out + 16 * l, words[t / 4] + 64 * l + 16 * (t % 4), 16);
       }
     }
   }
