@@ -198,6 +198,15 @@ class BitNet(GenerationMixin, nn.Module):
         Raises:
             ValueError: shapes that do not fit, or padding behind a token.
         """
+        hidden = self.hidden_states(input_ids, attention_mask, cache)[:, -logits_to_keep:]
+        if self.training:
+            return F.linear(hidden, self.head_weight).float()
+        return ops.lm_head(hidden, self.head_weight)
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """What the head turns into scores, float32 [B, T, hidden_size]; arguments as for the model itself."""
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: expected shape [batch, tokens], got {list(input_ids.shape)}")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -209,10 +218,7 @@ class BitNet(GenerationMixin, nn.Module):
             cache.reserve(cache.length + input_ids.shape[1])
         if attention_mask is not None and not torch.compiler.is_compiling():
             check_left_padding(attention_mask, cache)
-        hidden = self.model(input_ids, attention_mask, cache)[:, -logits_to_keep:]
-        if self.training:
-            return F.linear(hidden, self.head_weight).float()
-        return ops.lm_head(hidden, self.head_weight)
+        return self.model(input_ids, attention_mask, cache)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes a packed model to a folder; see `bitnet_ops.checkpoint.save_pretrained`."""

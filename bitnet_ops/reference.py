@@ -170,7 +170,10 @@ def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     finite = absmax.isfinite()
     quantized = finite & (absmax >= 2.0**-100)
     scale = torch.where(quantized, absmax / 127, 0.0)
-    q = torch.where(quantized[:, None], (wide * (127 / absmax)[:, None]).round(), 0.0)
+    factor = (
+        torch.full_like(absmax, 127.0) / absmax
+    )  # 127 / absmax would be 127 * (1 / absmax), rounded twice
+    q = torch.where(quantized[:, None], (wide * factor[:, None]).round(), 0.0)
     norm = (scale[:, None].double() * q).norm(dim=1)
     residual = (wide.double() - scale[:, None].double() * q).norm(dim=1)
     additions = -(-in_features // 64) + 6

@@ -1,7 +1,9 @@
 """From the scores of the next token to a token: the filters and the draw.
 
 The filters and their order are those of transformers: repetition penalty, temperature, top-k, top-p,
-min-p. They work on the few candidates that top-k leaves, sorted, instead of on the whole vocabulary.
+min-p. They work on the few candidates that top-k leaves, sorted, instead of on the whole vocabulary. Where
+no filter acts, the draw is an argmax of scores with Gumbel noise. Either way a few of the best tokens are all
+that is needed of the vocabulary, and a `ScreenedHead` finds the same ones with half the memory traffic.
 """
 
 import math
@@ -10,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import ops
+from .screened_head import ScreenedHead
 
 
 @dataclass(frozen=True)
@@ -119,26 +124,78 @@ class Sampler:
             FloatingPointError: a row holds NaN or +Inf, or nothing but -Inf.
         """
         best, token = logits.max(dim=-1)  # NaN and +Inf come out on top
-        if not bool(best.isfinite().all()):
-            row = int(best.isfinite().logical_not().nonzero()[0])
-            raise FloatingPointError(
-                f"logits: expected finite scores of the next token, got {float(best[row])} in row {row}: "
-                "the model's weights or activations hold NaN or Inf"
-            )
+        check_finite(best)
         if self._seen is not None:
             logits = penalize_repetition(logits, self._seen, self.config.repetition_penalty)
-        if self.config.do_sample:
-            probabilities, ids = candidates(logits, self.config)
-            uniform = torch.stack(
-                [torch.rand((), dtype=torch.float64, generator=g) for g in self._generators]
-            )
-            choice = draw(probabilities, uniform.to(logits.device))
-            token = choice if ids is None else ids.gather(1, choice.unsqueeze(1)).squeeze(1)
+        vocab_size = logits.shape[-1]
+        if self._unfiltered(vocab_size):
+            noise = self._noise(vocab_size).to(logits.device)
+            token = (logits.double() / self.config.temperature + noise).argmax(dim=-1)
+        elif self.config.do_sample:
+            token = self._draw(*candidates(logits, self.config))
         elif self._seen is not None:
             token = logits.argmax(dim=-1)
         if self._seen is not None:
             self._seen.scatter_(1, token.unsqueeze(1), True)
         return token
+
+    def best_are_enough(self, vocab_size: int) -> bool:
+        """Whether `from_head` can choose: no filter needs more of the vocabulary than its best tokens."""
+        config = self.config
+        few = 0 < config.top_k < vocab_size
+        return self._seen is None and (not config.do_sample or few or self._unfiltered(vocab_size))
+
+    def from_head(self, head: ScreenedHead, hidden: Tensor) -> Tensor:
+        """Chooses the tokens that the call with all logits would choose, where `best_are_enough`.
+
+        Args:
+            head: the table that makes logits.
+            hidden: float [B, K].
+
+        Returns:
+            int64 [B].
+
+        Raises:
+            FloatingPointError: as for the call.
+        """
+        vocab_size = head.weight.shape[0]
+        temperature = self.config.temperature
+        draws_of_few = self.config.do_sample and not self._unfiltered(vocab_size)
+        if draws_of_few or not self.config.do_sample:
+            logits, ids = head.top_k(hidden, self.config.top_k if draws_of_few else 1)
+        else:
+            logits, ids = head.top_k(hidden, 1, temperature, self._noise(vocab_size))
+        check_finite(logits[:, 0])
+        if draws_of_few:
+            return self._draw(filtered(logits.double() / temperature, self.config), ids)
+        return ids[:, 0]
+
+    def _unfiltered(self, vocab_size: int) -> bool:
+        """Whether the draw is from the softmax over all tokens."""
+        config = self.config
+        all_tokens = config.top_k == 0 or config.top_k >= vocab_size
+        return config.do_sample and all_tokens and config.top_p == 1 and not config.min_p
+
+    def _noise(self, vocab_size: int) -> Tensor:
+        seeds = [torch.randint(2**63 - 1, (), generator=generator) for generator in self._generators]
+        return ops.gumbel_noise(torch.stack(seeds), vocab_size)
+
+    def _uniform(self) -> Tensor:
+        return torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in self._generators])
+
+    def _draw(self, probabilities: Tensor, ids: Tensor | None) -> Tensor:
+        choice = draw(probabilities, self._uniform().to(probabilities.device))
+        return choice if ids is None else ids.gather(1, choice.unsqueeze(1)).squeeze(1)
+
+
+def check_finite(best: Tensor) -> None:
+    """Raises FloatingPointError unless the best score of every row [B] is a finite number."""
+    if not bool(best.isfinite().all()):
+        row = int(best.isfinite().logical_not().nonzero()[0])
+        raise FloatingPointError(
+            f"logits: expected finite scores of the next token, got {float(best[row])} in row {row}: "
+            "the model's weights or activations hold NaN or Inf"
+        )
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -165,13 +222,36 @@ def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor |
         int64 [B, C] of these columns, or None where column v is token v.
     """
     vocab_size = logits.shape[-1]
-    scores = logits.double() / config.temperature
     ids: Tensor | None = None
     if 0 < config.top_k < vocab_size:
-        scores, ids = scores.topk(config.top_k, dim=-1)
+        logits, ids = top_k(logits, config.top_k)
     elif config.top_p < 1:
-        scores, ids = scores.sort(dim=-1, descending=True)
-    # Where top-p acts, the scores are in descending order by now, by the one branch or the other.
+        logits, ids = logits.sort(dim=-1, descending=True)
+    return filtered(logits.double() / config.temperature, config), ids
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``logits.topk(k)``, and of equals the token with the smaller id comes first, which torch leaves open.
+
+    Returns:
+        ``(logits, ids)``: [B, k], best first, as from `ops.lm_head_top_k`.
+    """
+    last = logits.topk(k, dim=-1).values[:, -1:]
+    tied = logits == last
+    places = k - (logits > last).sum(dim=-1, keepdim=True)
+    chosen = (logits > last) | (tied & (tied.cumsum(dim=-1) <= places))
+    ids = chosen.nonzero()[:, 1].view(-1, k)  # in the order of the vocabulary, which a stable sort respects
+    best, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return best, ids.gather(1, order)
+
+
+def filtered(scores: Tensor, config: SamplingConfig) -> Tensor:
+    """Turns scores into probabilities, and those that top-p or min-p drops into 0.
+
+    Args:
+        scores: float64 [B, C], the temperature applied; in descending order where top-p acts.
+        config: the filters.
+    """
     probabilities = scores.softmax(dim=-1)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if config.top_p < 1:
@@ -180,7 +260,7 @@ def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor |
         keep[:, 0] = True
     if config.min_p:
         keep &= probabilities >= config.min_p * probabilities.amax(dim=-1, keepdim=True)
-    return probabilities * keep, ids
+    return probabilities * keep
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

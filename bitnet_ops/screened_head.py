@@ -1,0 +1,62 @@
+"""The head of a model of which only the best tokens are wanted."""
+
+from torch import Tensor
+
+from . import ops
+
+LEAST_BYTES = 16 << 20
+"""Smaller tables are computed whole by default: they stay in the processor's cache, where twice the bytes
+cost less than the search for candidates (bench/LOG.md)."""
+
+
+class ScreenedHead:
+    """Finds the best-scored tokens and reads about half of the table for it, with the same result.
+
+    An int8 copy of the table (half its bytes, made here in a fraction of a second) gives an upper and a lower
+    bound of every logit; tokens that cannot be among the k best are ruled out, the others computed from the
+    table itself, as `ops.lm_head` does. csrc/kernels/screen.h has the proof.
+
+    Attributes:
+        rescored: int64 [B], rows of the table that the last call needed, or None before the first.
+
+    Example:
+        >>> head = ScreenedHead(model.head_weight)
+        >>> logits, ids = head.top_k(hidden, 50)     # the best of ops.lm_head(hidden, model.head_weight)
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """Makes the copy.
+
+        Args:
+            weight: float32, bfloat16 or float16 [V, K], on the CPU.
+        """
+        self.weight = weight
+        self.codes, self.bounds = ops.screen_lm_head(weight.detach())
+        self.rescored: Tensor | None = None
+        self._state = _state(weight)
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether ``weight`` still is the table of the copy, unchanged.
+
+        Tells a change by PyTorch's version counter, which sees every in-place operation but those on
+        ``weight.data`` and on memory shared with other libraries.
+        """
+        return weight is self.weight and _state(weight) == self._state
+
+    def top_k(
+        self, hidden: Tensor, k: int, temperature: float = 1.0, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k best-scored tokens of each row of ``hidden`` [B, K]; see `ops.lm_head_top_k`.
+
+        Returns:
+            ``(logits, ids)``: float32 and int64 [B, min(k, V)], best first.
+        """
+        logits, ids, self.rescored = ops.lm_head_top_k(
+            hidden, self.weight.detach(), k, self.codes, self.bounds, temperature, noise
+        )
+        return logits, ids
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    # Tensors of inference mode have no counter, and PyTorch lets nobody change them outside of it.
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
