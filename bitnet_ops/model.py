@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .config import BitNetConfig
+from .fused import norm_linear_add, norm_linears, norm_squared_relu_glu
 from .generate import GenerationMixin
 from .kv_cache import KVCache
 from .linear import BitLinear
@@ -58,16 +59,23 @@ class Attention(nn.Module):
         self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], start: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        dropout: nn.Dropout,
+        rotation: tuple[Tensor, Tensor],
+        start: Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        """``x + dropout(attention(norm(x)))``."""
+        q, k, v = norm_linears(norm, (self.q_proj, self.k_proj, self.v_proj), x)
         if cache is not None and start is not None:
             y = cache.attend(self.layer, q, k, v, start)
         elif self.training:
             y = reference.attention(q, k, v, *rotation, start)
         else:
             y = ops.attention(q, k, v, *rotation, start)
-        return self.o_proj(self.attn_sub_norm(y))
+        return norm_linear_add(self.attn_sub_norm, self.o_proj, y, x, dropout)
 
 
 class FeedForward(nn.Module):
@@ -80,9 +88,10 @@ class FeedForward(nn.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size, bias=False)
         self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.gate_proj(x)).square() * self.up_proj(x)
-        return self.down_proj(self.ffn_sub_norm(y))
+    def forward(self, x: Tensor, norm: RMSNorm, dropout: nn.Dropout) -> Tensor:
+        """``x + dropout(feed_forward(norm(x)))``."""
+        y = norm_squared_relu_glu(norm, self.gate_proj, self.up_proj, x)
+        return norm_linear_add(self.ffn_sub_norm, self.down_proj, y, x, dropout)
 
 
 class DecoderLayer(nn.Module):
@@ -99,8 +108,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], start: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, start, cache))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        x = self.self_attn(x, self.input_layernorm, self.dropout, rotation, start, cache)
+        return self.mlp(x, self.post_attention_layernorm, self.dropout)
 
 
 class Decoder(nn.Module):

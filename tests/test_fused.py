@@ -1,13 +1,17 @@
 """Fused operators equal the composition of their parts, bit for bit."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_checkpoints import tiny_folder
 from torch import Tensor
 
+import bitnet_ops
 from bitnet_ops import ops, packing
+from bitnet_ops.model import RMSNorm
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # One token, the most that sparse kernels take, more, a chunk of prefill.
@@ -150,3 +154,24 @@ def test_wrong_arguments(name: str, wrong: dict[str, Any], message: str) -> None
     getattr(ops, name)(**right)
     with pytest.raises(RuntimeError, match=rf"^bitnet_ops::{name}: .*{message}"):
         getattr(ops, name)(**{**right, **wrong})
+
+
+def test_a_model_with_hooks_gives_the_same(tmp_path: Path) -> None:
+    """Hooks on a layer see what it gives, so the layer then runs alone, to the same bits."""
+    model = bitnet_ops.from_pretrained(tiny_folder(tmp_path))
+    ids = torch.arange(20).view(2, 10)
+    for layout in (*packing.LAYOUTS, None):
+        if layout is not None:
+            bitnet_ops.repack(model, layout)
+        for tokens in (1, 10):
+            expected = model(ids[:, :tokens])
+            seen: list[Tensor] = []
+            handles = [
+                module.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output))
+                for module in model.modules()
+                if isinstance(module, (bitnet_ops.BitLinear, RMSNorm))
+            ]
+            assert torch.equal(model(ids[:, :tokens]), expected)
+            assert len(seen) == len(handles)
+            for handle in handles:
+                handle.remove()

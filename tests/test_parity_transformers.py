@@ -250,6 +250,10 @@ def captured(module: nn.Module, run: nn.Module, *args: object, **kwargs: object)
     return seen[0]
 
 
+PLAIN = (torch.nn.Identity(), torch.nn.Identity())
+"""No norm before a block and no dropout after it: the input is the norm's output."""
+
+
 def test_attention(pair: Pair) -> None:
     """What enters attn_sub_norm: projections, rotation, grouping of heads, causal softmax, order of heads.
 
@@ -267,7 +271,7 @@ def test_attention(pair: Pair) -> None:
     mask = torch.full((LENGTH, LENGTH), float("-inf")).triu(1).expand(2, 1, LENGTH, LENGTH)
     for ours, theirs in zip(pair.ours.model.layers, pair.theirs.model.layers, strict=True):
         ours, theirs = ours.self_attn, theirs.self_attn
-        got = captured(ours.attn_sub_norm, ours, x, rotation, None, None)
+        got = captured(ours.attn_sub_norm, ours, x, *PLAIN, rotation, None, None)
         expected = captured(theirs.attn_sub_norm, theirs, x, theirs_rotation, mask)
 
         def heads(y: Tensor) -> Tensor:
@@ -294,7 +298,7 @@ def test_feed_forward(pair: Pair) -> None:
     """What enters ffn_sub_norm: relu(g)^2 * u with both factors off by `linear_bound`, and two products."""
     x = torch.randn(2, LENGTH, pair.sizes.hidden)
     for ours, theirs in zip(pair.ours.model.layers, pair.theirs.model.layers, strict=True):
-        got = captured(ours.mlp.ffn_sub_norm, ours.mlp, x)
+        got = captured(ours.mlp.ffn_sub_norm, ours.mlp, x, *PLAIN)
         expected = captured(theirs.mlp.ffn_sub_norm, theirs.mlp, x)
         gate, up = ours.mlp.gate_proj(x).double().relu(), ours.mlp.up_proj(x).double().abs()
         gate_error, up_error = linear_bound(x, ours.mlp.gate_proj), linear_bound(x, ours.mlp.up_proj)
