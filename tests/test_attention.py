@@ -1,4 +1,4 @@
-"""The attention operators: against the reference, bit for bit against themselves, on inputs that break them."""
+"""The attention operators: against the reference, bit for bit against themselves, on difficult inputs."""
 
 import math
 import re
