@@ -170,9 +170,7 @@ def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     finite = absmax.isfinite()
     quantized = finite & (absmax >= 2.0**-100)
     scale = torch.where(quantized, absmax / 127, 0.0)
-    factor = (
-        torch.full_like(absmax, 127.0) / absmax
-    )  # 127 / absmax would be 127 * (1 / absmax), rounded twice
+    factor = torch.full_like(absmax, 127.0) / absmax  # of a number, torch would take 127 * (1 / absmax)
     q = torch.where(quantized[:, None], (wide * factor[:, None]).round(), 0.0)
     norm = (scale[:, None].double() * q).norm(dim=1)
     residual = (wide.double() - scale[:, None].double() * q).norm(dim=1)

@@ -91,7 +91,36 @@ struct Score {
   double operator()(float logit, int64_t id) const {
     return noise == nullptr ? static_cast<double>(logit) : static_cast<double>(logit) / temperature + noise[id];
   }
+
+  // Calls work(id) for the ids in [begin, end) whose score passes test(score, threshold). Few do, so 64 are looked
+  // at together first, in vectors. `threshold` is the score of some logit, hence exact as float without noise.
+  template <class Test, class Work>
+  void where(const float* logits, int64_t begin, int64_t end, double threshold, Test test, Work work) const {
+    if (noise == nullptr) {
+      const float narrow = static_cast<float>(threshold);
+      return scan(begin, end, [&](int64_t id) { return test(logits[id], narrow); }, work);
+    }
+    scan(begin, end, [&](int64_t id) { return test(logits[id] / temperature + noise[id], threshold); }, work);
+  }
+
+ private:
+  template <class Passes, class Work>
+  static void scan(int64_t begin, int64_t end, Passes passes, Work work) {
+    for (; begin < end; begin += 64) {
+      const int64_t stop = std::min(begin + 64, end);
+      int any = 0;
+      for (int64_t id = begin; id < stop; ++id) any |= passes(id);
+      if (any == 0) continue;
+      for (int64_t id = begin; id < stop; ++id) {
+        if (passes(id)) work(id);
+      }
+    }
+  }
 };
+
+// Tests for Score::where. A NaN bounds nothing: as an upper bound it survives, as a lower one it does not count.
+constexpr auto kSurvives = [](auto score, auto threshold) { return !(score < threshold); };
+constexpr auto kIsBetter = [](auto score, auto threshold) { return score > threshold; };
 
 // The k-th largest of the numbers offered, NaN not counted.
 class KthLargest {
@@ -214,11 +243,9 @@ struct Search {
   int64_t count_survivors(std::vector<KthLargest>& lower, int64_t begin, int64_t end) const {
     int64_t survivors = 0;
     for (int64_t token = 0; token < logits.tokens; ++token) {
-      const double threshold = lower[static_cast<size_t>(token)].threshold();
-      const float* bounds = upper + token * logits.vocabulary;
-      for (int64_t row = begin; row < end; ++row) {
-        survivors += !(score[static_cast<size_t>(token)](bounds[row], row) < threshold);
-      }
+      const size_t t = static_cast<size_t>(token);
+      score[t].where(upper + token * logits.vocabulary, begin, end, lower[t].threshold(), kSurvives,
+                     [&](int64_t) { ++survivors; });
     }
     return survivors;
   }
@@ -227,8 +254,12 @@ struct Search {
     for (int64_t token = 0; token < logits.tokens; ++token) {
       const Score& score_of = score[static_cast<size_t>(token)];
       KthLargest& best = lower[static_cast<size_t>(token)];
-      for (int64_t row = begin; row < end; ++row) {
-        best.offer(score_of(values[token * logits.vocabulary + row], row));
+      const float* bounds = values + token * logits.vocabulary;
+      // In steps, because the threshold rises.
+      constexpr int64_t kStep = 1024;
+      for (int64_t row = begin; row < end; row += kStep) {
+        score_of.where(bounds, row, std::min(row + kStep, end), best.threshold(), kIsBetter,
+                       [&](int64_t id) { best.offer(score_of(bounds[id], id)); });
       }
     }
   }
@@ -282,12 +313,9 @@ struct Search {
       const float* bounds = upper + token * logits.vocabulary;
       for (const Part& part : parts) {
         if (part.begin == part.screened) continue;
-        const double least = threshold[static_cast<size_t>(token)].threshold();
-        for (int64_t row = part.begin; row < part.screened; ++row) {
-          if (!(score[static_cast<size_t>(token)](bounds[row], row) < least)) {
-            survivors.push_back(static_cast<int32_t>(row));
-          }
-        }
+        score[static_cast<size_t>(token)].where(bounds, part.begin, part.screened,
+                                                threshold[static_cast<size_t>(token)].threshold(), kSurvives,
+                                                [&](int64_t row) { survivors.push_back(static_cast<int32_t>(row)); });
       }
       first.push_back(static_cast<int64_t>(survivors.size()));
     }

@@ -482,7 +482,7 @@ def test_outputs_can_be_trained_on(model: BitNet) -> None:
 def test_small_heads_and_training_mode_do_without() -> None:
     model = tiny_model(eos=None)
     assert model.certified_head is GenerationMixin.certified_head is None
-    assert model.screened_head() is None, "4096 rows or fewer are computed whole"
+    assert model.screened_head() is None, "small heads are computed whole"
     model.certified_head = True
     assert model.screened_head() is not None
     trained = BitNet(model.config, BitLinearQAT).train()

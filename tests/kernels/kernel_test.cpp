@@ -68,6 +68,7 @@ void report(const std::string& what) {
 bool same(float a, float b) { return float_bits(a) == float_bits(b) || (a != a && b != b); }
 bool same(int32_t a, int32_t b) { return a == b; }
 bool same(int8_t a, int8_t b) { return a == b; }
+bool same(uint8_t a, uint8_t b) { return a == b; }
 bool same(BFloat16 a, BFloat16 b) { return a.bits == b.bits; }
 bool same(Float16 a, Float16 b) { return a.bits == b.bits || same(to_float(a), to_float(b)); }
 
@@ -674,6 +675,146 @@ void test_attention() {
   }
 }
 
+template <class T>
+void test_logits_of_rows() {
+  Random random;
+  for (const int64_t in_features : {1, 64, 100, 320}) {
+    for (const int64_t count : {1, 2, 3, 20}) {
+      const int64_t vocabulary = 21;
+      const int64_t stride = (in_features + kVirtualLanes - 1) / kVirtualLanes * kVirtualLanes;
+      Buffer<float> x(stride), scratch(kLogitsScratchRows * stride), all(vocabulary);
+      Buffer<T> weight(vocabulary * in_features);
+      fill_row(x.data, in_features, kRandom, random);
+      fill_row(weight.data, vocabulary * in_features, kRandom, random);
+      const Logits logits{x.data, stride, 1, weight.data, dtype_of<T>(), in_features, vocabulary, all.data};
+      scalar->logits(logits, 0, vocabulary, scratch.data);
+      Buffer<int32_t> rows(count);
+      Buffer<float> out[2] = {Buffer<float>(count), Buffer<float>(count)};
+      for (int64_t i = 0; i < count; ++i) {
+        rows.data[i] = static_cast<int32_t>(random.byte() % vocabulary);
+        out[0].data[i] = all.data[rows.data[i]];
+      }
+      tested->logits_of_rows(logits, rows.data, count, out[1].data, scratch.data);
+      compare(out[0], out[1], "logits_of_rows, " + std::to_string(count) + " of " + std::to_string(in_features));
+    }
+  }
+}
+
+// The 16-bit form of a token, and bounds with room enough for the sums here.
+ScreenedToken screened_token(const float* x, int64_t in_features, int8_t* hi, int64_t q_stride) {
+  ScreenedToken token;
+  float scale;
+  scalar->quantize_row_16(x, DType::kFloat32, in_features, hi, hi + q_stride, q_stride, &scale, token.sum);
+  double square = 0, error_square = 0;
+  for (int64_t k = 0; k < in_features; ++k) {
+    const double error = x[k] - static_cast<double>(scale) * (256 * hi[k] + hi[q_stride + k]);
+    square += static_cast<double>(x[k]) * x[k];
+    error_square += error * error;
+  }
+  token.scale = scale;
+  token.norm = std::sqrt(square) * (1 + 1e-9);
+  token.error = std::sqrt(error_square) * (1 + 1e-9) + 1e-14 * token.norm + kUnderflow;
+  return token;
+}
+
+// The int8 copy of a table, and the bounds of its logits, which must also hold.
+template <class T>
+void test_screen(int64_t vocabulary, int64_t in_features, Random& random) {
+  const int64_t tiles = tiles_of(vocabulary);
+  const int64_t blocks = blocks_of(in_features);
+  const int64_t rows = tiles * kTileRows;
+  const int64_t length = (in_features + kVirtualLanes - 1) / kVirtualLanes * kVirtualLanes;
+  const int64_t begin = tiles > 2 ? 1 : 0;  // the part of one thread
+  const std::string where = " of " + std::to_string(vocabulary) + "x" + std::to_string(in_features) + ", dtype " +
+                            std::to_string(static_cast<int>(dtype_of<T>()));
+  Buffer<T> weight(vocabulary * in_features);
+  for (int64_t row = 0; row < vocabulary; ++row) {
+    fill_row(weight.data + row * in_features, in_features, static_cast<RowKind>(row % kRowKinds), random);
+  }
+  const int64_t code_bytes = tiles * blocks * kScreenBlockBytes;
+  Buffer<uint8_t> codes[2] = {Buffer<uint8_t>(code_bytes), Buffer<uint8_t>(code_bytes)};
+  Buffer<float> bounds[2] = {Buffer<float>(3 * rows), Buffer<float>(3 * rows)};
+  Buffer<float> wide(length);
+  Buffer<int8_t> q_rows(length * kTileRows);
+  for (int i = 0; i < 2; ++i) {
+    ScreenTable copy{weight.data, dtype_of<T>(), in_features, vocabulary, codes[i].data, bounds[i].data, nullptr, nullptr};
+    copy.norm = copy.scale + rows;
+    copy.residual = copy.norm + rows;
+    (i == 0 ? scalar : tested)->screen_rows(copy, begin, tiles, wide.data, q_rows.data);
+  }
+  compare(codes[0], codes[1], "screen_rows codes" + where);
+  compare(bounds[0], bounds[1], "screen_rows bounds" + where);
+
+  // Every token count up to two groups of the widest kernel, and one more.
+  for (int64_t tokens = 1; tokens <= 13; ++tokens) {
+    const int64_t q_stride = padded_in_features(in_features);
+    Buffer<float> x(tokens * length);
+    Buffer<int8_t> q(2 * tokens * q_stride);
+    std::vector<ScreenedToken> screened;
+    for (int64_t t = 0; t < tokens; ++t) {
+      fill_row(x.data + t * length, in_features, t == 5 ? kHuge : kRandom, random);
+      screened.push_back(screened_token(x.data + t * length, in_features, q.data + 2 * t * q_stride, q_stride));
+    }
+    Buffer<float> upper[2] = {Buffer<float>(tokens * vocabulary), Buffer<float>(tokens * vocabulary)};
+    Buffer<float> lower[2] = {Buffer<float>(tokens * vocabulary), Buffer<float>(tokens * vocabulary)};
+    for (int i = 0; i < 2; ++i) {
+      const float* scale = bounds[0].data;
+      const Screen screen{codes[0].data, blocks,   scale,           scale + rows, scale + 2 * rows, q.data,
+                          q_stride,      screened.data(), tokens,   vocabulary,   upper[i].data,    lower[i].data};
+      (i == 0 ? scalar : tested)->screen(screen, begin, tiles);
+    }
+    compare(upper[0], upper[1], "screen upper" + where);
+    compare(lower[0], lower[1], "screen lower" + where);
+
+    Buffer<float> scratch(kLogitsScratchRows * length), out(tokens * vocabulary);
+    const Logits logits{x.data, length, tokens, weight.data, dtype_of<T>(), in_features, vocabulary, out.data};
+    tested->logits(logits, 0, vocabulary, scratch.data);
+    ++comparisons;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t place = t * vocabulary + begin * kTileRows; place < (t + 1) * vocabulary; ++place) {
+        const float logit = out.data[place];
+        if (logit > upper[1].data[place] || logit < lower[1].data[place]) report("a logit beyond its bounds" + where);
+      }
+    }
+  }
+}
+
+template <class T>
+void test_screens() {
+  Random random;
+  for (const int64_t in_features : {0, 1, 15, 17, 64, 65, 320}) {
+    for (const int64_t vocabulary : {1, 16, 35}) test_screen<T>(vocabulary, in_features, random);
+  }
+}
+
+// Sums at the edge of kMaxScreenFeatures: the largest codes (any byte may come) and activations.
+void test_screen_overflow() {
+  const int64_t in_features = kMaxScreenFeatures;
+  const int64_t q_stride = padded_in_features(in_features);
+  for (const uint8_t code : {0, 255}) {
+    for (const int8_t value : {-128, 127}) {
+      Buffer<uint8_t> codes(blocks_of(in_features) * kScreenBlockBytes);
+      Buffer<int8_t> q(2 * q_stride);
+      Buffer<float> scale(kTileRows), norm(kTileRows), residual(kTileRows), upper(kTileRows), lower(kTileRows);
+      std::memset(codes.data, code, codes.count);
+      for (int64_t i = 0; i < kTileRows; ++i) scale.data[i] = 1.0f;
+      for (int64_t k = 0; k < in_features; ++k) q.data[k] = q.data[q_stride + k] = value;
+      const int32_t sum = static_cast<int32_t>(in_features) * value;
+      const ScreenedToken token{1.0, 0.0, 0.0, {sum, sum}};
+      const Screen screen{codes.data, blocks_of(in_features), scale.data, norm.data, residual.data, q.data,
+                          q_stride,   &token,                 1,          kTileRows, upper.data,    lower.data};
+      tested->screen(screen, 0, 1);
+      // The bounds are 2^-22 of the product apart from it, and rounded.
+      const double product = 257.0 * (code - 128) * value * static_cast<double>(in_features);
+      ++comparisons;
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const double middle = 0.5 * (static_cast<double>(upper.data[i]) + lower.data[i]);
+        if (std::fabs(middle - product) > std::fabs(product) * 0x1p-23) report("screen at its largest sums");
+      }
+    }
+  }
+}
+
 void test_table() {
   test_rows<float>();
   test_rows<BFloat16>();
@@ -693,6 +834,13 @@ void test_table() {
   test_logits<float>();
   test_logits<BFloat16>();
   test_logits<Float16>();
+  test_logits_of_rows<float>();
+  test_logits_of_rows<BFloat16>();
+  test_logits_of_rows<Float16>();
+  test_screens<float>();
+  test_screens<BFloat16>();
+  test_screens<Float16>();
+  test_screen_overflow();
   test_attention();
 }
 
