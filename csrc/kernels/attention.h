@@ -221,28 +221,39 @@ struct AttentionKernels {
 
   // ---- one span ---------------------------------------------------------------------------------
 
-  // One row and one block: scores become the weights that values are multiplied with.
-  static void soften(float* scores, int64_t visible, const float* key_scale, const float* value_scale, float* max,
-                     float* sum, float* factor) {
-    if (key_scale != nullptr) {
-      for (int64_t j = 0; j < visible; ++j) scores[j] *= key_scale[j];
+  // One block: scores become the weights that values are multiplied with. Step by step for all rows, whose
+  // long chains of dependent instructions then overlap.
+  static void soften(int rows, float* scores, const int64_t* visible, const float* key_scale, const float* value_scale,
+                     float* max, float* sum, float* factor) {
+    // Enough for kRows, and whole registers.
+    constexpr int kFactors = (kRows + kLanes - 1) / kLanes * kLanes;
+    float fall[kFactors] = {};
+    for (int i = 0; i < rows; ++i) {
+      float* score = scores + i * kAttentionBlock;
+      if (key_scale != nullptr) {
+        for (int64_t j = 0; j < visible[i]; ++j) score[j] *= key_scale[j];
+      }
+      for (int64_t j = visible[i]; j < kAttentionBlock; ++j) score[j] = -kInfinity;
+      F32 highest = Isa::load(score);
+      for (int r = 1; r < kRegisters; ++r) highest = Isa::max(highest, Isa::load(score + r * kLanes));
+      const float block_max = Isa::fold_max(highest);
+      const float new_max = max[i] > block_max ? max[i] : block_max;
+      fall[i] = max[i] - new_max;
+      max[i] = new_max;
     }
-    for (int64_t j = visible; j < kAttentionBlock; ++j) scores[j] = -kInfinity;
-    F32 highest = Isa::load(scores);
-    for (int r = 1; r < kRegisters; ++r) highest = Isa::max(highest, Isa::load(scores + r * kLanes));
-    const float block_max = Isa::fold_max(highest);
-    const float new_max = *max > block_max ? *max : block_max;
-    *factor = exp2_of(*max - new_max);
-    const F32 minus_max = Isa::set1(-new_max);
-    F32 weight[kRegisters];
-    for (int r = 0; r < kRegisters; ++r) {
-      weight[r] = exp2(Isa::add(Isa::load(scores + r * kLanes), minus_max));
-      Isa::store(scores + r * kLanes, weight[r]);
-    }
-    *sum = *sum * *factor + Float::fold_registers(weight);
-    *max = new_max;
-    if (value_scale != nullptr) {
-      for (int64_t j = 0; j < visible; ++j) scores[j] *= value_scale[j];
+    for (int i = 0; i < kFactors; i += kLanes) Isa::store(factor + i, exp2(Isa::load(fall + i)));
+    for (int i = 0; i < rows; ++i) {
+      float* score = scores + i * kAttentionBlock;
+      const F32 minus_max = Isa::set1(-max[i]);
+      F32 weight[kRegisters];
+      for (int r = 0; r < kRegisters; ++r) {
+        weight[r] = exp2(Isa::add(Isa::load(score + r * kLanes), minus_max));
+        Isa::store(score + r * kLanes, weight[r]);
+      }
+      sum[i] = sum[i] * factor[i] + Float::fold_registers(weight);
+      if (value_scale != nullptr) {
+        for (int64_t j = 0; j < visible[i]; ++j) score[j] *= value_scale[j];
+      }
     }
   }
 
@@ -275,11 +286,8 @@ struct AttentionKernels {
       float* out = state.out + row * width;
       multiply(n, most, q + row * p.head_dim, p.head_dim, keys, kAttentionBlock, p.head_dim, scores, kAttentionBlock,
                nullptr);
-      float factor[kRows];
-      for (int i = 0; i < n; ++i) {
-        soften(scores + i * kAttentionBlock, visible[i], key_scale, value_scale, state.max + row + i,
-               state.sum + row + i, factor + i);
-      }
+      float factor[kRows + kLanes];
+      soften(n, scores, visible, key_scale, value_scale, state.max + row, state.sum + row, factor);
       multiply(n, width, scores, kAttentionBlock, values, width, least, out, width, factor);
       for (int i = 1; i < n; ++i) {
         const float one = 1.0f;
