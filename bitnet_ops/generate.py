@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 
 PREFILL_TOKENS = 512
-"""A longer prompt is read in pieces of so many tokens, so that its activations stay small (at 2B4T's sizes 60 MB
-for one row): enough for the products to run at full speed. The result is the same bits for any size."""
+"""A longer prompt is read in pieces of so many tokens, so that its activations stay small (at 2B4T's sizes
+60 MB for one row): enough for the products to run at full speed. The result is the same bits for any size."""
 
 
 class Streamer(Protocol):

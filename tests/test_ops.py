@@ -381,7 +381,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
         ),
         "rms_norm": (namespace.rms_norm.default, (grad(x), grad(torch.rand(50)), 1e-5)),
         "lm_head": (namespace.lm_head.default, (grad(x), grad(torch.randn(70, 50)))),
-        "attention": (namespace.attention.default, tuple(map(grad, (q, k, v))) + (cos, sin)),
+        "attention": (namespace.attention.default, (*map(grad, (q, k, v)), cos, sin)),
         "attention with padding": (
             namespace.attention.default,
             (*map(grad, (q, k, v)), cos, sin, torch.tensor([0, -2])),
