@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from probes import INSTRUCTIONS, multiply_rate, read_bandwidth
+
+REST_SECONDS = 0.02
+"""Workers of torch's pool spin on for some 10 ms after their last work, on processors that ours then lack."""
 
 Rounds = Mapping[str, Sequence[Any]]
 """What was measured in each round, by name; "seconds" is the time of what the row is about."""
@@ -38,7 +40,7 @@ def measure(
     def take_turns() -> None:
         for name, other in others.items():
             beside[name].append(other())
-        torch.zeros(1 << 20)  # wakes the workers of torch's pool, who rest while a probe runs
+        time.sleep(REST_SECONDS)
 
     benchmark.pedantic(run, setup=take_turns, rounds=rounds, warmup_rounds=1)
     return {name: values[1 : rounds + 1] for name, values in beside.items()} | {
