@@ -125,7 +125,8 @@ constexpr auto kIsBetter = [](auto score, auto threshold) { return score > thres
 // The k-th largest of the numbers offered, NaN not counted.
 class KthLargest {
  public:
-  explicit KthLargest(int64_t k) : k_(static_cast<size_t>(k)) {}
+  // `least` is known to be too small or equal.
+  KthLargest(int64_t k, double least) : k_(static_cast<size_t>(k)), threshold_(least) {}
 
   void offer(double score) {
     if (!(score > threshold_)) return;
@@ -134,7 +135,7 @@ class KthLargest {
     if (best_.size() >= 2 * k_) shrink();
   }
 
-  // -infinity as long as there are not k.
+  // `least` as long as there are not k.
   double threshold() {
     shrink();
     return threshold_;
@@ -153,7 +154,7 @@ class KthLargest {
   }
 
   size_t k_;
-  double threshold_ = -std::numeric_limits<double>::infinity();
+  double threshold_;
   std::vector<double> best_;
 };
 
@@ -207,21 +208,24 @@ class Best {
 // ---- the screen -----------------------------------------------------------------------------------
 
 // A screened row costs half of one that is computed from bfloat16, and a survivor is read from here and there
-// rather than in a stream. So a screen that drops 70 % is well worth it. It is looked at after every sixteenth
-// of a thread's rows, and where more have survived, those that remain are computed without it. Then
-// the whole costs at most this much more than without a screen: a sixteenth screened for nothing, and the
-// survivors before it, (0.5 + 0.3 * penalty) instead of 1, nothing. Survivors of several tokens count together;
-// but then computing a row takes longer, too, from four tokens on about 0.75 times their number (bench/LOG.md).
+// rather than in a stream. So a screen that drops 70 % is well worth it. After every sixteenth of the table it is
+// looked at, and where more have survived, the rest of the table is computed without a screen. Then the whole
+// costs little more than without: of the rows screened before the first look, a sixteenth or what the threads
+// do at once, half a row each is lost, while rows up to a later look cost 0.5 + 0.3 times the penalty of
+// single rows, less than 1. Survivors of several tokens count together; but then computing a row takes longer,
+// too, from four tokens on about 0.75 times their number (bench/LOG.md).
 constexpr double kMostSurvivors = 0.3;
 constexpr double kMostSurvivorsPerToken = 0.15;
 constexpr int64_t kLooks = 16;
-// But among few rows many are the k best so far: 0.3 of them are not before 16 k have been seen.
-constexpr int64_t kRowsPerPlace = 16;
+// But among few rows many are the k best so far, and more are next to them: with Gaussian logits 0.09 a token
+// after 64 k rows. For a large k a quarter of the table has to do.
+constexpr int64_t kRowsPerPlace = 64;
+constexpr int64_t kFewestLooks = 4;
 
 // Tokens that share a pass over the table: their bounds are 1 MB each for 128256 rows.
 constexpr int64_t kTokensAtOnce = 16;
 
-// The rows of one thread: [begin, screened) are bounded, [screened, end) are computed already.
+// A run of rows: [begin, screened) are bounded, [screened, end) are computed already.
 struct Part {
   int64_t begin, screened, end;
 };
@@ -230,11 +234,16 @@ struct Search {
   const KernelTable& table;
   Logits logits;               // of this group of tokens; out is `upper`
   const Screen* screen;        // null: everything is computed
-  std::vector<Score> score;    // of each token
   int64_t k;
-  float* upper;  // [tokens][vocabulary]
-  std::vector<KthLargest> threshold;
-  std::vector<Part> parts;
+  float* upper;                // [tokens][vocabulary]
+  std::vector<Score> score{};  // of each token
+  std::vector<KthLargest> threshold{};
+  std::vector<Part> parts{};
+  // Of all parts so far: rows screened, their survivors (or more), and whether to go on screening.
+  int64_t rows = 0;
+  int64_t survivors = 0;
+  bool pays = true;
+  std::mutex mutex{};  // of all from `threshold` on
 
   void compute(int64_t row, int64_t end) {
     if (row < end) table.logits(logits, row, end, logits_scratch(logits));
@@ -264,32 +273,59 @@ struct Search {
     }
   }
 
-  // The tiles of one thread.
-  void bound(int64_t tile_begin, int64_t tile_end, std::mutex& mutex) {
-    std::vector<KthLargest> lower(static_cast<size_t>(logits.tokens), KthLargest(k));
+  bool too_many(int64_t survivors, int64_t rows) const {
+    const double share = std::max(kMostSurvivors, kMostSurvivorsPerToken * static_cast<double>(logits.tokens));
+    return rows >= rows_to_look() && static_cast<double>(survivors) > share * static_cast<double>(rows);
+  }
+
+  int64_t rows_to_look() const {
+    return std::min(std::max(logits.vocabulary / kLooks, kRowsPerPlace * k), logits.vocabulary / kFewestLooks);
+  }
+
+  // One part of the table. It starts from what the parts before found: for the result that makes no difference,
+  // but the more rows a threshold is made of, the fewer survive.
+  void bound(int64_t tile_begin, int64_t tile_end) {
+    std::vector<KthLargest> lower;
+    bool go_on;
+    int64_t rows_before, survivors_before;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (KthLargest& all : threshold) lower.emplace_back(k, all.threshold());
+      go_on = pays;
+      rows_before = rows;
+      survivors_before = survivors;
+    }
     const auto row_of = [&](int64_t tile) { return std::min(tile * kTileRows, logits.vocabulary); };
     const int64_t begin = row_of(tile_begin);
-    const int64_t step = std::max(divide_up(tile_end - tile_begin, kLooks), divide_up(kRowsPerPlace * k, kTileRows));
-    const double most_of_rows = std::max(kMostSurvivors, kMostSurvivorsPerToken * static_cast<double>(logits.tokens));
-    int64_t survivors = 0;
+    const int64_t step = divide_up(rows_to_look(), kTileRows) + 1;
+    int64_t own = 0;
     int64_t tile = tile_begin;
-    while (tile < tile_end) {
+    while (tile < tile_end && go_on) {
       const int64_t next = std::min(tile + step, tile_end);
       table.screen(*screen, tile, next);
       offer(lower, screen->lower, row_of(tile), row_of(next));
       // Survivors of a lower threshold are too many; they are counted anew only where that could matter.
-      survivors += count_survivors(lower, row_of(tile), row_of(next));
+      own += count_survivors(lower, row_of(tile), row_of(next));
       tile = next;
-      const double most = most_of_rows * static_cast<double>(row_of(tile) - begin);
-      if (static_cast<double>(survivors) <= most) continue;
-      survivors = count_survivors(lower, begin, row_of(tile));
-      if (static_cast<double>(survivors) > most) break;
+      const int64_t seen = rows_before + row_of(tile) - begin;
+      if (too_many(survivors_before + own, seen)) {
+        own = count_survivors(lower, begin, row_of(tile));
+        go_on = !too_many(survivors_before + own, seen);
+      }
     }
     compute(row_of(tile), row_of(tile_end));
     offer(lower, upper, row_of(tile), row_of(tile_end));
+
     const std::lock_guard<std::mutex> lock(mutex);
     for (size_t token = 0; token < lower.size(); ++token) threshold[token].merge(lower[token]);
     parts.push_back({begin, row_of(tile), row_of(tile_end)});
+    rows += row_of(tile) - begin;
+    survivors += own;
+    if (too_many(survivors, rows)) {
+      survivors = 0;
+      for (const Part& part : parts) survivors += count_survivors(threshold, part.begin, part.screened);
+      pays = pays && !too_many(survivors, rows);
+    }
   }
 
   void run(float* out_logits, int64_t* out_ids, int64_t* out_rescored) {
@@ -301,13 +337,12 @@ struct Search {
       });
       parts.push_back({0, 0, logits.vocabulary});
     } else {
-      threshold.assign(static_cast<size_t>(logits.tokens), KthLargest(k));
-      std::mutex mutex;
-      parallel(tiles, ns_per_tile, [&](int64_t begin, int64_t end) { bound(begin, end, mutex); });
+      threshold.assign(static_cast<size_t>(logits.tokens), {k, -std::numeric_limits<double>::infinity()});
+      parallel(tiles, ns_per_tile, [&](int64_t begin, int64_t end) { bound(begin, end); });
     }
 
-    std::vector<int32_t> survivors;  // of every token, one after another
-    std::vector<int64_t> first{0};   // where those of a token start
+    std::vector<int32_t> candidates;  // the survivors of every token, one after another
+    std::vector<int64_t> first{0};    // where those of a token start
     std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.begin < b.begin; });
     for (int64_t token = 0; token < logits.tokens; ++token) {
       const float* bounds = upper + token * logits.vocabulary;
@@ -315,11 +350,11 @@ struct Search {
         if (part.begin == part.screened) continue;
         score[static_cast<size_t>(token)].where(bounds, part.begin, part.screened,
                                                 threshold[static_cast<size_t>(token)].threshold(), kSurvives,
-                                                [&](int64_t row) { survivors.push_back(static_cast<int32_t>(row)); });
+                                                [&](int64_t row) { candidates.push_back(static_cast<int32_t>(row)); });
       }
-      first.push_back(static_cast<int64_t>(survivors.size()));
+      first.push_back(static_cast<int64_t>(candidates.size()));
     }
-    std::vector<float> exact(survivors.size());
+    std::vector<float> exact(candidates.size());
     parallel(first.back(), ns_per_row(logits, 1), [&](int64_t begin, int64_t end) {
       for (int64_t token = 0; token < logits.tokens; ++token) {
         const int64_t from = std::max(begin, first[static_cast<size_t>(token)]);
@@ -328,7 +363,7 @@ struct Search {
         Logits one = logits;
         one.x += token * one.x_stride;
         one.tokens = 1;
-        table.logits_of_rows(one, survivors.data() + from, to - from, exact.data() + from, logits_scratch(one));
+        table.logits_of_rows(one, candidates.data() + from, to - from, exact.data() + from, logits_scratch(one));
       }
     });
 
@@ -345,7 +380,7 @@ struct Search {
       }
       for (int64_t i = first[static_cast<size_t>(token)]; i < first[static_cast<size_t>(token) + 1]; ++i) {
         const float logit = exact[static_cast<size_t>(i)];
-        const int32_t id = survivors[static_cast<size_t>(i)];
+        const int32_t id = candidates[static_cast<size_t>(i)];
         best.offer({score_of(logit, id), logit, id});
         ++computed;
       }
@@ -596,7 +631,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x_any, const Tens
     const int64_t count = std::min(tokens - token, kTokensAtOnce);
     const int64_t results = count * vocabulary;
     float* upper = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * results) * sizeof(float)));
-    Search search{table, all, nullptr, {}, k, upper, {}, {}};
+    Search search{table, all, nullptr, k, upper};
     search.logits.x += token * all.x_stride;
     search.logits.tokens = count;
     search.logits.out = upper;

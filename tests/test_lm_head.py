@@ -216,6 +216,15 @@ def test_where_the_screen_cannot_pay_it_stops() -> None:
     assert torch.equal(ids, expected[1])
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_batch_on_several_threads_goes_on_screening(threads: None, count: int) -> None:
+    # Early on many rows are the k best so far; that must not be taken for a screen that cannot pay.
+    torch.set_num_threads(count)
+    weight, x = torch.randn(20_000, 256).bfloat16(), torch.randn(6, 256)
+    rescored = ops.lm_head_top_k(x, weight, 50, *ops.screen_lm_head(weight))[2]
+    assert (rescored < 1000).all()
+
+
 # ---- the bounds ---------------------------------------------------------------------------------------
 
 
