@@ -19,6 +19,7 @@ SOURCES = [
     "csrc/attention_ops.cpp",
     "csrc/lm_head_ops.cpp",
     "csrc/fused_ops.cpp",
+    "csrc/packing_ops.cpp",
     "csrc/ternary_ops.cpp",
     "csrc/ternary_run.cpp",
     "csrc/thread_pool.cpp",

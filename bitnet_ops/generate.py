@@ -71,10 +71,11 @@ class GenerationMixin(nn.Module):
         """The table that makes scores."""
         raise NotImplementedError
 
-    def screened_head(self) -> ScreenedHead | None:
+    def screened_head(self, done: Callable[[Tensor], None] = lambda rows: None) -> ScreenedHead | None:
         """The head as `generate` uses it, made at the first call and anew when the weights have changed.
 
         None where it does not apply: `certified_head` says so, in training mode, or on another device.
+        ``done`` is called with rows of the table that are not needed for now (see `ScreenedHead`).
         """
         weight = self.head_weight
         wanted = self.certified_head
@@ -83,7 +84,7 @@ class GenerationMixin(nn.Module):
         if not wanted or self.training or weight.device.type != "cpu":
             return None
         if self._screened_head is None or not self._screened_head.is_current(weight):
-            self._screened_head = ScreenedHead(weight)
+            self._screened_head = ScreenedHead(weight, done)
         return self._screened_head
 
     @property

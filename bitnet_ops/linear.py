@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, packing, reference
+from .huge_pages import HugePages
 from .isa import isa
 
 
@@ -175,8 +176,7 @@ class BitLinear(nn.Module):
             return packed
         if packed.device.type == "meta":
             return packed.new_empty(packing.packed_shape(self.out_features, self.in_features, wanted))
-        w = ops.unpack_ternary(packed, self.out_features, self.in_features, layout)
-        return ops.pack_ternary(w, wanted)
+        return ops.repack_ternary(packed, self.out_features, self.in_features, layout, wanted)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features] in the dtype of ``x``."""
@@ -278,13 +278,19 @@ class _StraightThroughLinear(torch.autograd.Function):
         return grad_x, grad_weight
 
 
+def native_layouts() -> tuple[str, ...]:
+    """The layouts that this machine multiplies as they are; the others need a ``tile16`` copy each time."""
+    # Only one instruction set has a loop for base 3: it takes looking up 128 bytes at once.
+    return tuple(layout for layout in packing.LAYOUTS if layout != "tile16_base3" or isa() == "avx512_vbmi")
+
+
 def best_layout() -> str:
     """The layout that reads a whole matrix fastest on this machine: measured, see bench/LOG.md.
 
-    "tile16_base3" moves a fifth fewer bytes and is decoded as fast as memory delivers where a CPU looks up
-    128 bytes at once (AVX-512 VBMI); elsewhere "tile16".
+    "tile16_base3" moves a fifth fewer bytes and is decoded as fast as memory delivers where the CPU has
+    AVX-512 VBMI; elsewhere "tile16".
     """
-    return "tile16_base3" if isa() == "avx512_vbmi" else "tile16"
+    return "tile16_base3" if "tile16_base3" in native_layouts() else "tile16"
 
 
 def repack(model: nn.Module, layout: str | None = None) -> nn.Module:
@@ -297,9 +303,13 @@ def repack(model: nn.Module, layout: str | None = None) -> nn.Module:
     Returns:
         The model, with the same outputs.
     """
+    memory = HugePages()
     for module in model.modules():
         if isinstance(module, BitLinear) and module.group_size == 0:
+            before = module.packed_weight
             module.repack(layout or best_layout())
+            if module.packed_weight is not before and before.device.type == "cpu":
+                module.packed_weight = memory.copy(module.packed_weight)
     return model
 
 

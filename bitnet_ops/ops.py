@@ -90,6 +90,32 @@ def unpack_ternary(packed: Tensor, out_features: int, in_features: int, layout: 
     return _OPS.unpack_ternary.default(packed, out_features, in_features, layout)
 
 
+def repack_ternary(packed: Tensor, out_features: int, in_features: int, layout: str, wanted: str) -> Tensor:
+    """Brings packed weights from one layout into another.
+
+    Args:
+        packed: uint8 of shape ``packing.packed_shape(N, K, layout)``, on the CPU.
+        out_features: N.
+        in_features: K.
+        layout: of ``packed``, as in ``pack_ternary``.
+        wanted: of the result.
+
+    Returns:
+        uint8 of shape ``packing.packed_shape(N, K, wanted)``: what ``pack_ternary(w, wanted)`` gives for
+        ``w = unpack_ternary(packed, N, K, layout)``, without that matrix in between and without its check of
+        the codes.
+
+    Raises:
+        RuntimeError: if the shape does not fit, or for an unknown layout.
+
+    Example:
+        >>> w = torch.tensor([[-1, 0, 1]], dtype=torch.int8)
+        >>> repack_ternary(pack_ternary(w), 1, 3, "tile16", "row").shape
+        torch.Size([1, 1, 64])
+    """
+    return _OPS.repack_ternary.default(packed, out_features, in_features, layout, wanted)
+
+
 def ternary_matmul(q: Tensor, packed: Tensor, out_features: int, layout: str = "tile16") -> Tensor:
     """Exact integer product ``acc[m, n] = sum_k q[m, k] * w[n, k]``.
 
@@ -508,6 +534,11 @@ def _(w: Tensor, layout: str = "tile16") -> Tensor:
 @torch.library.register_fake("bitnet_ops::unpack_ternary")
 def _(packed: Tensor, out_features: int, in_features: int, layout: str = "tile16") -> Tensor:
     return packed.new_empty((out_features, in_features), dtype=torch.int8)
+
+
+@torch.library.register_fake("bitnet_ops::repack_ternary")
+def _(packed: Tensor, out_features: int, in_features: int, layout: str, wanted: str) -> Tensor:
+    return packed.new_empty(packing.packed_shape(out_features, in_features, wanted))
 
 
 @torch.library.register_fake("bitnet_ops::ternary_matmul")

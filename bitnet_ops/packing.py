@@ -90,8 +90,8 @@ def zero_byte(layout: str) -> int:
     return sum(3**p for p in range(_BASE3_STEPS)) if layout == "tile16_base3" else 0b01_01_01_01
 
 
-def _padded(out_features: int, in_features: int, layout: str) -> tuple[int, int]:
-    """Rows and columns of the matrix with its padding."""
+def padded_size(out_features: int, in_features: int, layout: str) -> tuple[int, int]:
+    """Rows and columns of a matrix with its padding."""
     first, second, _ = packed_shape(out_features, in_features, layout)
     if layout == "row":
         return first, second * CHUNK_INPUTS
@@ -125,7 +125,7 @@ def pack(w: Tensor, layout: str = "tile16") -> Tensor:
     """
     out_features, in_features = w.shape
     shape = packed_shape(out_features, in_features, layout)
-    code = torch.ones(_padded(out_features, in_features, layout), dtype=torch.uint8, device=w.device)
+    code = torch.ones(padded_size(out_features, in_features, layout), dtype=torch.uint8, device=w.device)
     code[:out_features, :in_features] = (w + 1).to(torch.uint8)
     sizes, order = _axes(shape, layout)
     digits = code.view(sizes).permute(order)
@@ -151,5 +151,5 @@ def unpack(packed: Tensor, out_features: int, in_features: int, layout: str = "t
     place = torch.tensor([base**p for p in range(steps)], dtype=torch.uint8, device=packed.device)
     digits = packed.reshape(*(sizes[axis] for axis in order[:-1]), 1) // place % base
     back = [order.index(axis) for axis in range(len(order))]
-    code = digits.permute(back).reshape(_padded(out_features, in_features, layout))
+    code = digits.permute(back).reshape(padded_size(out_features, in_features, layout))
     return (code.to(torch.int8) - 1)[:out_features, :in_features].contiguous()

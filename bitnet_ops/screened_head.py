@@ -1,11 +1,18 @@
 """The head of a model of which only the best tokens are wanted."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from . import ops
+from .huge_pages import HugePages
+from .packing import TILE_ROWS
 
 LEAST_BYTES = 4 << 20
 """Smaller tables are computed whole by default: a copy saves under 0.05 ms a token there (bench/LOG.md)."""
+
+PIECE_ROWS = 4096  # a multiple of 16, the tile of the copy; 10 MB of codes at 2B4T's width
 
 
 class ScreenedHead:
@@ -23,14 +30,16 @@ class ScreenedHead:
         >>> logits, ids = head.top_k(hidden, 50)     # the best of ops.lm_head(hidden, model.head_weight)
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, done: Callable[[Tensor], None] = lambda rows: None) -> None:
         """Makes the copy.
 
         Args:
             weight: float32, bfloat16 or float16 [V, K], on the CPU.
+            done: is called with rows of the table that have been copied, piece by piece, so that a table that
+                is a mapped file need not be in memory as a whole.
         """
         self.weight = weight
-        self.codes, self.bounds = ops.screen_lm_head(weight.detach())
+        self.codes, self.bounds = _screen(weight.detach(), done)
         self.rescored: Tensor | None = None
         self._state = _state(weight)
 
@@ -54,6 +63,23 @@ class ScreenedHead:
             hidden, self.weight.detach(), k, self.codes, self.bounds, temperature, noise
         )
         return logits, ids
+
+
+def _screen(weight: Tensor, done: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
+    """`ops.screen_lm_head` piece by piece, into 2 MB pages: a decoded token reads all of it."""
+    memory = HugePages()
+    with torch.device("meta"):
+        shapes = ops.screen_lm_head(torch.empty(weight.shape, dtype=weight.dtype))
+    codes, bounds = (memory.empty(like.shape, like.dtype) for like in shapes)
+    begin = 0
+    for rows in weight.split(PIECE_ROWS):
+        piece, piece_bounds = ops.screen_lm_head(rows)
+        end = begin + piece_bounds.shape[1]
+        codes[begin // TILE_ROWS : end // TILE_ROWS] = piece
+        bounds[:, begin:end] = piece_bounds
+        begin = end
+        done(rows)
+    return codes, bounds
 
 
 def _state(weight: Tensor) -> tuple[int, int]:

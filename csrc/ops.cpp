@@ -1,6 +1,6 @@
-// The operators as PyTorch sees them: schemas, and those that are not about ternary weights
-// (ternary_ops.cpp has these), attention (attention_ops.cpp) or the head (lm_head_ops.cpp). All of it stands
-// on torch's stable ABI (torch/csrc/stable), so one binary serves torch >= 2.10.
+// The operators as PyTorch sees them: schemas, and the two that belong to none of the other files, packing_ops.cpp,
+// ternary_ops.cpp, fused_ops.cpp, attention_ops.cpp and lm_head_ops.cpp. All of it stands on torch's stable ABI
+// (torch/csrc/stable), so one binary serves torch >= 2.10.
 //
 // Threads: every operator has at most two parallel regions, cut into equal runs of rows or tiles. A cut
 // never divides a sum, so results do not depend on it.
@@ -15,6 +15,7 @@
 #include "fused_ops.h"
 #include "kernel_table.h"
 #include "lm_head_ops.h"
+#include "packing_ops.h"
 #include "scratch.h"
 #include "tensors.h"
 #include "ternary_ops.h"
@@ -105,6 +106,8 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
   m.def("quantize_activations(Tensor x, int bits=8) -> (Tensor q, Tensor x_scale)");
   m.def("pack_ternary(Tensor w, str layout=\"tile16\") -> Tensor");
   m.def("unpack_ternary(Tensor packed, int out_features, int in_features, str layout=\"tile16\") -> Tensor");
+  m.def(
+      "repack_ternary(Tensor packed, int out_features, int in_features, str layout, str wanted) -> Tensor");
   m.def("ternary_matmul(Tensor q, Tensor packed, int out_features, str layout=\"tile16\") -> Tensor");
   m.def(
       "ternary_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features, "
@@ -135,6 +138,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("quantize_activations", TORCH_BOX(&bitnet_ops::quantize_activations));
   m.impl("pack_ternary", TORCH_BOX(&bitnet_ops::pack_ternary));
   m.impl("unpack_ternary", TORCH_BOX(&bitnet_ops::unpack_ternary));
+  m.impl("repack_ternary", TORCH_BOX(&bitnet_ops::repack_ternary));
   m.impl("ternary_matmul", TORCH_BOX(&bitnet_ops::ternary_matmul));
   m.impl("ternary_linear", TORCH_BOX(&bitnet_ops::ternary_linear));
   m.impl("norm_linears", TORCH_BOX(&bitnet_ops::norm_linears));

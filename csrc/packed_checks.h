@@ -9,12 +9,12 @@
 
 namespace bitnet_ops {
 
-inline Layout check_layout(const char* op, const std::string& name) {
+inline Layout check_layout(const char* op, const std::string& name, const char* argument = "layout") {
   if (name == "tile16") return Layout::kTile16;
   if (name == "tile16_base3") return Layout::kTile16Base3;
   if (name == "row") return Layout::kRow;
   if (name == "column") return Layout::kColumn;
-  refuse(op, "layout", "'tile16', 'tile16_base3', 'row' or 'column'", "'" + name + "'");
+  refuse(op, argument, "'tile16', 'tile16_base3', 'row' or 'column'", "'" + name + "'");
 }
 
 inline int64_t most_in_features(Layout layout) { return layout == Layout::kColumn ? kMaxColumnInFeatures : kMaxInFeatures; }

@@ -1,6 +1,5 @@
 #include "ternary_ops.h"
 
-#include <atomic>
 #include <cstring>
 
 #include "dispatch.h"
@@ -9,65 +8,6 @@
 #include "ternary_run.h"
 
 namespace bitnet_ops {
-
-Tensor pack_ternary(const Tensor& w_any, const std::string& layout_name) {
-  constexpr const char* kOp = "pack_ternary";
-  const Layout layout = check_layout(kOp, layout_name);
-  if (!w_any.is_cpu() || dtype_code(w_any) != codes().int8 || w_any.dim() != 2) {
-    refuse(kOp, "w", "a CPU tensor int8 [out_features, in_features]", describe(w_any));
-  }
-  const Tensor w = as_contiguous(w_any);
-  const MatrixSize size{w.size(0), w.size(1)};
-  check_in_features(kOp, "w", size.in_features, most_in_features(layout));
-  const int64_t tiles = tiles_of(size.out_features);
-  const Tensor packed = empty(packed_sizes(layout, size), codes().uint8);
-  const int8_t* in = data<int8_t>(w);
-  uint8_t* out = mutable_data<uint8_t>(packed);
-  // Packing happens once per model: the other layouts go by way of a tile16 copy.
-  Scratch scratch;
-  uint8_t* tile16 = layout == Layout::kTile16 ? out : static_cast<uint8_t*>(scratch.reserve(tile16_bytes(size)));
-
-  std::atomic<bool> ternary{true};
-  parallel(tiles, static_cast<double>(size.in_features + 1) * kTileRows, [&](int64_t begin, int64_t end) {
-    if (!pack_tile16(in, size, tile16, begin, end)) ternary = false;
-    if (layout == Layout::kTile16Base3) base3_from_tile16(tile16, size, out, begin, end);
-    if (layout == Layout::kRow) row_from_tile16(tile16, size, out, begin, end);
-  });
-  if (!ternary) refuse(kOp, "w", "values -1, 0 and 1 only", "an int8 tensor with other values");
-  if (layout == Layout::kColumn) {
-    parallel(divide_up(size.out_features, kPanelRows), static_cast<double>(size.in_features + 1) * kPanelRows,
-             [&](int64_t begin, int64_t end) { column_from_tile16(tile16, size, out, begin, end); });
-  }
-  return packed;
-}
-
-Tensor unpack_ternary(const Tensor& packed_any, int64_t out_features, int64_t in_features,
-                      const std::string& layout_name) {
-  constexpr const char* kOp = "unpack_ternary";
-  const Layout layout = check_layout(kOp, layout_name);
-  check_size(kOp, "out_features", out_features);
-  check_size(kOp, "in_features", in_features);
-  check_in_features(kOp, "in_features", in_features, most_in_features(layout));
-  const MatrixSize size{out_features, in_features};
-  check_packed(kOp, "packed", packed_any, layout, layout_name, size);
-  const Tensor packed = as_contiguous(packed_any);
-  const Tensor w = empty({out_features, in_features}, codes().int8);
-
-  Scratch scratch;
-  const uint8_t* tile16 = data<uint8_t>(packed);
-  if (layout != Layout::kTile16) {
-    uint8_t* copy = static_cast<uint8_t*>(scratch.reserve(tile16_bytes(size)));
-    fill_tile16(layout, tile16, size, copy);
-    tile16 = copy;
-  }
-  int8_t* out = mutable_data<int8_t>(w);
-  std::atomic<bool> ternary{true};
-  parallel(tiles_of(out_features), static_cast<double>(in_features + 1) * kTileRows, [&](int64_t begin, int64_t end) {
-    if (!unpack_tile16(tile16, size, out, begin, end)) ternary = false;
-  });
-  if (!ternary) refuse(kOp, "packed", "codes 0, 1 and 2 only", "a code 3, which stands for no weight");
-  return w;
-}
 
 Tensor ternary_matmul(const Tensor& q_any, const Tensor& packed_any, int64_t out_features,
                       const std::string& layout_name) {

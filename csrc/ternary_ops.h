@@ -9,10 +9,6 @@
 
 namespace bitnet_ops {
 
-Tensor pack_ternary(const Tensor& w, const std::string& layout);
-
-Tensor unpack_ternary(const Tensor& packed, int64_t out_features, int64_t in_features, const std::string& layout);
-
 Tensor ternary_matmul(const Tensor& q, const Tensor& packed, int64_t out_features, const std::string& layout);
 
 Tensor ternary_linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_checkpoints import (
     Sizes,
@@ -181,6 +182,69 @@ def test_save_and_load_again(tmp_path: Path, sizes: Sizes, tied: bool) -> None:
         assert file.read_bytes() == (tmp_path / "c" / file.name).read_bytes(), file.name
 
 
+LAYOUTS_BY_PROJECTION = {"q_proj": "tile16_base3", "up_proj": "row", "down_proj": "column"}
+
+
+def mixed_layouts(folder: Path) -> BitNet:
+    """A model whose projections lie in all the layouts there are."""
+    model = from_pretrained(folder)
+    for name, layer in projections(model).items():
+        layer.repack(LAYOUTS_BY_PROJECTION.get(name.rsplit(".", 1)[-1], "tile16"))
+    return model
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_layouts_are_kept(tmp_path: Path, isa: str, sizes: Sizes, mmap: bool) -> None:
+    model = mixed_layouts(
+        write_folder(tmp_path / "a", sizes.config(), published_tensors(Weights.random(sizes)))
+    )
+    model.save_pretrained(tmp_path / "b")
+    again = from_pretrained(tmp_path / "b", mmap=mmap)
+    assert torch.equal(some_logits(again), some_logits(model))
+    for name, layer in projections(again).items():
+        saved = LAYOUTS_BY_PROJECTION.get(name.rsplit(".", 1)[-1], "tile16")
+        native = saved != "tile16_base3" or isa == "avx512_vbmi"
+        assert layer.layout == (saved if native else "tile16")
+        assert torch.equal(layer.unpack(), projections(model)[name].unpack())
+
+
+def test_saved_tensors_begin_at_cache_lines(tmp_path: Path) -> None:
+    make_synthetic(
+        tmp_path / "a", "--layers 1 --hidden 256 --intermediate 512 --heads 2 --kv-heads 1 --vocab 64"
+    )
+    from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    with safe_open(tmp_path / "b" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    model = from_pretrained(tmp_path / "b")
+    tensors = [layer.packed_weight for layer in projections(model).values()] + [model.head_weight]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
+def test_a_mapped_model_shares_the_file_and_survives_its_replacement(tmp_path: Path) -> None:
+    from_pretrained(tiny_folder(tmp_path / "a")).save_pretrained(tmp_path / "b")
+    model = from_pretrained(tmp_path / "b")
+    maps = Path("/proc/self/maps").read_text()
+    assert str(tmp_path / "b" / "model.safetensors") in maps
+    before = some_logits(model)
+    from_pretrained(tiny_folder(tmp_path / "c", seed=1)).save_pretrained(tmp_path / "b")
+    assert torch.equal(some_logits(model), before)
+    with torch.no_grad():  # what is written stays in this process
+        model.model.embed_tokens.weight.zero_()
+    assert not torch.equal(some_logits(model), before)
+    assert some_logits(from_pretrained(tmp_path / "b")).isfinite().all()
+    assert from_pretrained(tmp_path / "b").model.embed_tokens.weight.any()
+
+
+def test_without_mmap_the_model_does_not_depend_on_the_file(tmp_path: Path) -> None:
+    from_pretrained(tiny_folder(tmp_path / "a")).save_pretrained(tmp_path / "b")
+    model = from_pretrained(tmp_path / "b", mmap=False)
+    before = some_logits(model)
+    with (tmp_path / "b" / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert torch.equal(some_logits(model), before)
+
+
 def test_save_keeps_row_scales(tmp_path: Path) -> None:
     model = from_pretrained(tiny_folder(tmp_path / "a"))
     for layer in projections(model).values():
@@ -242,7 +306,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: 
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packed, "save_file", full_disk)
+    monkeypatch.setattr(packed, "write_tensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(model, tmp_path / "b")
     assert {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()} == before

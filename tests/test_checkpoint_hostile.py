@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Sizes, Weights, byte_tokenizer, published_tensors, tiny_folder, write_folder
 from torch import Tensor
 
+from bitnet_ops import packing, repack
 from bitnet_ops.checkpoint import CheckpointError, from_pretrained
 
 UP = "model.layers.1.mlp.up_proj"
@@ -29,8 +30,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ours(folder: Path, tmp_path: Path) -> Path:
-    """The same model in our own format."""
-    from_pretrained(folder).save_pretrained(tmp_path / "ours")
+    """The same model in our own format, in tile16 on every machine."""
+    repack(from_pretrained(folder), "tile16").save_pretrained(tmp_path / "ours")
     return tmp_path / "ours"
 
 
@@ -326,6 +327,49 @@ def test_padding_of_our_weights_that_is_not_zero(ours: Path, index: tuple[int, i
 
     change_tensors(ours, spoil)
     assert_refused(ours, "model.safetensors", f"{UP}.packed_weight", "padding")
+
+
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+def test_padding_of_every_layout(folder: Path, tmp_path: Path, layout: str) -> None:
+    """Weights of 1 in all of the padding, as large as the layout makes it."""
+    repack(from_pretrained(folder), layout).save_pretrained(tmp_path / "ours")
+    name = f"{UP}.packed_weight"
+
+    def spoil(tensors: dict[str, Tensor], rows: int, columns: int) -> None:
+        padded = packing.padded_size(36, 24, layout)
+        w = torch.ones(padded, dtype=torch.int8)
+        w[:rows, :columns] = packing.unpack(tensors[name], *padded, layout)[:rows, :columns]
+        tensors[name] = packing.pack(w, layout)
+
+    change_tensors(tmp_path / "ours", lambda tensors: spoil(tensors, *packing.padded_size(36, 24, layout)))
+    from_pretrained(tmp_path / "ours")  # nothing but the weights again
+    rows, columns = packing.padded_size(36, 24, layout)
+    if rows > 36:
+        change_tensors(tmp_path / "ours", lambda tensors: spoil(tensors, 36, columns))
+        assert_refused(tmp_path / "ours", "model.safetensors", name, "padding")
+    if columns > 24:
+        change_tensors(tmp_path / "ours", lambda tensors: spoil(tensors, rows, 24))
+        assert_refused(tmp_path / "ours", "model.safetensors", name, "padding")
+
+
+def test_bytes_that_are_no_codes_in_base_3(folder: Path, tmp_path: Path) -> None:
+    repack(from_pretrained(folder), "tile16_base3").save_pretrained(tmp_path / "ours")
+    name = f"{UP}.packed_weight"
+    change_tensors(tmp_path / "ours", lambda tensors: tensors[name][1, 1, 5:6].fill_(243))
+    assert_refused(tmp_path / "ours", "model.safetensors", name, "at most 242", "got 243")
+
+
+@pytest.mark.parametrize("layouts", [{UP: "tile17"}, {UP: None}, [UP], "row"], ids=str)
+def test_layouts_have_to_be_known(ours: Path, layouts: Any) -> None:
+    quantization = {"quant_method": "bitnet_ops", "layout": "tile16", "layouts": layouts}
+    change_config(ours, quantization_config=quantization)
+    assert_refused(ours, "config.json", "quantization_config.layouts")
+
+
+def test_a_layout_that_is_not_that_of_the_file(ours: Path) -> None:
+    quantization = {"quant_method": "bitnet_ops", "layout": "tile16", "layouts": {UP: "row"}}
+    change_config(ours, quantization_config=quantization)
+    assert_refused(ours, "model.safetensors", f"{UP}.packed_weight", "expected U8")
 
 
 def test_our_layout_has_to_be_known(ours: Path) -> None:

@@ -34,6 +34,18 @@ def test_packing_equals_the_specification(layout: str, out_features: int, in_fea
     assert torch.equal(packing.unpack(packed, out_features, in_features, layout), w)
 
 
+@pytest.mark.parametrize("wanted", packing.LAYOUTS)
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize(("out_features", "in_features"), [*SIZES, (0, 5), (5, 0)])
+def test_repacking_equals_packing(layout: str, wanted: str, out_features: int, in_features: int) -> None:
+    w = random_ternary(out_features, in_features)
+    packed = packing.pack(w, layout)
+    repacked = ops.repack_ternary(packed, out_features, in_features, layout, wanted)
+    assert torch.equal(repacked, packing.pack(w, wanted))
+    if repacked.numel():
+        assert repacked.data_ptr() != packed.data_ptr()
+
+
 def test_golden_bytes() -> None:
     w = torch.zeros(300, 300, dtype=torch.int8)
     # tile16_base3: row 1, inputs 20 + 4*p + 2 are the five digits of block 1, byte 4*1 + 2.

@@ -144,6 +144,27 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
     ),
     (lambda: ops.unpack_ternary(PACKED, 18, 20, "rows"), "unpack_ternary", "layout", "'tile16'", "'rows'"),
     (
+        lambda: ops.repack_ternary(PACKED, 18, 33, "tile16", "row"),
+        "repack_ternary",
+        "packed",
+        "uint8 [2, 3, 64]",
+        "uint8 [2, 2, 64]",
+    ),
+    (
+        lambda: ops.repack_ternary(PACKED, 18, 20, "rows", "row"),
+        "repack_ternary",
+        "layout",
+        "'tile16'",
+        "'rows'",
+    ),
+    (
+        lambda: ops.repack_ternary(PACKED, 18, 20, "tile16", "rows"),
+        "repack_ternary",
+        "wanted",
+        "'tile16'",
+        "'rows'",
+    ),
+    (
         lambda: ops.ternary_matmul(X, PACKED, 18),
         "ternary_matmul",
         "q",

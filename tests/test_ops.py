@@ -335,6 +335,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
         "quantize_activations": (namespace.quantize_activations.default, (x,)),
         "pack_ternary": (namespace.pack_ternary.default, (random_ternary(33, 50),)),
         "unpack_ternary": (namespace.unpack_ternary.default, (packed, 33, 50)),
+        "repack_ternary": (namespace.repack_ternary.default, (packed, 33, 50, "tile16", "row")),
         "ternary_matmul": (
             namespace.ternary_matmul.default,
             (torch.randint(-128, 128, (4, 50), dtype=torch.int8), packed, 33),

@@ -6,7 +6,9 @@ packed.py       weights in our own format, and save_pretrained
 config_json.py  config.json
 text_files.py   tokenizer, chat template, generation defaults
 files.py        JSON and safetensors files, not trusted
-codes.py        the check that the 2-bit formats share
+mapped_file.py  a file as memory
+write.py        a safetensors file that is fast to map
+codes.py        the check of packed weights
 errors.py       CheckpointError
 """
 

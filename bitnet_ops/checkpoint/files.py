@@ -1,13 +1,15 @@
 """Files of a checkpoint folder: JSON objects, and named tensors spread over safetensors files.
 
-Nothing in here trusts a file. A header is checked in full before any data is read, data is read with
-pread into memory of its own, and every way to fail ends in a `CheckpointError`.
+Nothing in here trusts a file. A header is checked in full before any data is looked at, and every way to
+fail ends in a `CheckpointError`.
 """
 
 import ctypes
 import json
+import math
 import os
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
+from .mapped_file import MappedFile
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -101,17 +104,29 @@ class StoredTensor:
 class TensorFiles(AbstractContextManager["TensorFiles"]):
     """The tensors of a folder: model.safetensors, or several files with their index.
 
-    Opening reads headers only. Use it as a context manager; the files stay open inside.
+    Opening reads headers only. Use it as a context manager; the files stay open inside, and mapped as long
+    as one of their tensors lives.
 
     Attributes:
         tensors: what the headers say, by tensor name.
         total_bytes: size of all the files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, mmap: bool = True) -> None:
+        """Opens the files.
+
+        Args:
+            folder: where they lie.
+            mmap: give tensors whose memory is the file, where the system can; otherwise read them.
+
+        Raises:
+            CheckpointError: there is none, or not a valid one.
+        """
         self.tensors: dict[str, StoredTensor] = {}
         self.total_bytes = 0
         self._descriptors: dict[Path, int] = {}
+        self._mmap = mmap
+        self._mappings: dict[Path, MappedFile] = {}
         self._stack = ExitStack()
         try:
             # With both present the single file counts, as in transformers: it is the one that a later
@@ -127,6 +142,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._mappings.clear()
         self._stack.close()
 
     def expect(self, name: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> StoredTensor:
@@ -144,16 +160,29 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
             raise self.error(name, expected, f"{stored.dtype} {list(stored.shape)}")
         return stored
 
-    def read(self, name: str) -> Tensor:
+    def tensor(self, name: str, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
+        """A tensor's data: mapped, or read into memory that ``empty(shape, dtype=...)`` gives."""
+        stored, dtype = self.tensors[name], self._dtype(name)
+        mapping = self._mappings.get(stored.file)
+        count = math.prod(stored.shape)
+        # A header may place a tensor at any byte; a number across two places of its size is read instead.
+        if mapping is None or count == 0 or stored.offset % dtype.itemsize:
+            return self.read(name, empty)
+        try:
+            return mapping.tensor(dtype, count, stored.offset).view(stored.shape)
+        except ValueError as error:  # the file shrank since its header was checked
+            raise self.error(name, "readable data", f"{error}") from None
+
+    def forget(self, tensor: Tensor) -> None:
+        """Takes an unchanged tensor's pages out of memory until they are needed; see `MappedFile`."""
+        for mapping in self._mappings.values():
+            if mapping.holds(tensor):
+                mapping.forget(tensor)
+
+    def read(self, name: str, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
         """A tensor's data, in memory that belongs to the caller."""
         stored = self.tensors[name]
-        out = torch.empty(stored.shape, dtype=self._dtype(name))
-        self.read_into(name, out)
-        return out
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Reads a tensor's data where it shall stay, a contiguous tensor of its dtype and size."""
-        stored = self.tensors[name]
+        out = empty(stored.shape, dtype=self._dtype(name))
         # A view of the tensor's memory without NumPy, which is not a dependency.
         room = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())) if out.nbytes else b""
         done = 0
@@ -165,6 +194,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
                 done += count
         except OSError as error:  # the file shrank, or the disk failed, since it was opened
             raise self.error(name, "readable data", f"{error}") from None
+        return out
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype = self.tensors[name].dtype
@@ -185,9 +215,8 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
             hint = f" (formats like {others[0]} are not supported)" if others else ""
             raise CheckpointError.at(file, "file", "a safetensors file", f"no such file{hint}")
         try:
-            # safe_open checks the header against the size of the file; the data is then read with pread,
-            # not mapped: mapped pages count as memory beside the copy that is kept, and a file that
-            # shrinks while it is mapped ends the process with SIGBUS instead of an exception.
+            # safe_open checks the header against the size of the file. It would map the file too, but with
+            # tensors that keep the whole of it, read-only and without a way to let go of pages.
             with safe_open(file, framework="pt", backend="pread"):
                 pass
             handle = self._stack.enter_context(file.open("rb"))
@@ -197,6 +226,9 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
             raise CheckpointError.at(file, "file", "a valid safetensors file", f"{error}") from None
         self.total_bytes += os.fstat(handle.fileno()).st_size
         self._descriptors[file] = handle.fileno()
+        if self._mmap:
+            with suppress(OSError, ValueError):  # a file system without mapping: read instead
+                self._mappings[file] = MappedFile(handle.fileno())
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in self.tensors:

@@ -13,14 +13,17 @@ weight_scale is the multiplier (``y = acc * x_scale * weight_scale``) in the lin
 and its reciprocal in "bitlinear". Master weights are quantised here (`reference.quantize_weight`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops, packing, reference
+from ..huge_pages import HugePages
+from ..linear import best_layout
 from .codes import check_codes
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles
@@ -30,6 +33,9 @@ WEIGHTS_PER_BYTE = 4
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 MODES = ("offline", "online")
 
+CHUNK_ROWS = 256
+"""Rows that are packed at a time: small results find room again in the memory of those before."""
+
 
 @dataclass(frozen=True)
 class PublishedProjections:
@@ -38,10 +44,13 @@ class PublishedProjections:
     Attributes:
         has_scale: whether the file holds a scale (packed or ternary), and not master weights.
         reciprocal: whether that scale is the reciprocal of the multiplier.
+        workspace: where one projection after another is converted. Memory that is taken and given back for
+            each of them would leave holes between what stays.
     """
 
     has_scale: bool
     reciprocal: bool
+    workspace: HugePages = field(default_factory=HugePages, compare=False)
 
     @classmethod
     def from_config(cls, quantization: dict[str, Any] | None, file: Path) -> "PublishedProjections":
@@ -115,18 +124,19 @@ class PublishedProjections:
         return [weight, scale]
 
     def read(
-        self, files: TensorFiles, name: str, out_features: int, in_features: int
-    ) -> tuple[Tensor, Tensor]:
-        """Reads a projection that `check` has passed.
+        self, files: TensorFiles, name: str, out_features: int, in_features: int, memory: HugePages
+    ) -> tuple[Tensor, str, Tensor]:
+        """Converts a projection that `check` has passed.
 
         Returns:
-            ``(packed_weight, weight_scale)`` as `bitnet_ops.BitLinear` holds them.
+            ``(packed_weight, layout, weight_scale)`` as `bitnet_ops.BitLinear` holds them.
 
         Raises:
             CheckpointError: a value is not what the format allows.
         """
         weight = f"{name}.weight"
-        stored = files.read(weight)
+        self.workspace.reuse()
+        stored = files.tensor(weight, self.workspace.empty)
         if not self.has_scale:
             w, scale = reference.quantize_weight(stored)
             if not scale.isfinite():
@@ -137,15 +147,20 @@ class PublishedProjections:
             scale = self._read_scale(files, f"{name}.weight_scale")
             if stored.dtype == torch.uint8:
                 check_codes(files, weight, stored)
-                w = unpack_quarters(stored)
+                w = unpack_quarters(stored, self.workspace.empty)
             else:
                 w = stored.to(torch.int8)
                 if not (w == stored).all() or w.abs().max() > 1:
                     raise files.error(
                         weight, "weights in {-1, 0, 1}, because it has a weight_scale", "other numbers"
                     )
-        del stored
-        return ops.pack_ternary(w), scale.reshape(1).expand(out_features).contiguous()
+        files.forget(stored)
+        layout = best_layout()
+        packed = memory.empty(packing.packed_shape(out_features, in_features, layout), torch.uint8)
+        tiles = CHUNK_ROWS // packing.TILE_ROWS  # both candidates for the best layout are made of tiles
+        for rows, out in zip(w.split(CHUNK_ROWS), packed.split(tiles), strict=True):
+            out.copy_(ops.pack_ternary(rows, layout))
+        return packed, layout, memory.copy(scale.reshape(1).expand(out_features))
 
     def _read_scale(self, files: TensorFiles, name: str) -> Tensor:
         stored = files.read(name).float()
@@ -158,16 +173,17 @@ class PublishedProjections:
         return scale
 
 
-def unpack_quarters(packed: Tensor) -> Tensor:
+def unpack_quarters(packed: Tensor, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
     """Undoes the published packing.
 
     Args:
         packed: uint8 [N / 4, K] with codes in {0, 1, 2}.
+        empty: gives the memory of the result.
 
     Returns:
         int8 [N, K] in {-1, 0, 1}.
     """
-    codes = torch.empty(WEIGHTS_PER_BYTE, *packed.shape, dtype=torch.uint8)
+    codes = empty((WEIGHTS_PER_BYTE, *packed.shape), dtype=torch.uint8)
     for quarter, out in enumerate(codes):
         torch.bitwise_right_shift(packed, 2 * quarter, out=out).bitwise_and_(3)
     return codes.view(torch.int8).sub_(1).view(-1, packed.shape[1])

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import BitNetConfig
+from ..huge_pages import HugePages
 from ..linear import BitLinear
 from ..model import BitNet, RMSNorm
 from .config_json import parse_config
 from .errors import CheckpointError
-from .files import FLOAT_DTYPES, TORCH_DTYPE, TensorFiles, local_folder, read_json
+from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json
 from .hf import PublishedProjections
-from .huge_pages import HugePages
 from .packed import CONFIG_FILE, QUANT_METHOD, PackedProjections
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
 
@@ -25,7 +25,7 @@ CHUNK_ROWS = 1024
 """Rows of the embedding matrix that are looked at together; a few MB of temporaries at 2560 columns."""
 
 
-EMBEDDING = "model.embed_tokens.weight"
+TIED_HEAD = "lm_head.weight"
 
 
 class ProjectionReader(Protocol):
@@ -35,22 +35,26 @@ class ProjectionReader(Protocol):
         """Checks the headers and returns the names of the tensors that `read` uses."""
 
     def read(
-        self, files: TensorFiles, name: str, out_features: int, in_features: int
-    ) -> tuple[Tensor, Tensor]:
-        """Reads ``(packed_weight, weight_scale)``."""
+        self, files: TensorFiles, name: str, out_features: int, in_features: int, memory: HugePages
+    ) -> tuple[Tensor, str, Tensor]:
+        """Gives ``(packed_weight, layout, weight_scale)``, in ``memory`` where they are not in the files."""
 
 
-def from_pretrained(folder: str | os.PathLike[str]) -> BitNet:
+def from_pretrained(folder: str | os.PathLike[str], *, mmap: bool | None = None) -> BitNet:
     """Loads a model from a local folder; nothing is ever downloaded.
 
     Understands the published layout of BitNet b1.58 2B4T (packed), its bf16 master weights (quantised
-    here), and what `save_pretrained` writes. Weights come from model.safetensors, or from several files
-    with model.safetensors.index.json. Peak memory stays near the size of the packed model, because
-    tensors are read and packed one at a time. A bar shows the progress on a terminal.
+    here), and what `save_pretrained` and ``bitnet-ops convert`` write. Weights come from model.safetensors,
+    or from several files with model.safetensors.index.json. Peak memory stays near the size of the packed
+    model: tensors are packed one at a time, or used where they lie in the file. A bar shows the progress on
+    a terminal.
 
     Args:
         folder: holds config.json and the safetensors files; may hold tokenizer.json,
             generation_config.json, and chat_template.jinja or tokenizer_config.json.
+        mmap: use tensors where they lie in the files: no time, no second copy, and processes share them. The
+            files must then not be rewritten in place while the model lives, or the system ends the process;
+            replacing them is fine. None does so with what `save_pretrained` wrote, which replaces files.
 
     Returns:
         The model in eval mode and without gradients. The embedding keeps its stored dtype, norms are
@@ -72,16 +76,18 @@ def from_pretrained(folder: str | os.PathLike[str]) -> BitNet:
     generation_config = load_generation_config(path, config)
     tokenizer = load_tokenizer(path, config.vocab_size)
     chat_template = load_chat_template(path)
-    with TensorFiles(path) as files:
+    if mmap is None:
+        mmap = isinstance(projections, PackedProjections)
+    with TensorFiles(path, mmap=mmap) as files:
         _check_plausible(config, files, path / CONFIG_FILE)
         with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
             model = BitNet(config)
-        state = _read_state(model, files, projections)
-    model.load_state_dict(state, assign=True)
+        _load_weights(model, files, projections)
+        model.eval().requires_grad_(False).screened_head(files.forget)
     model.tokenizer = tokenizer
     model.generation_config = generation_config
     model.chat_template = chat_template
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _projection_reader(data: dict[str, Any], file: Path) -> ProjectionReader:
@@ -105,7 +111,7 @@ def _check_plausible(config: BitNetConfig, files: TensorFiles, file: Path) -> No
 
     Even without memory a billion layers take for ever, and sizes above 2^63 overflow inside torch.
     """
-    most = 4 * files.total_bytes  # no format stores more than 4 weights a byte
+    most = 5 * files.total_bytes  # no format stores more than 5 weights a byte
     for name in ("vocab_size", "intermediate_size"):
         size = getattr(config, name)
         if size * config.hidden_size > most:
@@ -126,36 +132,25 @@ def _check_plausible(config: BitNetConfig, files: TensorFiles, file: Path) -> No
             )
 
 
-def _read_state(model: BitNet, files: TensorFiles, projections: ProjectionReader) -> dict[str, Tensor]:
-    """Checks that the files have the tensors of the model and no others, then reads them.
-
-    What stays lies in one region of huge pages, so the temporaries of reading leave no holes between.
-    """
-    memory = HugePages(*_room(model, files))
-    state: dict[str, Tensor] = {}
+def _load_weights(model: BitNet, files: TensorFiles, projections: ProjectionReader) -> None:
+    """Checks that the files have the tensors of the model and no others, then gives them to its modules."""
+    memory = HugePages()
     used: list[str] = []
     steps: list[Callable[[], None]] = []
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
-            sizes = module.out_features, module.in_features
-            used += projections.check(files, name, *sizes)
-            packed = state[f"{name}.packed_weight"] = memory.empty(module.packed_weight.shape, torch.uint8)
-            scale = state[f"{name}.weight_scale"] = memory.empty(module.weight_scale.shape, torch.float32)
-            steps.append(partial(_read_projection, files, projections, name, *sizes, packed, scale))
+            used += projections.check(files, name, module.out_features, module.in_features)
+            steps.append(partial(_load_projection, files, projections, memory, name, module))
         elif isinstance(module, (RMSNorm, nn.Embedding, nn.Linear)):
             weight = f"{name}.weight"
-            stored = files.expect(weight, FLOAT_DTYPES, tuple(module.weight.shape))
+            files.expect(weight, FLOAT_DTYPES, tuple(module.weight.shape))
             used.append(weight)
-            if isinstance(module, RMSNorm):
-                norm = state[weight] = torch.empty(module.weight.shape)
-                steps.append(partial(_read_norm, files, weight, norm))
-            else:
-                matrix = state[weight] = memory.empty(stored.shape, TORCH_DTYPE[stored.dtype])
-                steps.append(partial(_read_matrix, files, weight, matrix))
-    if model.config.tie_word_embeddings and "lm_head.weight" in files.tensors:
-        files.expect("lm_head.weight", FLOAT_DTYPES, tuple(model.head_weight.shape))
-        used.append("lm_head.weight")
-        steps.append(partial(_check_tied, files, "lm_head.weight", state))
+            load = _load_norm if isinstance(module, RMSNorm) else _load_matrix
+            steps.append(partial(load, files, memory, weight, module))
+    if model.config.tie_word_embeddings and TIED_HEAD in files.tensors:
+        files.expect(TIED_HEAD, FLOAT_DTYPES, tuple(model.head_weight.shape))
+        used.append(TIED_HEAD)
+        steps.append(partial(_check_tied, files, model))
     unexpected = sorted(files.tensors.keys() - set(used))
     if unexpected:
         raise files.error(
@@ -166,54 +161,43 @@ def _read_state(model: BitNet, files: TensorFiles, projections: ProjectionReader
     # disable=None: a bar on a terminal, silence elsewhere.
     for step in tqdm(steps, desc="loading", unit="tensor", disable=None, leave=False):
         step()
-    return state
 
 
-def _read_projection(
-    files: TensorFiles,
-    projections: ProjectionReader,
-    name: str,
-    out_features: int,
-    in_features: int,
-    packed: Tensor,
-    scale: Tensor,
+def _load_projection(
+    files: TensorFiles, projections: ProjectionReader, memory: HugePages, name: str, module: BitLinear
 ) -> None:
-    packed_read, scale_read = projections.read(files, name, out_features, in_features)
-    packed.copy_(packed_read)
-    scale.copy_(scale_read)
+    module.packed_weight, module.layout, module.weight_scale = projections.read(
+        files, name, module.out_features, module.in_features, memory
+    )
 
 
-def _room(model: BitNet, files: TensorFiles) -> tuple[int, int]:
-    """Bytes and number of the tensors that stay."""
-    sizes = []
-    for name, module in model.named_modules():
-        if isinstance(module, BitLinear):
-            sizes += [module.packed_weight.nbytes, module.weight_scale.nbytes]
-        elif isinstance(module, (nn.Embedding, nn.Linear)):
-            stored = files.expect(f"{name}.weight", FLOAT_DTYPES, tuple(module.weight.shape))
-            sizes.append(module.weight.numel() * TORCH_DTYPE[stored.dtype].itemsize)
-    return sum(sizes), len(sizes)
+def _load_norm(files: TensorFiles, memory: HugePages, name: str, module: RMSNorm) -> None:
+    weight = files.read(name).float()
+    _check_finite(files, name, weight)
+    module.weight = nn.Parameter(weight)
 
 
-def _read_norm(files: TensorFiles, name: str, out: Tensor) -> None:
-    out.copy_(files.read(name))
-    _check_finite(files, name, out)
-
-
-def _read_matrix(files: TensorFiles, name: str, out: Tensor) -> None:
-    files.read_into(name, out)
-    for rows in torch.split(out, CHUNK_ROWS):
+def _load_matrix(files: TensorFiles, memory: HugePages, name: str, module: nn.Embedding | nn.Linear) -> None:
+    matrix = files.tensor(name, memory.empty)
+    for rows in torch.split(matrix, CHUNK_ROWS):
         _check_finite(files, name, rows)
+        files.forget(rows)  # a model reads few rows of it, if the head is screened
+    module.weight = nn.Parameter(matrix)
 
 
-def _check_tied(files: TensorFiles, head: str, state: dict[str, Tensor]) -> None:
+def _check_tied(files: TensorFiles, model: BitNet) -> None:
     """A tied head may be stored a second time, but it has to be the same matrix."""
-    if not files.read(head).equal(state[EMBEDDING]):
-        raise files.error(
-            head, "the numbers of the embedding, because config.json ties them", "other numbers"
-        )
+    again = torch.split(files.tensor(TIED_HEAD), CHUNK_ROWS)
+    for rows, head_rows in zip(again, torch.split(model.head_weight, CHUNK_ROWS), strict=True):
+        if not rows.equal(head_rows):
+            raise files.error(
+                TIED_HEAD, "the numbers of the embedding, because config.json ties them", "other numbers"
+            )
+        files.forget(rows)
+        files.forget(head_rows)
 
 
 def _check_finite(files: TensorFiles, name: str, tensor: Tensor) -> None:
-    if not tensor.isfinite().all():
+    # The extremes are NaN where a number is.
+    if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor)):
         raise files.error(name, "finite numbers", "a NaN or an infinity")

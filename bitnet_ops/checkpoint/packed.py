@@ -1,79 +1,112 @@
-"""Our own packed folder: what `save_pretrained` writes and what loads without any conversion.
+"""Our own packed folder: what `save_pretrained` writes and what loads without conversion.
 
 The layout of a Hugging Face checkpoint with one difference: a projection is stored as
 `bitnet_ops.BitLinear` holds it,
 
-    packed_weight   uint8, the layout named in "quantization_config" (drawn in `bitnet_ops.packing`)
+    packed_weight   uint8, drawn in `bitnet_ops.packing`
     weight_scale    float32 [N], the multiplier
+
+"quantization_config" of config.json names the layouts: "layout" that of most projections, "layouts" those of
+the others, by the names of their modules. A folder of any layouts loads on any machine.
 """
 
 import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import ops, packing
-from ..linear import BitLinear, BitLinearQAT
-from .codes import check_codes
+from ..huge_pages import HugePages
+from ..linear import BitLinear, BitLinearQAT, best_layout, native_layouts
+from .codes import check_packed
 from .config_json import config_to_json
 from .errors import CheckpointError
 from .files import SINGLE_FILE, TensorFiles
 from .text_files import TOKEN_FIELDS, save_text_files
+from .write import write_tensors
 
 if TYPE_CHECKING:
     from ..model import BitNet
 
 QUANT_METHOD = "bitnet_ops"
-LAYOUT = "tile16"
 
 CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
 class PackedProjections:
-    """Reads projections in our own layout."""
+    """Gets projections in our own format.
+
+    Attributes:
+        layout: of most projections.
+        layouts: of the others, by the names of their modules.
+    """
+
+    layout: str
+    layouts: dict[str, str]
 
     @classmethod
     def from_config(cls, quantization: dict[str, Any], file: Path) -> "PackedProjections":
-        """Understands "quantization_config" of config.json."""
-        if quantization.get("layout") != LAYOUT:
+        """Understands "quantization_config" of config.json.
+
+        Raises:
+            CheckpointError: a layout is unknown.
+        """
+        layouts = quantization.get("layouts", {})
+        if not isinstance(layouts, dict):
             raise CheckpointError.at(
-                file, "quantization_config.layout", repr(LAYOUT), f"{quantization.get('layout')!r:.200}"
+                file,
+                "quantization_config.layouts",
+                "an object from projections to layouts",
+                f"{layouts!r:.200}",
             )
-        return cls()
+        fields = {"layout": quantization.get("layout")}
+        fields |= {f"layouts[{name!r:.200}]": layout for name, layout in layouts.items()}
+        for field, layout in fields.items():
+            if layout not in packing.LAYOUTS:
+                known = " or ".join(map(repr, packing.LAYOUTS))
+                raise CheckpointError.at(file, f"quantization_config.{field}", known, f"{layout!r:.200}")
+        return cls(quantization["layout"], layouts)
 
     def check(self, files: TensorFiles, name: str, out_features: int, in_features: int) -> list[str]:
         """Checks the headers of a projection's tensors and returns their names (see `hf`)."""
         weight, scale = f"{name}.packed_weight", f"{name}.weight_scale"
-        files.expect(weight, ("U8",), tuple(packing.packed_shape(out_features, in_features)))
+        shape = packing.packed_shape(out_features, in_features, self.layout_of(name))
+        files.expect(weight, ("U8",), tuple(shape))
         files.expect(scale, ("F32",), (out_features,))
         return [weight, scale]
 
     def read(
-        self, files: TensorFiles, name: str, out_features: int, in_features: int
-    ) -> tuple[Tensor, Tensor]:
-        """Reads a projection that `check` has passed, as (packed_weight, weight_scale)."""
-        packed = files.read(f"{name}.packed_weight")
-        check_codes(files, f"{name}.packed_weight", packed)
-        # Blocks are independent, so the last row and the last column of blocks are matrices of their own.
-        rows, columns = packing.TILE_ROWS * packed.shape[0], packing.BLOCK_INPUTS * packed.shape[1]
-        below = ops.unpack_ternary(packed[-1:], 16, columns)[16 - (rows - out_features) :]
-        right = ops.unpack_ternary(packed[:, -1:].contiguous(), rows, 16)[:, 16 - (columns - in_features) :]
-        if below.any() or right.any():
-            raise files.error(f"{name}.packed_weight", "weight 0 in the padding of the last tiles", "others")
-        scale = files.read(f"{name}.weight_scale")
+        self, files: TensorFiles, name: str, out_features: int, in_features: int, memory: HugePages
+    ) -> tuple[Tensor, str, Tensor]:
+        """Gets a projection that `check` has passed, as (packed_weight, layout, weight_scale)."""
+        layout = self.layout_of(name)
+        weight = f"{name}.packed_weight"
+        packed = files.tensor(weight, memory.empty)
+        check_packed(files, weight, packed, out_features, in_features, layout)
+        scale = files.tensor(f"{name}.weight_scale", memory.empty)
         if not (scale.isfinite() & (scale > 0)).all():
             raise files.error(
                 f"{name}.weight_scale", "finite numbers above 0", "a NaN, an infinity, 0 or less"
             )
-        return packed, scale
+        if layout in native_layouts():
+            return packed, layout, scale
+        # Packed on a machine with other instructions.
+        here = best_layout()
+        repacked = memory.copy(ops.repack_ternary(packed, out_features, in_features, layout, here))
+        files.forget(packed)
+        return repacked, here, scale
+
+    def layout_of(self, name: str) -> str:
+        """The layout of a projection by its module's name."""
+        return self.layouts.get(name, self.layout)
 
 
 def save_pretrained(model: "BitNet", folder: str | os.PathLike[str]) -> None:
@@ -110,16 +143,15 @@ def save_pretrained(model: "BitNet", folder: str | os.PathLike[str]) -> None:
     # In the folder itself, because a rename is atomic only within one file system.
     draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
-        config = config_to_json(model.config, {"quant_method": QUANT_METHOD, "layout": LAYOUT})
+        config = config_to_json(model.config, {"quant_method": QUANT_METHOD, **_layouts(model)})
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         generation_config = {name: config[name] for name in TOKEN_FIELDS} | dict(
             model.generation_config or {}
         )
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, draft / SINGLE_FILE, metadata={"format": "pt"})
-        # safetensors makes a file that only its owner may read; a model is for whom the folder is for.
-        os.chmod(draft / SINGLE_FILE, (draft / CONFIG_FILE).stat().st_mode)
+        # Not state_dict(), which is tile16 always: here the layouts stay as they are.
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        write_tensors(draft / SINGLE_FILE, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
         files = sorted(draft.iterdir(), key=lambda file: file.name == CONFIG_FILE)  # config.json last
         for file in files:
             with file.open("rb") as handle:
@@ -129,3 +161,11 @@ def save_pretrained(model: "BitNet", folder: str | os.PathLike[str]) -> None:
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _layouts(model: "BitNet") -> dict[str, Any]:
+    """The layouts as "quantization_config" names them."""
+    layouts = {name: module.layout for name, module in model.named_modules() if isinstance(module, BitLinear)}
+    (common, _), *_ = Counter(layouts.values()).most_common(1) or [("tile16", 0)]
+    others = {name: layout for name, layout in layouts.items() if layout != common}
+    return {"layout": common, "layouts": others} if others else {"layout": common}

@@ -1,0 +1,52 @@
+"""A file as memory: tensors of a mapped file cost no copy and share their pages with other processes.
+
+Where the system keeps a file in 2 MB pages the weights are read as fast from here as from memory of our own
+(bench/LOG.md), and they are there in milliseconds. The price: when a file shrinks while it is in use, the
+system ends the process (SIGBUS). So only files that are replaced, never rewritten, should be mapped.
+"""
+
+import contextlib
+import mmap
+
+import torch
+from torch import Tensor
+
+
+class MappedFile:
+    """The bytes of an open file. The mapping lives as long as a tensor that `tensor` gave."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Maps the whole file, privately: what is written to a tensor stays in this process.
+
+        Raises:
+            OSError, ValueError: the file system cannot map files, or the file is empty.
+        """
+        self._memory = mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._begin = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
+        self._end = self._begin + len(self._memory)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a wish: not every kernel has huge pages for files
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def tensor(self, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+        """``count`` numbers from byte ``offset`` on, one-dimensional.
+
+        Raises:
+            ValueError: they reach beyond the end of the file.
+        """
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor's memory is this file."""
+        return self._begin <= tensor.data_ptr() < self._end
+
+    def forget(self, tensor: Tensor) -> None:
+        """Takes the tensor's whole pages out of this process' memory; the next access gets them back.
+
+        What was written to the tensor since it was mapped is lost.
+        """
+        begin = tensor.data_ptr() - self._begin
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (begin + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -1,0 +1,53 @@
+"""Memory for weights in 2 MB pages, where the system grants them.
+
+A decoded token reads all weights once, and with 4 KB pages the processor loses about a tenth of the memory
+bus to finding out where each page lies (bench/LOG.md). Most matrices are no larger than a page or two, so
+many share a region.
+"""
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # a cache line: what every load of a kernel stays within
+REGION_BYTES = 128 << 20  # pages that are never written cost nothing, so the last region may stay half empty
+
+
+class HugePages:
+    """Cuts tensors from regions of memory. A region lives as long as one of its tensors does."""
+
+    def __init__(self) -> None:
+        """Reserves nothing yet."""
+        self._region: mmap.mmap | bytearray = bytearray()
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor with a storage of its own, so that pickling it does not take the whole region along."""
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        room = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        if self._used + room > len(self._region):
+            self._region, self._used = _region(max(room, REGION_BYTES)), 0
+        offset = self._used
+        self._used += room
+        return torch.frombuffer(self._region, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def reuse(self) -> None:
+        """Cuts from the beginning of the present region again: its tensors must not be in use any more."""
+        self._used = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor."""
+        return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+def _region(room: int) -> mmap.mmap | bytearray:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return bytearray(room)
+    # Private, because huge pages for shared memory are a setting of their own, usually off.
+    region = mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    return region
