@@ -118,7 +118,9 @@ class Decoder(nn.Module):
     def __init__(self, config: BitNetConfig, linear: LinearFactory) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Filled by BitNet, whose business initial values are.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, linear) for layer in range(config.num_hidden_layers)
@@ -177,7 +179,8 @@ class BitNet(GenerationMixin, nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            # On the meta device there is nothing to fill, and doing so would import half of torch for seconds.
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
     @property

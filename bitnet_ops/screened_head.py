@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -68,15 +67,16 @@ class ScreenedHead:
 def _screen(weight: Tensor, done: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
     """`ops.screen_lm_head` piece by piece, into 2 MB pages: a decoded token reads all of it."""
     memory = HugePages()
-    with torch.device("meta"):
-        shapes = ops.screen_lm_head(torch.empty(weight.shape, dtype=weight.dtype))
-    codes, bounds = (memory.empty(like.shape, like.dtype) for like in shapes)
+    first, first_bounds = ops.screen_lm_head(weight[:TILE_ROWS])
+    tiles = -(-weight.shape[0] // TILE_ROWS)
+    codes = memory.empty((tiles, *first.shape[1:]), first.dtype)
+    bounds = memory.empty((first_bounds.shape[0], tiles * TILE_ROWS), first_bounds.dtype)
     begin = 0
     for rows in weight.split(PIECE_ROWS):
         piece, piece_bounds = ops.screen_lm_head(rows)
-        end = begin + piece_bounds.shape[1]
-        codes[begin // TILE_ROWS : end // TILE_ROWS] = piece
-        bounds[:, begin:end] = piece_bounds
+        end = begin + len(piece)
+        codes[begin:end] = piece
+        bounds[:, TILE_ROWS * begin : TILE_ROWS * end] = piece_bounds
         begin = end
         done(rows)
     return codes, bounds
