@@ -179,7 +179,7 @@ class BitNet(GenerationMixin, nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
-            # On the meta device there is nothing to fill, and doing so would import half of torch for seconds.
+            # On the meta device there is nothing to fill, and trying to imports half of torch for seconds.
             if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
