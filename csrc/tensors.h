@@ -200,8 +200,9 @@ inline char* row_at(void* base, int64_t row, int64_t row_elements, DType dtype) 
 // Waking a second thread costs a few microseconds, so a thread is given this much work at least.
 constexpr double kNanosecondsPerThread = 8000.0;
 
-// Parts for each thread: a thread that loses its processor for a while leaves the other parts to the rest.
-constexpr int64_t kPartsPerThread = 4;
+// Parts for each thread: one that starts late, or that loses its processor for a while, leaves the others to the
+// rest. Each is worth waking a thread for, so that many of them cost no more than few (bench/LOG.md).
+constexpr int64_t kPartsPerThread = 64;
 
 // Runs work(begin, end) over [0, count) in about equal parts; ns_per_item is a rough cost, which only
 // decides how many threads are worth waking.
@@ -222,6 +223,7 @@ void parallel(int64_t count, double ns_per_item, const Work& work) {
   int64_t parts = threads * kPartsPerThread;
   if (static_cast<double>(parts) > worth) parts = static_cast<int64_t>(worth);
   if (parts > count) parts = count;
+  if (parts > kMostParts) parts = kMostParts;
   const Context context{work, count, parts};
   run_parts(
       threads, parts,

@@ -3,16 +3,20 @@
 // Not torch's pool, because OpenMP waits at the end of a region for every worker, also for one that never got
 // a processor: beside another process a decoded token then takes one time slice of the system for each of its
 // regions, and idle workers burn the processor meanwhile. Here whoever has a processor takes the next part, the caller
-// waits only for parts that somebody has begun, and a worker that finds nothing to do soon sleeps.
+// waits only for parts that somebody has begun (and lends its processor to one who lost his), and a worker that
+// finds nothing to do soon sleeps.
 #pragma once
 
 #include <cstdint>
 
 namespace bitnet_ops {
 
-// Runs work(context, part) for every part of [0, parts) on at most `threads` threads, the caller one of them.
-// parts < 2^16. While another caller's work is running, the caller does all of it alone: so several Python
-// threads do not wait for each other. What `work` throws is thrown here, once all parts have ended.
+constexpr int64_t kMostParts = 0xffff;
+
+// Runs work(context, part) for every part of [0, parts), parts <= kMostParts, on at most `threads` threads: the
+// caller and others, on CPUs that the caller may use. While another caller's work is running, the caller does all of
+// its own alone: so several Python threads do not wait for each other. What `work` throws is thrown here, once all
+// parts have ended.
 void run_parts(int64_t threads, int64_t parts, void (*work)(const void* context, int64_t part), const void* context);
 
 }  // namespace bitnet_ops
