@@ -2,10 +2,12 @@
 
     python bench/make_synthetic_checkpoint.py /tmp/bitnet-2b4t                # 1.2 GB, the real shapes
     python bench/make_synthetic_checkpoint.py /tmp/bitnet-2l --layers 2 --tokenizer
+    python bench/make_synthetic_checkpoint.py /tmp/bitnet-sparse --open-gates 0.2
 
-Time and memory of a forward pass do not depend on what the weights say, so benchmarks can do without the
-real ones. Shapes, dtypes, names and the packing are those of microsoft/bitnet-b1.58-2B-4T; the same
-arguments give the same bytes. Weights are written a few MB at a time, whatever the size of the model.
+Of what the weights say, time and memory of a forward pass depend only on the number of open gates in the
+feed-forward blocks, so benchmarks can do without the real ones. Shapes, dtypes, names and the packing are
+those of microsoft/bitnet-b1.58-2B-4T; the same arguments give the same bytes. Weights are written a few MB at
+a time, whatever the size of the model.
 """
 
 import argparse
@@ -29,6 +31,8 @@ square 1 and 2560 inputs the logits of the tied head then have a standard deviat
 
 ALIGNMENT = 8
 """safetensors headers are padded with spaces to a multiple of 8 bytes, so that all tensors are aligned."""
+
+FOUR_ZEROS = 0b01_01_01_01  # four codes of weight 0
 
 DTYPE_BYTES = {"U8": 1, "BF16": 2}
 
@@ -82,7 +86,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: "packed" (U8), "scale", "norm" or "embedding" (BF16)."""
+    """One tensor of the file: "packed" or "gate" (U8), "scale", "norm" or "embedding" (BF16)."""
 
     name: str
     kind: str
@@ -91,7 +95,7 @@ class Entry:
 
     @property
     def dtype(self) -> str:
-        return "U8" if self.kind == "packed" else "BF16"
+        return "U8" if self.kind in ("packed", "gate") else "BF16"
 
     @property
     def nbytes(self) -> int:
@@ -121,18 +125,26 @@ def entries(shape: Shape) -> Iterator[Entry]:
             ("mlp.up_proj", intermediate, hidden),
             ("mlp.down_proj", hidden, intermediate),
         ):
-            yield Entry(f"{prefix}.{name}.weight", "packed", (outputs // 4, inputs))
+            kind = "gate" if name == "mlp.gate_proj" else "packed"
+            yield Entry(f"{prefix}.{name}.weight", kind, (outputs // 4, inputs))
             yield Entry(f"{prefix}.{name}.weight_scale", "scale", (1,), inputs)
     yield Entry("model.norm.weight", "norm", (hidden,))
 
 
-def contents(entry: Entry, generator: torch.Generator) -> Iterator[Tensor]:
+def contents(entry: Entry, generator: torch.Generator, open_gates: float) -> Iterator[Tensor]:
     """The tensor's numbers, a chunk of uint8 bytes at a time."""
+    if entry.kind == "gate" and open_gates < 0.5:
+        # Half of the random rows open for a token. Rows of zeros never do, four of them at a time.
+        closed = torch.rand(entry.shape[0], generator=generator) >= 2 * open_gates
+    else:
+        closed = torch.zeros(entry.shape[0], dtype=torch.bool)
     for start in range(0, entry.nbytes, CHUNK_BYTES):
         count = min(CHUNK_BYTES, entry.nbytes - start) // DTYPE_BYTES[entry.dtype]
-        if entry.kind == "packed":
+        if entry.dtype == "U8":
             # Each weight is -1, 0 or 1 with equal chance; Gaussian master weights quantise to 31 % zeros.
-            yield _legal_bytes()[torch.randint(3**4, (count,), generator=generator)]
+            codes = _legal_bytes()[torch.randint(3**4, (count,), generator=generator)]
+            row = torch.arange(start, start + count) // entry.shape[1]
+            yield codes.masked_fill_(closed[row], FOUR_ZEROS)
             continue
         if entry.kind == "scale":
             # A ternary weight has variance 2/3. This scale keeps the root mean square from input to output.
@@ -146,7 +158,7 @@ def contents(entry: Entry, generator: torch.Generator) -> Iterator[Tensor]:
         yield numbers.bfloat16().view(torch.uint8)
 
 
-def write_weights(file: Path, shape: Shape, seed: int) -> None:
+def write_weights(file: Path, shape: Shape, seed: int, open_gates: float) -> None:
     """Streams model.safetensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -163,7 +175,7 @@ def write_weights(file: Path, shape: Shape, seed: int) -> None:
     ):
         out.write(len(text).to_bytes(8, "little") + text)
         for entry in entries(shape):
-            for chunk in contents(entry, generator):
+            for chunk in contents(entry, generator, open_gates):
                 out.write(chunk.numpy().data)
                 progress.update(chunk.numel())
     os.replace(draft, file)
@@ -265,6 +277,14 @@ def main() -> None:
         )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default 0)")
     parser.add_argument(
+        "--open-gates",
+        type=_share,
+        default=0.5,
+        metavar="F",
+        help="share of gates that a token opens, 0 to 0.5; of down_proj's inputs about two thirds of it are "
+        "not zero (default 0.5, all weights random)",
+    )
+    parser.add_argument(
         "--tokenizer", action="store_true", help="write a trivial tokenizer and chat template too"
     )
     arguments = parser.parse_args()
@@ -281,7 +301,14 @@ def main() -> None:
     write_json_files(arguments.folder, shape)
     if arguments.tokenizer:
         write_tokenizer(arguments.folder, shape)
-    write_weights(arguments.folder / "model.safetensors", shape, arguments.seed)
+    write_weights(arguments.folder / "model.safetensors", shape, arguments.seed, arguments.open_gates)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 0.5:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 0.5, got {value}")
+    return value
 
 
 def _positive(text: str) -> int:

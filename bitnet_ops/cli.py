@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import DEFAULT_MODEL
+from .cli_errors import expected_errors
+from .convert import convert
 from .training.command import train
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ def commands() -> None:
       bitnet-ops generate --model bitnet-b1.58-2B-4T --temperature 0 "The capital of France is"
       bitnet-ops chat --model bitnet-b1.58-2B-4T
       bitnet-ops train --text novel.txt --out novel-model
+      bitnet-ops convert bitnet-b1.58-2B-4T bitnet-here
       bitnet-ops info
 
     `bitnet-ops COMMAND --help` says more.
@@ -260,6 +263,7 @@ def info(folder: Path | None, threads: int | None) -> None:
 
 
 commands.add_command(train)
+commands.add_command(convert)
 
 
 def model_facts(model: BitNet) -> dict[str, str]:
@@ -352,15 +356,6 @@ def speed(stream: TextStream) -> str:
     if new > 1:  # the first one comes out of the prompt's pass
         words += f", {(new - 1) / stream.decode_seconds:.1f} tokens/s"
     return words
-
-
-@contextlib.contextmanager
-def expected_errors() -> Iterator[None]:
-    """Turns errors that a user can cause into one line on stderr and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError, ArithmeticError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
 
 
 def main() -> NoReturn:
