@@ -15,7 +15,8 @@ import time
 from functools import cache
 from pathlib import Path
 
-SOURCES = ("read_bandwidth.cpp", "multiply_rate.cpp")
+CSRC = Path(__file__).parent.parent / "csrc"
+SOURCES = ("read_bandwidth.cpp", "multiply_rate.cpp", "region_cost.cpp", CSRC / "thread_pool.cpp")
 
 INSTRUCTIONS = {
     "avx512_vbmi": "vpdpbusd zmm",
@@ -36,7 +37,7 @@ def _library() -> ctypes.CDLL:
     """Compiles the probes for this very CPU, once per process; they are too small to be worth keeping."""
     here = Path(__file__).parent
     cpu = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
-    flags = ["-std=c++17", "-O3", cpu, "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]
+    flags = ["-std=c++17", "-O3", cpu, "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread", f"-I{CSRC}"]
     with tempfile.TemporaryDirectory(prefix="bitnet-probes-") as folder:
         path = Path(folder) / "probes.so"
         sources = [here / name for name in SOURCES]
@@ -47,6 +48,10 @@ def _library() -> ctypes.CDLL:
     library.read_bandwidth.restype = ctypes.c_double
     library.multiply_rate.argtypes = [ctypes.c_char_p, ctypes.c_int, cpus]
     library.multiply_rate.restype = ctypes.c_double
+    library.region_seconds.argtypes = [
+        ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_double, ctypes.c_bool,
+    ]  # fmt: skip
+    library.region_seconds.restype = ctypes.c_double
     return library
 
 
@@ -101,3 +106,16 @@ def multiply_rate(instruction: str, threads: int) -> float | None:
     """
     _wait_for_idle_cores(threads)
     return _library().multiply_rate(instruction.encode(), threads, _cpus(threads)) or None
+
+
+def region_seconds(threads: int, rounds: int, parts: int, gap_seconds: float, asleep: bool) -> float:
+    """Seconds of one parallel region of csrc/thread_pool.cpp, and nothing of PyTorch.
+
+    Args:
+        threads: at most so many take part.
+        rounds: of work that only computes.
+        parts: that it is cut into.
+        gap_seconds: what the caller waits before.
+        asleep: whether it sleeps meanwhile, or computes.
+    """
+    return _library().region_seconds(threads, rounds, parts, gap_seconds, asleep)
