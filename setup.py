@@ -17,6 +17,7 @@ STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch tha
 SOURCES = [
     "csrc/ops.cpp",
     "csrc/attention_ops.cpp",
+    "csrc/decoder_ops.cpp",
     "csrc/lm_head_ops.cpp",
     "csrc/fused_ops.cpp",
     "csrc/packing_ops.cpp",

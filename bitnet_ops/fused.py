@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .linear import BitLinear
+from .norm import RMSNorm
 
 
 def norm_linears(norm: nn.Module, projections: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -66,22 +67,33 @@ def norm_squared_relu_glu(norm: nn.Module, gate: nn.Module, up: nn.Module, x: Te
     return F.relu(gate(n)).square() * up(n)
 
 
-def _fusible(norm: nn.Module, projections: Sequence[nn.Module], x: Tensor) -> bool:
-    weight = getattr(norm, "weight", None)
-    if norm.training or not x.is_cpu or weight is None or weight.dtype != torch.float32:
-        return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return False
-    if _hooked(norm):
-        return False
-    return all(
+def is_fusible_norm(norm: nn.Module) -> bool:
+    """Whether operators can do what the norm does, and nobody watches it."""
+    return (
+        type(norm) is RMSNorm
+        and not norm.training
+        and norm.weight.dtype == torch.float32
+        and norm.weight.device.type == "cpu"
+        and not _hooked(norm)
+    )
+
+
+def is_fusible(projection: nn.Module) -> bool:
+    """Whether operators can do what the projection does, and nobody watches it."""
+    return (
         type(projection) is BitLinear
         and projection.bias is None
         and projection.activation_bits == 8
         and projection.group_size == 0
+        and projection.packed_weight.device.type == "cpu"
         and not _hooked(projection)
-        for projection in projections
     )
+
+
+def _fusible(norm: nn.Module, projections: Sequence[nn.Module], x: Tensor) -> bool:
+    if not x.is_cpu or not is_fusible_norm(norm) or not all(map(is_fusible, projections)):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad))
 
 
 def _hooked(module: nn.Module) -> bool:

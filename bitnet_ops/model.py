@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from . import ops, reference
 from .config import BitNetConfig
 from .fused import norm_linear_add, norm_linears, norm_squared_relu_glu
+from .fused_layers import FusedLayers
 from .generate import GenerationMixin
 from .kv_cache import KVCache
 from .linear import BitLinear
+from .norm import RMSNorm
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,19 +31,6 @@ if TYPE_CHECKING:
 LinearFactory = Callable[..., nn.Module]
 """Makes a projection from (in_features, out_features, bias=False), for the architecture has no biases:
 BitLinear, BitLinearQAT, or nn.Linear to compare."""
-
-
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        rms_norm = reference.rms_norm if self.training else ops.rms_norm
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -115,6 +104,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm: token ids to hidden states."""
 
+    _fused_layers: FusedLayers | None = None
+
     def __init__(self, config: BitNetConfig, linear: LinearFactory) -> None:
         super().__init__()
         self.config = config
@@ -141,11 +132,25 @@ class Decoder(nn.Module):
                 cache.padding += padding
             rotation, start = (cache.cos, cache.sin), cache.length - cache.padding
         x = self.dropout(self.embed_tokens(input_ids).float())
-        for layer in self.layers:
-            x = layer(x, rotation, start, cache)
+        fused = None if cache is None or torch.compiler.is_compiling() else self._fuse()
+        if fused is not None and fused.applies(x):
+            x = fused(x, cache, start)
+        else:
+            for layer in self.layers:
+                x = layer(x, rotation, start, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm(x)
+
+    def _fuse(self) -> FusedLayers:
+        """All layers as one operator, collected anew when one of them has changed."""
+        if self._fused_layers is None or not self._fused_layers.is_current():
+            self._fused_layers = FusedLayers(self.layers, FUSIBLE)
+        return self._fused_layers
+
+
+FUSIBLE = (nn.ModuleList, DecoderLayer, Attention, FeedForward, RMSNorm, BitLinear, nn.Dropout)
+"""Modules that `FusedLayers` knows; with another among them the layers run one by one."""
 
 
 class BitNet(GenerationMixin, nn.Module):

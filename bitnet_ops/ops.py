@@ -11,6 +11,7 @@ A wrong argument raises a ``RuntimeError`` that names the operator, the argument
 what was given.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -507,6 +508,71 @@ def cached_attention(
     )
 
 
+def decoder_layers(
+    x: Tensor,
+    norm_weight: Sequence[Tensor],
+    eps: float,
+    packed: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    layouts: Sequence[str],
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_scale: Sequence[Tensor] = (),
+    value_scale: Sequence[Tensor] = (),
+) -> Tensor:
+    """The layers of a BitNet decoder over a cache, one after another.
+
+    For each layer, with its part of every list::
+
+        q, k, v = norm_linears(x, norm_weight[0], eps, [q_proj, k_proj, v_proj])
+        y = cached_attention(q, k, v, cos, sin, start, keys, values, key_scale, value_scale)
+        x = norm_linear_add(y, norm_weight[1], eps, o_proj, x)
+        y = norm_squared_relu_glu(x, norm_weight[2], eps, gate_proj, up_proj)
+        x = norm_linear_add(y, norm_weight[3], eps, down_proj, x)
+
+    Has no gradients.
+
+    Args:
+        x: float32 [B, T, hidden_size].
+        norm_weight: float32, four a layer: input, attn_sub, post_attention, ffn_sub.
+        eps: of all norms.
+        packed: seven a layer: q, k, v, o, gate, up, down; each as in `ternary_linear`.
+        weight_scale: float32 [out_features], seven a layer.
+        layouts: seven a layer.
+        cos: as in `cached_attention`, like the following; the lists have one tensor a layer.
+        sin: likewise.
+        start: likewise.
+        keys: likewise; changed in place.
+        values: likewise; changed in place.
+        key_scale: likewise, empty where the cache is not int8; changed in place.
+        value_scale: likewise; changed in place.
+
+    Returns:
+        float32 [B, T, hidden_size].
+
+    Raises:
+        RuntimeError: if numbers of tensors, dtypes or shapes do not fit together.
+    """
+    return _OPS.decoder_layers.default(
+        x,
+        norm_weight,
+        eps,
+        packed,
+        weight_scale,
+        layouts,
+        cos,
+        sin,
+        start,
+        keys,
+        values,
+        key_scale,
+        value_scale,
+    )
+
+
 # ---- shapes and dtypes without data, for torch.compile and meta tensors ------------------------------
 
 
@@ -688,6 +754,25 @@ def _(
 ) -> Tensor:
     _check_device("cached_attention", q, k=k, v=v, cos=cos, sin=sin, start=start, keys=keys, values=values)
     return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("bitnet_ops::decoder_layers")
+def _(
+    x: Tensor,
+    norm_weight: list[Tensor],
+    eps: float,
+    packed: list[Tensor],
+    weight_scale: list[Tensor],
+    layouts: list[str],
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    key_scale: list[Tensor],
+    value_scale: list[Tensor],
+) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 # ---- gradients, in plain PyTorch -----------------------------------------------------------------

@@ -1,5 +1,5 @@
 // The operators as PyTorch sees them: schemas, and the two that belong to none of the other files, packing_ops.cpp,
-// ternary_ops.cpp, fused_ops.cpp, attention_ops.cpp and lm_head_ops.cpp. All of it stands on torch's stable ABI
+// ternary_ops.cpp, fused_ops.cpp, attention_ops.cpp, decoder_ops.cpp and lm_head_ops.cpp. All of it stands on torch's stable ABI
 // (torch/csrc/stable), so one binary serves torch >= 2.10.
 //
 // Threads: every operator has at most two parallel regions, cut into equal runs of rows or tiles. A cut
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention_ops.h"
+#include "decoder_ops.h"
 #include "dispatch.h"
 #include "fused_ops.h"
 #include "kernel_table.h"
@@ -132,6 +133,10 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
   m.def(
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
+  m.def(
+      "decoder_layers(Tensor x, Tensor[] norm_weight, float eps, Tensor[] packed, Tensor[] weight_scale, "
+      "str[] layouts, Tensor cos, Tensor sin, Tensor start, Tensor(a!)[] keys, Tensor(b!)[] values, "
+      "Tensor(c!)[] key_scale, Tensor(d!)[] value_scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
@@ -151,4 +156,5 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("gumbel_noise", TORCH_BOX(&bitnet_ops::gumbel_noise));
   m.impl("attention", TORCH_BOX(&bitnet_ops::attention));
   m.impl("cached_attention", TORCH_BOX(&bitnet_ops::cached_attention));
+  m.impl("decoder_layers", TORCH_BOX(&bitnet_ops::decoder_layers));
 }

@@ -318,6 +318,27 @@ def test_a_large_call_leaves_small_ones_right(isa: str) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+def decoder_arguments() -> tuple[object, ...]:
+    """Two layers: 24 wide, 40 inside, 3 query heads and 1 key-value head of 8."""
+    sizes = [(24, 24), (8, 24), (8, 24), (24, 24), (40, 24), (40, 24), (24, 40)] * 2
+    cos, sin = reference.rotary_embedding(torch.arange(64), 8, 10000.0)
+    cache = ([torch.zeros(2, 1, *shape) for _ in range(2)] for shape in ((1, 8, 64), (64, 16)))
+    return (
+        torch.randn(2, 3, 24),
+        [torch.rand(40 if i % 4 == 3 else 24) for i in range(8)],
+        1e-5,
+        [ops.pack_ternary(random_ternary(*size)) for size in sizes],
+        [torch.rand(size[0]) for size in sizes],
+        ["tile16"] * 14,
+        cos,
+        sin,
+        torch.tensor([0, 5]),
+        *cache,
+        [],
+        [],
+    )
+
+
 def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
     namespace = torch.ops.bitnet_ops
     w = random_ternary(33, 50)
@@ -398,6 +419,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
             )
             for dtype in (torch.float32, torch.bfloat16, torch.int8)
         },
+        "decoder_layers": (namespace.decoder_layers.default, decoder_arguments()),
         "lm_head in bfloat16": (
             namespace.lm_head.default,
             (grad(x.bfloat16()), grad(torch.randn(70, 50).bfloat16())),

@@ -1,0 +1,136 @@
+"""The layers of a decoder as one operator, where nothing asks for what is between them.
+
+What a decoded token costs beside reading weights is Python: five calls a layer, with the caches of the
+processor full of weights, are several milliseconds. So the arguments of `ops.decoder_layers` are collected
+once and used as long as the modules they come from are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .fused import is_fusible, is_fusible_norm
+from .linear import BitLinear
+from .norm import RMSNorm
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
+
+NORMS = ("input_layernorm", "self_attn.attn_sub_norm", "post_attention_layernorm", "mlp.ffn_sub_norm")
+PROJECTIONS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+"""The modules of a layer in the order of the operator's arguments."""
+
+
+class FusedLayers:
+    """The arguments of `ops.decoder_layers` that come from the layers.
+
+    Example:
+        >>> fused = FusedLayers(decoder.layers, FUSIBLE)
+        >>> if fused.applies(x):
+        ...     x = fused(x, cache, start)  # what the layers would give, bit for bit
+    """
+
+    def __init__(self, layers: nn.ModuleList, known: tuple[type[nn.Module], ...]) -> None:
+        """Collects them.
+
+        Args:
+            layers: of the decoder.
+            known: the modules that do what the operator does.
+        """
+        self._watch = _Watch(layers)
+        self._layers = len(layers)
+        modules = list(layers.modules())
+        self._fusible = (
+            len(layers) > 0 and not self._watch.observed and all(type(m) in known for m in modules)
+        )
+        if not self._fusible:
+            return
+        norms = [layer.get_submodule(name) for layer in layers for name in NORMS]
+        projections = [layer.get_submodule(name) for layer in layers for name in PROJECTIONS]
+        self._norm_weights = [norm.weight for norm in norms]
+        self._fusible = (
+            not any(module.training for module in modules)
+            and len({norm.eps for norm in norms}) == 1
+            and all(is_fusible_norm(norm) for norm in norms)
+            and all(is_fusible(projection) for projection in projections)
+        )
+        self._arguments = (
+            self._norm_weights,
+            norms[0].eps,
+            [projection.packed_weight for projection in projections],
+            [projection.weight_scale for projection in projections],
+            [projection.layout for projection in projections],
+        )
+
+    def is_current(self) -> bool:
+        """Whether the layers still are what they were: modules, tensors, options, hooks."""
+        return self._watch.is_current()
+
+    def applies(self, x: Tensor) -> bool:
+        """Whether the operator gives what the layers would."""
+        if not self._fusible or not x.is_cpu:
+            return False
+        return not torch.is_grad_enabled() or not (
+            x.requires_grad or any(weight.requires_grad for weight in self._norm_weights)
+        )
+
+    def __call__(self, x: Tensor, cache: KVCache, start: Tensor) -> Tensor:
+        """Runs the layers on x, float32 [B, T, hidden_size]; ``start`` as in `ops.cached_attention`."""
+        stored = [cache.keys, cache.values]
+        if cache.dtype == torch.int8:
+            stored += [cache.key_scales, cache.value_scales]
+        stored = [tensors[: self._layers] for tensors in stored]  # a user may have taken layers away
+        return ops.decoder_layers(x, *self._arguments, cache.cos, cache.sin, start, *stored)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """None: a copy of a model collects its own."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None in a pickle, likewise."""
+        return type(None), ()
+
+
+class _Watch:
+    """Sees whether modules are touched, fast: it looks at their dictionaries, all at once."""
+
+    def __init__(self, root: nn.Module) -> None:
+        modules = list(root.modules())
+        self._dicts = [module.__dict__ for module in modules]
+        self._linears = [module.__dict__ for module in modules if type(module) is BitLinear]
+        self._norms = [module.__dict__ for module in modules if type(module) is RMSNorm]
+        self._hooks = [d[name] for d in self._dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
+        tables = [d[name] for d in self._dicts for name in ("_modules", "_parameters", "_buffers")]
+        self._empty = [table for table in tables if not table]
+        self._tables = [table for table in tables if table]
+        self._state = list(self._look())
+        self._was_observed = self.observed
+
+    @property
+    def observed(self) -> bool:
+        """Whether hooks, or a method put in the place of forward, see what a module gives."""
+        return any(self._hooks) or any("forward" in d for d in self._dicts)
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed since the beginning."""
+        if any(self._empty) or self.observed != self._was_observed:
+            return False
+        state = list(self._look())
+        return len(state) == len(self._state) and all(map(is_, state, self._state))
+
+    def _look(self) -> Iterator[Any]:
+        return chain(
+            chain.from_iterable(table.values() for table in self._tables),
+            map(itemgetter("training"), self._dicts),
+            map(itemgetter("eps"), self._norms),
+            chain.from_iterable(map(itemgetter("layout", "activation_bits", "group_size"), self._linears)),
+        )
