@@ -80,6 +80,7 @@ def extension(CppExtension):
             "-std=c++17",
             "-O3",
             "-fno-math-errno",  # sqrt is one instruction; nothing reads errno
+            "-fno-trapping-math",  # nor floating-point flags: both sides of a choice may be computed
             "-ffp-contract=off",  # an FMA only where the source says so: DESIGN.md section 3
             "-fvisibility=hidden",
             "-Wall",

@@ -80,8 +80,12 @@ void squared_relu_times(const T* gate, const T* up, T* y, int64_t count) {
   }
 }
 
+// The product first and the choice after it, for vectors. Where the gate is closed, up may be any bits.
 void squared_relu_times(const float* __restrict gate, const float* __restrict up, float* __restrict y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) y[i] = gate[i] <= 0.0f ? 0.0f : gate[i] * gate[i] * up[i];
+  for (int64_t i = 0; i < count; ++i) {
+    const float product = gate[i] * gate[i] * up[i];
+    y[i] = gate[i] <= 0.0f ? 0.0f : product;
+  }
 }
 
 // Calls f with a null pointer to the storage type of `dtype`.
