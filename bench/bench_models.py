@@ -57,9 +57,9 @@ def bench_prefill(benchmark, subject: Subject) -> None:
 def bench_decode(benchmark, subject: Subject) -> None:
     """Writes tokens one by one behind the prompt."""
 
-    def decode(logits: torch.Tensor, cache: object) -> None:
+    def decode(ids: torch.Tensor, cache: object) -> None:
         for _ in range(DECODED_TOKENS):
-            logits = subject.step(logits.argmax(-1, keepdim=True), cache)
+            ids = subject.step(ids, cache)
 
     benchmark.pedantic(decode, setup=lambda: (subject.prefill(prompt()), {}), rounds=ROUNDS, warmup_rounds=1)
     rate = DECODED_TOKENS / benchmark.stats.stats.median

@@ -21,9 +21,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with torch.inference_mode():
         subject = SUBJECTS[arguments.subject]()
-        logits, cache = subject.prefill(torch.randint(1000, (1, arguments.prompt_tokens)))
+        ids, cache = subject.prefill(torch.randint(1000, (1, arguments.prompt_tokens)))
         for _ in range(4):
-            logits = subject.step(logits.argmax(-1, keepdim=True), cache)
+            ids = subject.step(ids, cache)
     print(subject.name, peak_bytes())
 
 

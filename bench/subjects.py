@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache, ops
+from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache, ops, repack
 
 CONTEXT = 512
 """Tokens a cache has room for."""
@@ -21,8 +21,8 @@ class Subject:
 
     Attributes:
         name: as it stands in the table.
-        prefill: takes ids [1, T], gives the scores after the last token [1, V] and a cache.
-        step: takes one id [1, 1] and the cache, gives the next scores [1, V]; the cache grows.
+        prefill: takes ids [1, T], gives the best-scored next id [1, 1] and a cache.
+        step: takes one id [1, 1] and the cache, gives the next id likewise; the cache grows.
         weight_bytes: bytes of all weights a decoded token has to read.
     """
 
@@ -51,16 +51,20 @@ def bitnet_2b4t() -> Subject:
     fill(model.parameters(), generator)
     model.eval()
 
+    repack(model)
+    head = model.screened_head()  # as `generate` has it
+    assert head is not None
+
     def prefill(ids: Tensor) -> tuple[Tensor, object]:
         cache = KVCache(config, len(ids), CONTEXT)
-        return model(ids, cache=cache, logits_to_keep=1)[:, -1], cache
+        return step(ids, cache), cache
 
     def step(ids: Tensor, cache: object) -> Tensor:
         assert isinstance(cache, KVCache)
-        return model(ids, cache=cache)[:, -1]
+        return head.top_k(model.hidden_states(ids, cache=cache)[:, -1], 1)[1]
 
-    tensors = [*model.parameters(), *model.buffers()]
-    return Subject("BitNet b1.58 2B4T, bitnet_ops", prefill, step, sum(t.nbytes for t in tensors))
+    read = [head.codes, *model.buffers()]
+    return Subject("BitNet b1.58 2B4T, bitnet_ops", prefill, step, sum(tensor.nbytes for tensor in read))
 
 
 def llama_3_2_1b(dtype: torch.dtype) -> Subject:
@@ -94,10 +98,11 @@ def llama_3_2_1b(dtype: torch.dtype) -> Subject:
 
     def prefill(ids: Tensor) -> tuple[Tensor, object]:
         output = model(ids, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1], output.past_key_values
+        return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
 
     def step(ids: Tensor, cache: object) -> Tensor:
-        return model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
 
     name = f"Llama 3.2 1B {str(dtype).removeprefix('torch.')}, transformers"
     return Subject(name, prefill, step, sum(p.nbytes for p in model.parameters()))
