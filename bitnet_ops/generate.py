@@ -1,32 +1,21 @@
 """Text from a model: the decoding loop, whole (`generate`), token by token and as a stream of text.
 
-`GenerationMixin` gives `BitNet` its methods. The loop itself is `_decode`; everything else is built on it.
+`GenerationMixin` gives `BitNet` its methods; the loop itself is `bitnet_ops.decoding`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .generation_settings import (
-    DEFAULT_NEW_TOKENS,
-    GenerationArguments,
-    GenerationSettings,
-)
+from .decoding import Request, decode, prepare
+from .generation_settings import GenerationArguments
 from .kv_cache import KVCache
-from .prompts import (
-    check_attention_mask,
-    check_input_ids,
-    encode_prompt,
-    need_tokenizer,
-    pad_left,
-)
-from .sampling import Sampler
+from .prompts import encode_prompt, need_tokenizer, pad_left
 from .screened_head import LEAST_BYTES, ScreenedHead
 from .text_stream import IncrementalDecoder, StopStrings
 
@@ -35,11 +24,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .config import BitNetConfig
-
-
-PREFILL_TOKENS = 512
-"""A longer prompt is read in pieces of so many tokens, all rows together, so that activations stay small (at
-2B4T's sizes 100 MB): enough for the products to run at full speed. The text is the same for any size."""
 
 
 class Streamer(Protocol):
@@ -108,6 +92,8 @@ class GenerationMixin(nn.Module):
         pad_token_id: int | None = None,
         stop_strings: str | Sequence[str] | None = None,
         seed: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        cache_dtype: torch.dtype | None = None,
         streamer: Streamer | None = None,
     ) -> Tensor:
         """Continues a batch of prompts.
@@ -136,6 +122,11 @@ class GenerationMixin(nn.Module):
                 ``model.tokenizer``.
             seed: for the same text again; by default torch's global generator decides. Each row has a random
                 stream of its own.
+            prompt_lookup_num_tokens: tokens at most that are guessed ahead, where the text repeats what it
+                said before, and computed in one pass; default 10, and 0 guesses none. It changes nothing but
+                the speed, and acts on a single row only.
+            cache_dtype: of keys and values: torch.float32, the default; bfloat16, half the memory; or int8, a
+                quarter. The smaller ones are faster in long texts, and round, so scores differ a little.
             streamer: is shown the prompt and every step's tokens.
 
         Returns:
@@ -162,8 +153,10 @@ class GenerationMixin(nn.Module):
             pad_token_id=pad_token_id,
             stop_strings=stop_strings,
             seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            cache_dtype=cache_dtype,
         )
-        steps = _decode(self, _prepare(self, input_ids, attention_mask, None, arguments))
+        steps = decode(self, prepare(self, input_ids, attention_mask, None, arguments))
         if streamer is not None:
             streamer.put(input_ids)
         new: list[Tensor] = []
@@ -200,8 +193,8 @@ class GenerationMixin(nn.Module):
             >>> for tokens in model.stream_tokens(ids, max_new_tokens=8):
             ...     print(tokens.tolist())
         """
-        request = _prepare(self, input_ids, attention_mask, cache, arguments)
-        return _decode(self, request)
+        request = prepare(self, input_ids, attention_mask, cache, arguments)
+        return decode(self, request)
 
     def stream(
         self,
@@ -238,7 +231,7 @@ class GenerationMixin(nn.Module):
         else:
             ids = encode_prompt(self.config, tokenizer, prompt)
             input_ids = torch.tensor([ids], device=self.device)
-        request = _prepare(self, input_ids, None, cache, arguments)
+        request = prepare(self, input_ids, None, cache, arguments)
         return TextStream(self, tokenizer, request)
 
     def encode(
@@ -296,7 +289,7 @@ class TextStream(Iterator[str]):
         decode_seconds: time spent on the other tokens; what the caller does between pieces does not count.
     """
 
-    def __init__(self, model: GenerationMixin, tokenizer: Tokenizer, request: _Request) -> None:
+    def __init__(self, model: GenerationMixin, tokenizer: Tokenizer, request: Request) -> None:
         self.prompt_ids: list[int] = request.input_ids[0].tolist()
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -306,7 +299,7 @@ class TextStream(Iterator[str]):
         self._stop = StopStrings(request.settings.stop_strings)
         self._decoder = IncrementalDecoder(tokenizer, self.prompt_ids)
         # Stop strings are cut out of the text here; the loop need not look for them as well.
-        self._steps = _decode(model, request, watch_stop_strings=False)
+        self._steps = decode(model, request, watch_stop_strings=False)
 
     def __next__(self) -> str:
         """The next piece of text, never empty."""
@@ -339,119 +332,3 @@ class TextStream(Iterator[str]):
         piece = self._stop.push(self._decoder.flush())
         self.finish_reason = reason if self._stop.found is None else "stop"
         return piece + self._stop.flush()
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What one run of the loop needs, all of it checked."""
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    cache: KVCache
-    max_new_tokens: int
-    settings: GenerationSettings
-
-
-def _prepare(
-    model: GenerationMixin,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    cache: KVCache | None,
-    arguments: GenerationArguments,
-) -> _Request:
-    """Checks the arguments of the loop and makes its cache."""
-    settings = GenerationSettings.resolve(
-        model.config, model.generation_config or {}, model.tokenizer, arguments
-    )
-    check_input_ids(input_ids, model.config.vocab_size, model.device)
-    attention_mask = check_attention_mask(attention_mask, input_ids)
-    if model.training and model.config.dropout > 0:
-        raise ValueError(
-            "generate: expected the model in eval mode, because training mode drops activations "
-            "at random, got training mode; call model.eval() first"
-        )
-    batch, prompt_length = input_ids.shape
-    context = model.config.max_position_embeddings
-    room = context - prompt_length
-    wanted = settings.max_new_tokens
-    # An explicit length that does not fit is an error, the default one gives way.
-    explicit = arguments.get("max_new_tokens") is not None
-    if room < 1 or (explicit and wanted is not None and wanted > room):
-        raise ValueError(
-            f"max_new_tokens: expected the prompt and the new tokens to fit into max_position_embeddings = "
-            f"{context}, got {prompt_length} + {wanted or 1}"
-        )
-    max_new_tokens = min(wanted or DEFAULT_NEW_TOKENS, room)
-    if settings.pad_token_id is None and settings.stop_strings and batch > 1:
-        raise ValueError(
-            "pad_token_id: expected a token id, because stop_strings can end one row before another and "
-            "neither pad_token_id nor eos_token_id is known, got None"
-        )
-    needed = prompt_length + max_new_tokens - 1  # the last token is never fed back
-    if cache is None:
-        cache = KVCache(model.config, batch, needed, device=model.device)
-    else:
-        if cache.batch_size != batch:
-            raise ValueError(f"cache: expected {batch} rows, as input_ids has, got {cache.batch_size}")
-        if cache.length >= prompt_length:
-            raise ValueError(
-                f"cache: expected fewer tokens than the {prompt_length} of input_ids, got {cache.length}"
-            )
-        cache.reserve(needed)
-    return _Request(input_ids, attention_mask, cache, max_new_tokens, settings)
-
-
-@torch.no_grad()  # not inference_mode: the tokens that come out may be used in training
-def _decode(model: GenerationMixin, request: _Request, watch_stop_strings: bool = True) -> Iterator[Tensor]:
-    """The decoding loop: yields int64 [B] per step, until every row has ended."""
-    settings, cache, input_ids = request.settings, request.cache, request.input_ids
-    batch, vocab_size = input_ids.shape[0], model.config.vocab_size
-    sampler = Sampler(settings.sampling, batch, settings.seed)
-    sampler.observe(input_ids, vocab_size, request.attention_mask)
-    head = model.screened_head() if sampler.best_are_enough(vocab_size) else None
-    eos = torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=input_ids.device)
-    watchers = _watchers(model, request) if watch_stop_strings and settings.stop_strings else []
-    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    mask = request.attention_mask
-    new_ids = input_ids[:, cache.length :]
-    if mask is not None:
-        mask = mask[:, cache.length :]
-    piece = max(PREFILL_TOKENS // batch, 1)
-    while new_ids.shape[1] > piece:
-        first = None if mask is None else mask[:, :piece]
-        with torch.inference_mode():
-            if head is None:
-                model(new_ids[:, :piece], attention_mask=first, cache=cache, logits_to_keep=1)
-            else:
-                model.hidden_states(new_ids[:, :piece], attention_mask=first, cache=cache)
-        new_ids = new_ids[:, piece:]
-        mask = None if mask is None else mask[:, piece:]
-    for _ in range(request.max_new_tokens):
-        with torch.inference_mode():  # spares each operator a call into PyTorch's autograd, 5 us apiece
-            if head is None:
-                scores = model(new_ids, attention_mask=mask, cache=cache, logits_to_keep=1)[:, -1]
-            else:
-                hidden = model.hidden_states(new_ids, attention_mask=mask, cache=cache)[:, -1]
-        tokens = sampler(scores) if head is None else sampler.from_head(head, hidden)
-        if settings.pad_token_id is not None:  # without one no row can end before the others
-            tokens = torch.where(running, tokens, settings.pad_token_id)
-        running = running & ~torch.isin(tokens, eos)
-        for row, (decoder, stop) in enumerate(watchers):
-            if running[row]:
-                stop.push(decoder.push(int(tokens[row])))
-                running[row] = stop.found is None
-        yield tokens
-        if not bool(running.any()):
-            return
-        new_ids, mask = tokens.unsqueeze(1), None  # the cache remembers what is padding
-
-
-def _watchers(model: GenerationMixin, request: _Request) -> list[tuple[IncrementalDecoder, StopStrings]]:
-    tokenizer = need_tokenizer(model.tokenizer, "stop_strings")
-    mask = request.attention_mask
-    watchers = []
-    for row, ids in enumerate(request.input_ids):
-        context = ids if mask is None else ids[mask[row].bool()]
-        decoder = IncrementalDecoder(tokenizer, context.tolist())
-        watchers.append((decoder, StopStrings(request.settings.stop_strings)))
-    return watchers

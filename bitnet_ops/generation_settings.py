@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
+
 from .config import BitNetConfig
+from .kv_cache import CACHE_DTYPES
 from .sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 64
 """Length of a text where neither the caller nor the checkpoint asks for one: a few sentences."""
+
+DEFAULT_DRAFT_TOKENS = 10
+"""Most tokens of a draft; more would hardly be faster, because a pass over so many is bound by arithmetic."""
 
 SAMPLING_NAMES = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
@@ -34,6 +40,8 @@ class GenerationArguments(TypedDict, total=False):
     pad_token_id: int | None
     stop_strings: str | Sequence[str] | None
     seed: int | None
+    prompt_lookup_num_tokens: int | None
+    cache_dtype: torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class GenerationSettings:
         pad_token_id: fills the rows that ended before the others; None if nobody names one.
         stop_strings: strings that end a text.
         seed: of the random streams, or None.
+        prompt_lookup_num_tokens: tokens of a draft at most, 0 for none.
+        cache_dtype: of keys and values, or None for that of the cache at hand, or float32.
     """
 
     max_new_tokens: int | None
@@ -59,6 +69,8 @@ class GenerationSettings:
     pad_token_id: int | None
     stop_strings: tuple[str, ...]
     seed: int | None
+    prompt_lookup_num_tokens: int
+    cache_dtype: torch.dtype | None
 
     @classmethod
     def resolve(
@@ -95,6 +107,7 @@ class GenerationSettings:
             file_eos = _token_ids("eos_token_id", from_file.get("eos_token_id", ()), config.vocab_size)
             file_pad = _token_ids("pad_token_id", from_file.get("pad_token_id", ()), config.vocab_size)
             file_length = _check_length(from_file.get("max_new_tokens"))
+            file_drafts = _draft_tokens(from_file.get("prompt_lookup_num_tokens", DEFAULT_DRAFT_TOKENS))
         except ValueError as error:
             raise ValueError(f"generation_config: {error}") from None
         sampling = dataclasses.replace(sampling, **{n: given[n] for n in SAMPLING_NAMES if n in given})
@@ -103,7 +116,7 @@ class GenerationSettings:
             if idle:
                 warnings.warn(
                     f"{', '.join(idle)}: no effect while do_sample is False; give do_sample=True to sample",
-                    stacklevel=4,  # resolve <- _prepare <- generate <- the caller
+                    stacklevel=4,  # resolve <- prepare <- generate <- the caller
                 )
         if "eos_token_id" in given:
             eos = _token_ids("eos_token_id", given["eos_token_id"], config.vocab_size)
@@ -124,6 +137,8 @@ class GenerationSettings:
             pad_token_id=pad,
             stop_strings=_stop_strings(given.get("stop_strings", ()), tokenizer),
             seed=_seed(given.get("seed")),
+            prompt_lookup_num_tokens=_draft_tokens(given.get("prompt_lookup_num_tokens", file_drafts)),
+            cache_dtype=_cache_dtype(given.get("cache_dtype")),
         )
 
 
@@ -155,4 +170,16 @@ def _stop_strings(value: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
 def _seed(value: int | None) -> int | None:
     if value is not None and (type(value) is not int or not 0 <= value < 2**63):
         raise ValueError(f"seed: expected an int in [0, 2**63), got {value!r}")
+    return value
+
+
+def _draft_tokens(value: int) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"prompt_lookup_num_tokens: expected an int >= 0 (0 for no drafts), got {value!r}")
+    return value
+
+
+def _cache_dtype(value: torch.dtype | None) -> torch.dtype | None:
+    if value is not None and value not in CACHE_DTYPES:
+        raise ValueError(f"cache_dtype: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {value!r}")
     return value

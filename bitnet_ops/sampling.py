@@ -7,6 +7,7 @@ that is needed of the vocabulary, and a `ScreenedHead` finds the same ones with 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,8 @@ class Sampler:
     """Chooses one token per row, and remembers what each row has seen.
 
     Every row has its own random stream, and takes exactly one number from it per token. So a row's text
-    depends on the seed and on its place in the batch, not on what the other rows do or how many there are.
+    depends on the seed and on its place in the batch, not on what the other rows do or how many there are,
+    nor on whether its tokens are chosen one by one or several at once (`follow`).
 
     Example:
         >>> sampler = Sampler(SamplingConfig(do_sample=True), batch_size=1, seed=0)
@@ -128,13 +130,16 @@ class Sampler:
         if self._seen is not None:
             logits = penalize_repetition(logits, self._seen, self.config.repetition_penalty)
         vocab_size = logits.shape[-1]
-        if self._unfiltered(vocab_size):
-            noise = self._noise(vocab_size).to(logits.device)
+        numbers = self._numbers(vocab_size)
+        if numbers is None:
+            token = token if self._seen is None else logits.argmax(dim=-1)
+        elif self._unfiltered(vocab_size):
+            noise = ops.gumbel_noise(numbers, vocab_size).to(logits.device)
             token = (logits.double() / self.config.temperature + noise).argmax(dim=-1)
-        elif self.config.do_sample:
-            token = self._draw(*candidates(logits, self.config))
-        elif self._seen is not None:
-            token = logits.argmax(dim=-1)
+        else:
+            probabilities, ids = candidates(logits, self.config)
+            token = draw(probabilities, numbers.to(logits.device))
+            token = token if ids is None else ids.gather(1, token.unsqueeze(1)).squeeze(1)
         if self._seen is not None:
             self._seen.scatter_(1, token.unsqueeze(1), True)
         return token
@@ -158,17 +163,78 @@ class Sampler:
         Raises:
             FloatingPointError: as for the call.
         """
+        best, tokens = self._from_head(head, hidden, self._numbers(head.weight.shape[0]))
+        check_finite(best)
+        return tokens
+
+    def follow(self, logits: Tensor, draft: Sequence[int]) -> Tensor:
+        """Chooses the tokens of several positions of one row: those that one call after another would choose.
+
+        Scores were computed for a text that goes on with ``draft``, so they hold up to the first token that
+        turns out to be another one.
+
+        Args:
+            logits: float [P, V], of P = ``len(draft) + 1`` positions.
+            draft: guesses of all tokens but the last.
+
+        Returns:
+            int64 [n], 1 <= n <= P: the first n - 1 of the draft, and the token behind them. Fewer where a
+            later position has bad scores, so that these raise when it is the first.
+
+        Raises:
+            FloatingPointError: as for the call, about the first position.
+        """
+        sound = logits.amax(dim=-1).isfinite().tolist()
+        tokens = [self(logits[:1])]
+        while (count := len(tokens)) <= len(draft) and int(tokens[-1]) == draft[count - 1] and sound[count]:
+            tokens.append(self(logits[count : count + 1]))
+        return torch.cat(tokens)
+
+    def follow_from_head(self, head: ScreenedHead, hidden: Tensor, draft: Sequence[int]) -> Tensor:
+        """Chooses the tokens that `follow` with all logits would choose, where `best_are_enough`.
+
+        Args:
+            head: the table that makes logits.
+            hidden: float [P, K].
+            draft: as for `follow`.
+
+        Returns:
+            int64 [n], as `follow`.
+
+        Raises:
+            FloatingPointError: as for `follow`.
+        """
         vocab_size = head.weight.shape[0]
-        temperature = self.config.temperature
-        draws_of_few = self.config.do_sample and not self._unfiltered(vocab_size)
-        if draws_of_few or not self.config.do_sample:
-            logits, ids = head.top_k(hidden, self.config.top_k if draws_of_few else 1)
+        # The table is read once for all positions, so their numbers are needed before it is known how many
+        # will count: they are taken from a copy of the stream, and those that count then from the stream.
+        streams = self._generators
+        self._generators = [stream.clone_state() for stream in streams]
+        ahead = [self._numbers(vocab_size) for _ in range(hidden.shape[0])]
+        self._generators = streams
+        numbers = [number for number in ahead if number is not None]
+        best, tokens = self._from_head(head, hidden, torch.cat(numbers) if numbers else None)
+        check_finite(best[:1])
+        chosen, sound = tokens.tolist(), best.isfinite().tolist()
+        count = 1
+        while count <= len(draft) and chosen[count - 1] == draft[count - 1] and sound[count]:
+            count += 1
+        for _ in range(count):
+            self._numbers(vocab_size)
+        return tokens[:count]
+
+    def _from_head(self, head: ScreenedHead, hidden: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The best logit of each row of ``hidden``, and the token that its number chooses."""
+        vocab_size, temperature = head.weight.shape[0], self.config.temperature
+        if numbers is None:
+            logits, ids = head.top_k(hidden, 1)
+        elif self._unfiltered(vocab_size):
+            logits, ids = head.top_k(hidden, 1, temperature, ops.gumbel_noise(numbers, vocab_size))
         else:
-            logits, ids = head.top_k(hidden, 1, temperature, self._noise(vocab_size))
-        check_finite(logits[:, 0])
-        if draws_of_few:
-            return self._draw(filtered(logits.double() / temperature, self.config), ids)
-        return ids[:, 0]
+            logits, ids = head.top_k(hidden, self.config.top_k)
+            sound = logits[:, :1].isfinite()  # of other rows nobody wants the token
+            scores = torch.where(sound, logits, 0.0).double() / temperature
+            ids = ids.gather(1, draw(filtered(scores, self.config), numbers).unsqueeze(1))
+        return logits[:, 0], ids[:, 0]
 
     def _unfiltered(self, vocab_size: int) -> bool:
         """Whether the draw is from the softmax over all tokens."""
@@ -176,16 +242,15 @@ class Sampler:
         all_tokens = config.top_k == 0 or config.top_k >= vocab_size
         return config.do_sample and all_tokens and config.top_p == 1 and not config.min_p
 
-    def _noise(self, vocab_size: int) -> Tensor:
-        seeds = [torch.randint(2**63 - 1, (), generator=generator) for generator in self._generators]
-        return ops.gumbel_noise(torch.stack(seeds), vocab_size)
-
-    def _uniform(self) -> Tensor:
+    def _numbers(self, vocab_size: int) -> Tensor | None:
+        """The next number of every row's stream [B]: None where the best token is taken, int64 seeds of noise
+        where no filter acts, else float64 points in [0, 1) of a cumulative distribution.
+        """
+        if not self.config.do_sample:
+            return None
+        if self._unfiltered(vocab_size):
+            return torch.stack([torch.randint(2**63 - 1, (), generator=g) for g in self._generators])
         return torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in self._generators])
-
-    def _draw(self, probabilities: Tensor, ids: Tensor | None) -> Tensor:
-        choice = draw(probabilities, self._uniform().to(probabilities.device))
-        return choice if ids is None else ids.gather(1, choice.unsqueeze(1)).squeeze(1)
 
 
 def check_finite(best: Tensor) -> None:

@@ -173,7 +173,11 @@ def test_no_pass_is_wasted_behind_the_end(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(calls) == 5
 
 
-def sampled_text(seed: int = 8) -> tuple[list[int], str]:
+SEED = 15
+"""Its text has, late enough, three printable characters that span two tokens: `spanning_stop`."""
+
+
+def sampled_text(seed: int = SEED) -> tuple[list[int], str]:
     ids = new_ids(MODEL, [9], do_sample=True, max_new_tokens=40, seed=seed)
     assert MODEL.tokenizer is not None
     return ids, MODEL.tokenizer.decode(ids)
@@ -196,7 +200,7 @@ def spanning_stop() -> tuple[str, int]:
 def test_stop_string_over_several_tokens() -> None:
     ids, text = sampled_text()
     stop, count = spanning_stop()
-    settings = dict(do_sample=True, max_new_tokens=40, seed=8, stop_strings=["never this", stop])
+    settings = dict(do_sample=True, max_new_tokens=40, seed=SEED, stop_strings=["never this", stop])
     assert new_ids(MODEL, [9], **settings) == ids[:count]
     stream = MODEL.stream([9], **settings)
     assert "".join(stream) == text[: text.index(stop)]
@@ -208,7 +212,12 @@ def test_stop_string_ends_one_row_only() -> None:
     stop, count = spanning_stop()
     ids, _ = sampled_text()
     rows = MODEL.generate(
-        torch.tensor([[9], [9]]), do_sample=True, max_new_tokens=40, seed=8, stop_strings=stop, pad_token_id=1
+        torch.tensor([[9], [9]]),
+        do_sample=True,
+        max_new_tokens=40,
+        seed=SEED,
+        stop_strings=stop,
+        pad_token_id=1,
     )[:, 1:]
     assert rows[0, :count].tolist() == ids[:count]
     assert (rows[0, count:] == 1).all()
@@ -245,7 +254,7 @@ def test_stream_hides_the_end_token() -> None:
     assert MODEL.tokenizer is not None
     eos = ids[12]
     stop = ids.index(eos)
-    stream = MODEL.stream([9], do_sample=True, max_new_tokens=40, seed=8, eos_token_id=eos)
+    stream = MODEL.stream([9], do_sample=True, max_new_tokens=40, seed=SEED, eos_token_id=eos)
     assert "".join(stream) == MODEL.tokenizer.decode(ids[:stop])
     assert stream.finish_reason == "eos"
     assert stream.token_ids == ids[: stop + 1]
