@@ -55,11 +55,15 @@ class GenerationMixin(nn.Module):
         """The table that makes scores."""
         raise NotImplementedError
 
-    def screened_head(self, done: Callable[[Tensor], None] = lambda rows: None) -> ScreenedHead | None:
+    def screened_head(
+        self,
+        copy: tuple[Tensor, Tensor] | None = None,
+        done: Callable[[Tensor], None] = lambda rows: None,
+    ) -> ScreenedHead | None:
         """The head as `generate` uses it, made at the first call and anew when the weights have changed.
 
         None where it does not apply: `certified_head` says so, in training mode, or on another device.
-        ``done`` is called with rows of the table that are not needed for now (see `ScreenedHead`).
+        The arguments are for a loader, which may have the copy stored; see `ScreenedHead`.
         """
         weight = self.head_weight
         wanted = self.certified_head
@@ -68,7 +72,7 @@ class GenerationMixin(nn.Module):
         if not wanted or self.training or weight.device.type != "cpu":
             return None
         if self._screened_head is None or not self._screened_head.is_current(weight):
-            self._screened_head = ScreenedHead(weight, done)
+            self._screened_head = ScreenedHead(weight, copy, done)
         return self._screened_head
 
     @property

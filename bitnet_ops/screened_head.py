@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import ops
@@ -10,6 +11,9 @@ from .packing import TILE_ROWS
 
 LEAST_BYTES = 4 << 20
 """Smaller tables are computed whole by default: a copy saves under 0.05 ms a token there (bench/LOG.md)."""
+
+FORMAT = "6 bits, a factor for 64 inputs"
+"""Of the copy, as csrc/kernels/screen.h draws it: stored copies of another are not used."""
 
 PIECE_ROWS = 4096  # a multiple of 16, the tile of the copy; 10 MB of codes at 2B4T's width
 
@@ -29,16 +33,22 @@ class ScreenedHead:
         >>> logits, ids = head.top_k(hidden, 50)     # the best of ops.lm_head(hidden, model.head_weight)
     """
 
-    def __init__(self, weight: Tensor, done: Callable[[Tensor], None] = lambda rows: None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        copy: tuple[Tensor, Tensor] | None = None,
+        done: Callable[[Tensor], None] = lambda rows: None,
+    ) -> None:
         """Makes the copy.
 
         Args:
             weight: float32, bfloat16 or float16 [V, K], on the CPU.
+            copy: what `ops.screen_lm_head` gave for this very table, if that is at hand.
             done: is called with rows of the table that have been copied, piece by piece, so that a table that
                 is a mapped file need not be in memory as a whole.
         """
         self.weight = weight
-        self.codes, self.bounds = _screen(weight.detach(), done)
+        self.codes, self.bounds = copy or _screen(weight.detach(), done)
         self.rescored: Tensor | None = None
         self._state = _state(weight)
 
@@ -64,13 +74,17 @@ class ScreenedHead:
         return logits, ids
 
 
+def copy_tensors(weight: Tensor) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of what `ops.screen_lm_head` gives for a table: codes and bounds."""
+    codes, bounds = ops.screen_lm_head(weight[:TILE_ROWS].detach())
+    tiles = -(-weight.shape[0] // TILE_ROWS)
+    return ((tiles, *codes.shape[1:]), codes.dtype), ((bounds.shape[0], tiles * TILE_ROWS), bounds.dtype)
+
+
 def _screen(weight: Tensor, done: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
     """`ops.screen_lm_head` piece by piece, into 2 MB pages: a decoded token reads all of it."""
     memory = HugePages()
-    first, first_bounds = ops.screen_lm_head(weight[:TILE_ROWS])
-    tiles = -(-weight.shape[0] // TILE_ROWS)
-    codes = memory.empty((tiles, *first.shape[1:]), first.dtype)
-    bounds = memory.empty((first_bounds.shape[0], tiles * TILE_ROWS), first_bounds.dtype)
+    codes, bounds = (memory.empty(shape, dtype) for shape, dtype in copy_tensors(weight))
     begin = 0
     for rows in weight.split(PIECE_ROWS):
         piece, piece_bounds = ops.screen_lm_head(rows)

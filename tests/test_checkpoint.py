@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import (
     Sizes,
     Weights,
@@ -21,7 +22,7 @@ from tiny_checkpoints import (
 )
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, reference
+from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, ops, reference
 from bitnet_ops.checkpoint import CheckpointError, from_pretrained, packed, save_pretrained
 
 SIZES = [
@@ -234,6 +235,79 @@ def test_a_mapped_model_shares_the_file_and_survives_its_replacement(tmp_path: P
     assert not torch.equal(some_logits(model), before)
     assert some_logits(from_pretrained(tmp_path / "b")).isfinite().all()
     assert from_pretrained(tmp_path / "b").model.embed_tokens.weight.any()
+
+
+def head_model(tmp_path: Path) -> BitNet:
+    """A model with a head that is screened though it is small, saved to the folder "b"."""
+    model = from_pretrained(tiny_folder(tmp_path / "a", Sizes(hidden=64, heads=4, kv_heads=2, vocab=300)))
+    model.certified_head = True
+    assert model.screened_head() is not None
+    model.save_pretrained(tmp_path / "b")
+    return model
+
+
+def load_screened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BitNet:
+    monkeypatch.setattr(BitNet, "certified_head", True)
+    return from_pretrained(folder)
+
+
+def is_in_the_file(tensor: torch.Tensor, folder: Path) -> bool:
+    file = os.fspath(folder / "model.safetensors")
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return line.endswith(file)
+    raise AssertionError("no such memory")
+
+
+def test_the_copy_of_the_head_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = head_model(tmp_path).screened_head()
+    again = load_screened(tmp_path / "b", monkeypatch).screened_head()
+    assert head is not None
+    assert again is not None
+    assert torch.equal(again.codes, head.codes)
+    assert torch.equal(again.bounds, head.bounds)
+    assert is_in_the_file(again.codes, tmp_path / "b")
+    assert not is_in_the_file(head.codes, tmp_path / "b")
+
+
+def another_table(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"][7, 3] += 1
+
+
+def a_shorter_copy(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["screened_head.codes"] = tensors["screened_head.codes"][1:].clone()
+
+
+def half_a_copy(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["screened_head.bounds"]
+
+
+@pytest.mark.parametrize("change", [another_table, a_shorter_copy, half_a_copy])
+def test_a_copy_that_does_not_fit_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, torch.Tensor]], None]
+) -> None:
+    head_model(tmp_path)
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    model = load_screened(tmp_path / "b", monkeypatch)
+    head = model.screened_head()
+    assert head is not None
+    codes, bounds = ops.screen_lm_head(model.head_weight)
+    assert torch.equal(head.codes, codes)
+    assert torch.equal(head.bounds, bounds)
+
+
+def test_a_copy_of_another_format_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head_model(tmp_path)
+    file = tmp_path / "b" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["screened_head"]["format"] = "another"
+    file.write_text(json.dumps(config))
+    head = load_screened(tmp_path / "b", monkeypatch).screened_head()
+    assert head is not None
+    assert not is_in_the_file(head.codes, tmp_path / "b")
 
 
 def test_without_mmap_the_model_does_not_depend_on_the_file(tmp_path: Path) -> None:

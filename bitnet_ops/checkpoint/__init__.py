@@ -6,6 +6,7 @@ packed.py       weights in our own format, and save_pretrained
 config_json.py  config.json
 text_files.py   tokenizer, chat template, generation defaults
 files.py        JSON and safetensors files, not trusted
+head_copy.py    the head's copy for certified tokens
 mapped_file.py  a file as memory
 write.py        a safetensors file that is fast to map
 codes.py        the check of packed weights

@@ -17,6 +17,7 @@ from ..model import BitNet, RMSNorm
 from .config_json import parse_config
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json
+from .head_copy import stored_head, stored_names
 from .hf import PublishedProjections
 from .packed import CONFIG_FILE, QUANT_METHOD, PackedProjections
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
@@ -83,7 +84,9 @@ def from_pretrained(folder: str | os.PathLike[str], *, mmap: bool | None = None)
         with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
             model = BitNet(config)
         _load_weights(model, files, projections)
-        model.eval().requires_grad_(False).screened_head(files.forget)
+        model.eval().requires_grad_(False)
+        copy = stored_head(files, data.get("quantization_config") or {}, model.head_weight)
+        model.screened_head(copy, files.forget)
     model.tokenizer = tokenizer
     model.generation_config = generation_config
     model.chat_template = chat_template
@@ -151,6 +154,8 @@ def _load_weights(model: BitNet, files: TensorFiles, projections: ProjectionRead
         files.expect(TIED_HEAD, FLOAT_DTYPES, tuple(model.head_weight.shape))
         used.append(TIED_HEAD)
         steps.append(partial(_check_tied, files, model))
+    if isinstance(projections, PackedProjections):
+        used += stored_names(files)
     unexpected = sorted(files.tensors.keys() - set(used))
     if unexpected:
         raise files.error(
