@@ -151,36 +151,56 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The int8 copy of a table, and bounds of what it loses (csrc/kernels/screen.h has the proof).
+    """The copy of a table in six bits, and bounds of what it loses (csrc/kernels/screen.h has the proof).
 
-    ``scale = absmax / 127``, ``q = round(row * (127 / absmax))``, ``residual = row - scale * q``. A row of
-    elements below 2^-100 becomes zeros; so does one that is not finite, with infinite bounds.
+    A row has a ``scale`` of 16 significant bits, 64 of its inputs a ``factor`` from 0 to 127, and each input a
+    ``q = round(input / (scale * factor))`` from -31 to 31. A row of elements below 2^-100 becomes zeros; so does
+    one that is not finite, with infinite bounds.
 
     Args:
         weight: float [V, K].
 
     Returns:
-        ``(codes, bounds)``: uint8 [ceil(V / 16), ceil(K / 16), 256], ``q + 128`` in tiles of 16 rows x 4
-        inputs; and float32 [3, 16 * ceil(V / 16)], of each row ``scale``, ``|scale * q| + |residual|`` and
-        ``|residual| + gamma * (|scale * q| + |residual|)``, gamma being the relative error of a float32 sum.
+        ``(codes, bounds)``: uint8 [ceil(V / 16), bytes of 16 rows], the factors and then ``q + 32``; and float32
+        [3, 16 * ceil(V / 16)], of each row ``scale``, ``|Q| + |residual|`` and ``|residual| + gamma * (|Q| +
+        |residual|)``, where ``Q = scale * factor * q`` and gamma is the relative error of two float32 sums.
     """
     vocabulary, in_features = weight.shape
-    wide = torch.nn.functional.pad(weight.float(), (0, -in_features % 16, 0, -vocabulary % 16))
-    absmax = wide.abs().amax(dim=1) if in_features else wide.new_zeros(wide.shape[0])
+    wide = torch.nn.functional.pad(weight.float(), (0, -in_features % 64, 0, -vocabulary % 16))
+    grouped = wide.unflatten(1, (-1, 64))  # [row, group, input]
+    group_absmax = grouped.abs().amax(dim=2)
+    absmax = group_absmax.amax(dim=1) if in_features else wide.new_zeros(wide.shape[0])
     finite = absmax.isfinite()
     quantized = finite & (absmax >= 2.0**-100)
-    scale = torch.where(quantized, absmax / 127, 0.0)
-    factor = torch.full_like(absmax, 127.0) / absmax  # of a number, torch would take 127 * (1 / absmax)
-    q = torch.where(quantized[:, None], (wide * factor[:, None]).round(), 0.0)
-    norm = (scale[:, None].double() * q).norm(dim=1)
-    residual = (wide.double() - scale[:, None].double() * q).norm(dim=1)
-    additions = -(-in_features // 64) + 6
+    usual = torch.where(quantized, absmax, 1.0)
+
+    # Rounded up to 16 bits, so that products with factors are exact; then up until the largest q reaches absmax.
+    bits = ((usual / torch.full_like(usual, 31 * 127.0)).view(torch.int32) + 0xFF) & ~0xFF
+    bits += 0x100 * (bits.view(torch.float32).double() * (31 * 127) < usual)
+    scale = bits.view(torch.float32)
+    reach = scale.double()[:, None] * 31
+    factor = (group_absmax / (scale * 31)[:, None]).nan_to_num(0, 0, 0).trunc()
+    factor += reach * factor < group_absmax
+    factor = torch.where(quantized[:, None], factor, 0.0)
+    scale = torch.where(quantized, scale, 0.0)
+    step = scale[:, None] * factor
+    inverse = torch.where(step == 0, 0.0, 1.0 / step)
+    q = torch.where(quantized[:, None, None], (grouped * inverse[:, :, None]).round(), 0.0)
+
+    norm = (step.double()[:, :, None] * q).flatten(1).norm(dim=1)
+    residual = (grouped.double() - step.double()[:, :, None] * q).flatten(1).norm(dim=1)
+    additions = 2 * step.shape[1] + 7
     gamma = additions * 2.0**-24 / (1 - additions * 2.0**-24)
     bounds = torch.stack((norm + residual, residual + gamma * (norm + residual) + 2.0**-100))
     bounds = torch.where(finite, bounds, torch.inf).float()
-    tiles = (q + 128).to(torch.uint8).unflatten(0, (-1, 16)).unflatten(2, (-1, 4, 4))
-    codes = tiles.permute(0, 2, 3, 1, 4).flatten(2)  # [tile, block, four, row, j]
-    return codes.contiguous(), torch.cat((scale[None], bounds))
+
+    factors = factor.to(torch.uint8).unflatten(0, (-1, 16)).transpose(1, 2).flatten(1)  # [tile, group * 16 + row]
+    factors = torch.nn.functional.pad(factors, (0, -factors.shape[1] % 64))
+    code = (q + 32).to(torch.uint8).unflatten(0, (-1, 16)).unflatten(3, (4, 4, 4))
+    code = code.permute(0, 2, 3, 4, 1, 5).flatten(4)  # [tile, group, block, four, row * 4 + j]
+    upper = torch.stack([code[..., 3, :] >> 2 * line & 3 for line in range(3)], dim=3)
+    lines = (code[..., :3, :] | upper << 6).flatten(1)
+    return torch.cat((factors, lines), dim=1), torch.cat((scale[None], bounds))
 
 
 def lm_head_top_k(

@@ -154,23 +154,30 @@ constexpr int64_t attention_scratch(int64_t rows, int64_t head_dim) {
          kAttentionBlock * (head_dim + value_width(head_dim));
 }
 
-// ---- the certified LM head: kernels/screen.h draws the int8 copy and proves the bounds ----------------
+// ---- the certified LM head: kernels/screen.h draws the copy and proves the bounds ---------------------
 
-constexpr int64_t kScreenBlockBytes = 4 * kBlockBytes;  // 16 rows x 16 inputs
+constexpr int64_t kScreenGroup = 64;  // inputs that share a factor
+constexpr int64_t kScreenGroupBytes = kTileRows * kScreenGroup * 6 / 8;
 
-// Largest in_features of a screen, so that int32 sums cannot overflow.
+constexpr int64_t screen_groups(int64_t in_features) { return divide_up(in_features, kScreenGroup); }
+
+// A tile: factors of 16 rows, whole cache lines of them, then the groups.
+constexpr int64_t screen_factor_bytes(int64_t groups) { return divide_up(groups * kTileRows, kBlockBytes) * kBlockBytes; }
+constexpr int64_t screen_tile_bytes(int64_t groups) { return screen_factor_bytes(groups) + groups * kScreenGroupBytes; }
+
+// Largest in_features of a screen: the bounds of rounding are derived for it.
 constexpr int64_t kMaxScreenFeatures = int64_t{1} << 16;
 
 // More than what underflow can take from a logit, for norms up to 1; far below any logit that matters.
 constexpr double kUnderflow = 0x1p-100;
 
-// The int8 copy of a table, and what its rows lose in it.
+// The copy of a table in six bits, and what its rows lose in it.
 struct ScreenTable {
   const void* weight;  // [vocabulary][in_features], contiguous
   DType weight_dtype;
   int64_t in_features;
   int64_t vocabulary;
-  uint8_t* codes;   // [tiles][blocks][kScreenBlockBytes]
+  uint8_t* codes;   // [tiles][screen_tile_bytes]
   float* scale;     // [tiles * kTileRows] each, and so:
   float* norm;      // infinite for a row that is not finite
   float* residual;
@@ -178,25 +185,25 @@ struct ScreenTable {
 
 // What the bounds need of one token.
 struct ScreenedToken {
-  double scale;    // h is about scale * (256 * hi + lo)
-  double norm;     // at least ||h||
-  double error;    // at least ||h - scale * (256 * hi + lo)||, underflow included
-  int32_t sum[2];  // of hi and of lo
+  double scale;  // h is about scale * (256 * hi + lo)
+  double norm;   // at least ||h||
+  double error;  // at least ||h - scale * (256 * hi + lo)||, underflow included
 };
 
 struct Screen {
   const uint8_t* codes;  // as in ScreenTable
-  int64_t blocks;
+  int64_t groups;
   const float* scale;
   const float* norm;
   const float* residual;
   const int8_t* q;  // [tokens][2][q_stride]: hi and lo; zeros from in_features on
   int64_t q_stride;
+  const int32_t* group_sum;    // [tokens][groups]: of 256 * hi + lo
   const ScreenedToken* token;  // [tokens]
   int64_t tokens;
   int64_t vocabulary;
-  float* upper;  // [tokens][vocabulary], at least the logit that `logits` would give,
-  float* lower;  // likewise, at most that logit; infinite where nothing is known
+  float* upper;        // [tokens][vocabulary], at least the logit that `logits` would give; infinite if nothing is known,
+  float* approximate;  // the logit but for the error; then minus infinity
 };
 
 struct KernelTable {
@@ -254,11 +261,11 @@ struct KernelTable {
   // logits.out is not used.
   void (*logits_of_rows)(const Logits& logits, const int32_t* rows, int64_t count, float* out, float* scratch);
 
-  // Makes tiles [tile_begin, tile_end) of the copy. Scratch: `wide` of in_features rounded up to kVirtualLanes,
-  // and `q` of kTileRows times as many.
+  // Makes tiles [tile_begin, tile_end) of the copy. Scratch: `wide` of whole groups, and `q` of 16 times as many and
+  // a byte for each group.
   void (*screen_rows)(const ScreenTable& table, int64_t tile_begin, int64_t tile_end, float* wide, int8_t* q);
 
-  // Bounds of the logits of tiles [tile_begin, tile_end), every token.
+  // Bounds and approximations of the logits of tiles [tile_begin, tile_end), every token.
   void (*screen)(const Screen& screen, int64_t tile_begin, int64_t tile_end);
 };
 

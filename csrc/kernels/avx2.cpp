@@ -32,6 +32,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -55,18 +56,37 @@ struct Maddubs {
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
 };
 
-// The screen of the LM head. vpmaddubsw would saturate (255 * 128 * 2 > 32767), so codes and activations widen to
+// tile_sums.h, in two ways.
+//
+// Codes of eight bits: vpmaddubsw would saturate (255 * 128 * 2 > 32767), so codes and activations widen to
 // 16 bits; vpmaddwd then adds two products to int32. A quarter of a line is one ymm of four rows:
 //
 //     code_i16x16   | row 0: j=0..3   | row 1: j=0..3   | row 2: j=0..3   | row 3: j=0..3   |   vpmovzxbw
 //     q_i16x16      | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   |
 //     acc_i32x8     | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  |
-struct WideningScreen {
-  static constexpr int32_t kCodeBias = 128;
-  static constexpr int kRows = 2;  // 2 x 4 accumulators + 2 activations + 1 code + 1 product = 12 of 16 registers
+//
+// Codes of six: a pair of products lies in [-16128, 16002], so two pairs fit an int16 lane, and half a line is one ymm of
+// eight rows, as for ternary codes.
+struct Avx2Sums {
+  static constexpr bool kUnsigned = true;
+  // Eight bits: 2 x 4 accumulators + 2 activations + 1 code + 1 product. Six: 4 x 2 and two codes. 12 of 16 registers.
+  static constexpr int kRows = 4;
 
+  template <class Codes, int ROWS>
+  static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    if constexpr (Codes::kLines == SixBitCodes::kLines) {
+      six_bits<ROWS>(codes, blocks, q, q_stride, acc);
+    } else if constexpr (ROWS > 2) {
+      eight_bits<2>(codes, blocks, q, q_stride, acc);
+      eight_bits<ROWS - 2>(codes, blocks, q + 2 * q_stride, q_stride, acc + 2 * kTileRows);
+    } else {
+      eight_bits<ROWS>(codes, blocks, q, q_stride, acc);
+    }
+  }
+
+ private:
   template <int ROWS>
-  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  static void eight_bits(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     __m256i acc_i32x8[ROWS][4];
     for (int t = 0; t < ROWS; ++t) {
       for (int i = 0; i < 4; ++i) acc_i32x8[t][i] = _mm256_setzero_si256();
@@ -74,8 +94,8 @@ struct WideningScreen {
     for (int64_t b = 0; b < blocks; ++b) {
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        const uint8_t* line = tile + b * kScreenBlockBytes + p * kBlockBytes;
-        prefetch_near(line + kPrefetchBytes);
+        const uint8_t* line = codes + (4 * b + p) * kBlockBytes;
+        ask_ahead<Ymm>(line);
         __m256i q_i16x16[ROWS];
 #pragma GCC unroll 2
         for (int t = 0; t < ROWS; ++t) {
@@ -100,6 +120,41 @@ struct WideningScreen {
         const __m256i rows_i32x8 = _mm256_hadd_epi32(acc_i32x8[t][i], acc_i32x8[t][i + 1]);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kTileRows + 4 * i),
                             _mm256_permute4x64_epi64(rows_i32x8, 0xd8));
+      }
+    }
+  }
+
+  template <int ROWS>
+  static void six_bits(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    __m256i acc_i32x8[ROWS][2];
+    for (int t = 0; t < ROWS; ++t) acc_i32x8[t][0] = acc_i32x8[t][1] = _mm256_setzero_si256();
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* block = codes + b * SixBitCodes::kLines * kBlockBytes;
+      two_steps<0>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+      two_steps<2>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+    }
+    for (int t = 0; t < ROWS; ++t) {
+      for (int half = 0; half < 2; ++half) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kTileRows + 8 * half), acc_i32x8[t][half]);
+      }
+    }
+  }
+
+  // Inputs 4P .. 4P+7 of a block.
+  template <int P, int ROWS>
+  static void two_steps(const uint8_t* block, const int8_t* q, int64_t q_stride, __m256i (&acc_i32x8)[ROWS][2]) {
+    for (int p = P; p < P + 2 && p < SixBitCodes::kLines; ++p) ask_ahead<Ymm>(block + p * kBlockBytes);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m256i first_u8x32 = code_of<P>(SixBitCodes{}, block + 32 * half);
+      const __m256i second_u8x32 = code_of<P + 1>(SixBitCodes{}, block + 32 * half);
+#pragma GCC unroll 4
+      for (int t = 0; t < ROWS; ++t) {
+        const int8_t* q_four = q + t * q_stride + 4 * P;
+        const __m256i pairs_i16x16 = _mm256_add_epi16(_mm256_maddubs_epi16(first_u8x32, broadcast4(q_four)),
+                                                      _mm256_maddubs_epi16(second_u8x32, broadcast4(q_four + 4)));
+        acc_i32x8[t][half] =
+            _mm256_add_epi32(acc_i32x8[t][half], _mm256_madd_epi16(pairs_i16x16, _mm256_set1_epi16(1)));
       }
     }
   }
@@ -128,7 +183,7 @@ constexpr KernelTable kAvx2Kernels = {
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Ymm>::screen_rows,
-    ScreenDriver<WideningScreen>::screen,
+    ScreenDriver<Ymm, Avx2Sums>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -19,6 +19,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -99,7 +100,7 @@ constexpr KernelTable kAvx512VbmiKernels = {
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Avx512>::screen_rows,
-    ScreenDriver<Avx512Screen>::screen,
+    ScreenDriver<Avx512, Avx512Sums>::screen,
 };
 
 }  // namespace bitnet_ops

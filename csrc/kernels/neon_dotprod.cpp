@@ -31,6 +31,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -64,7 +65,7 @@ constexpr KernelTable kNeonDotprodKernels = {
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Neon>::screen_rows,
-    ScreenDriver<SdotScreen>::screen,
+    ScreenDriver<Neon, SdotSums>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -34,6 +34,7 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -147,7 +148,7 @@ constexpr KernelTable kNeonI8mmKernels = {
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Neon>::screen_rows,
-    ScreenDriver<SdotScreen>::screen,
+    ScreenDriver<Neon, SdotSums>::screen,
 };
 
 }  // namespace bitnet_ops
