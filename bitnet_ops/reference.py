@@ -258,6 +258,8 @@ def gumbel_noise(seed: Tensor, size: int) -> Tensor:
 
 KEYS_IN_BLOCK = 64
 """Keys of a cache stand in blocks of so many, transposed: see `cached_attention`."""
+KEYS_IN_SPAN = 256
+"""Keys and values of an int8 cache stand in spans of so many: see `int8_spans`."""
 
 
 def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -330,6 +332,32 @@ def attention(
     return y if real is None else torch.where(real.unsqueeze(-1), y, 0.0)
 
 
+def int8_spans(x: Tensor, transposed: bool = False) -> Tensor:
+    """Vectors of an int8 cache as `cached_attention` keeps them.
+
+    256 vectors are a span, a matrix [256, width] or its transpose. It is cut into tiles of 16 rows, a tile into
+    16 x 4 elements, all of them in row-major order.
+
+    Args:
+        x: int8 [..., 256 * spans, width], width a multiple of 16.
+        transposed: whether a span's rows are elements of vectors rather than vectors.
+
+    Returns:
+        int8 [..., spans, 256 * width].
+    """
+    spans = x.unflatten(-2, (-1, KEYS_IN_SPAN))
+    spans = spans.mT if transposed else spans
+    return spans.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 16)).transpose(-3, -2).flatten(-4)
+
+
+def int8_rows(spans: Tensor, transposed: bool = False) -> Tensor:
+    """The inverse of `int8_spans`."""
+    columns = KEYS_IN_SPAN if transposed else spans.shape[-1] // KEYS_IN_SPAN
+    tiles = spans.unflatten(-1, (-1, columns // 4, 16, 4)).transpose(-3, -2)  # [..., tile, row, four, j]
+    rows = tiles.flatten(-2).flatten(-3, -2)
+    return (rows.mT if transposed else rows).flatten(-3, -2)
+
+
 def cached_attention(
     q: Tensor,
     k: Tensor,
@@ -352,10 +380,11 @@ def cached_attention(
         sin: as for `attention`.
         start: int64 [B], the position of each sequence's first new token; the cache holds those before it.
             Tokens at negative positions are padding, and are not stored.
-        keys: float32, bfloat16 or int8 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is
-            column p % 64 of block p // 64.
-        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], changed in place.
-        key_scale: float32 [B, kv_heads, blocks * 64] where the cache is int8, changed in place. Each head's
+        keys: float32 or bfloat16 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is column
+            p % 64 of block p // 64. Or int8 as from `int8_spans`, with the inputs of keys as columns.
+        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], or int8 as from `int8_spans`
+            with keys as columns; changed in place.
+        key_scale: float32 [B, kv_heads, spans * 256] where the cache is int8, changed in place. Each head's
             vector is rounded by `quantize_activations`.
         value_scale: likewise.
 
@@ -372,19 +401,21 @@ def cached_attention(
     sequence, token = real.nonzero(as_tuple=True)
     place = positions[sequence, token]
     new_keys, new_values = k[sequence, token], v[sequence, token]  # [new, kv_heads, head_dim]
-    if key_scale is not None and value_scale is not None:
-        new_keys, key_scale[sequence, :, place] = quantize_activations(new_keys)
-        new_values, value_scale[sequence, :, place] = quantize_activations(new_values)
-    keys[sequence, :, place // KEYS_IN_BLOCK, :, place % KEYS_IN_BLOCK] = new_keys.to(keys.dtype)
-    values[sequence, :, place, :head_dim] = new_values.to(values.dtype)
-    values[sequence, :, place, head_dim:] = 0
-
     longest = int(positions.max()) + 1 if positions.numel() else 0
-    k = keys.transpose(3, 4).flatten(2, 3)[:, :, :longest].float()  # [B, kv_heads, S, head_dim]
-    v = values[:, :, :longest, :head_dim].float()
-    if key_scale is not None and value_scale is not None:
-        k = k * key_scale[:, :, :longest, None]
-        v = v * value_scale[:, :, :longest, None]
+    if key_scale is None or value_scale is None:
+        keys[sequence, :, place // KEYS_IN_BLOCK, :, place % KEYS_IN_BLOCK] = new_keys.to(keys.dtype)
+        values[sequence, :, place, :head_dim] = new_values.to(values.dtype)
+        values[sequence, :, place, head_dim:] = 0
+        k = keys.transpose(3, 4).flatten(2, 3)[:, :, :longest].float()  # [B, kv_heads, S, head_dim]
+        v = values[:, :, :longest, :head_dim].float()
+    else:
+        k, v = int8_rows(keys), int8_rows(values, transposed=True)
+        k[sequence, :, place, :head_dim], key_scale[sequence, :, place] = quantize_activations(new_keys)
+        v[sequence, :, place, :head_dim], value_scale[sequence, :, place] = quantize_activations(new_values)
+        keys.copy_(int8_spans(k))
+        values.copy_(int8_spans(v, transposed=True))
+        k = k[:, :, :longest, :head_dim] * key_scale[:, :, :longest, None]
+        v = v[:, :, :longest, :head_dim] * value_scale[:, :, :longest, None]
     group = q.shape[2] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     seen = torch.arange(longest, device=q.device) <= positions.unsqueeze(-1)  # [B, T, S]

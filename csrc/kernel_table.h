@@ -128,9 +128,9 @@ struct Attention {
   int64_t head_dim;  // even
   float scale;       // of scores, in units of ln 2: log2(e) / sqrt(head_dim), taken into q
   CacheType cache;
-  int64_t capacity;  // positions of a sequence, a multiple of kAttentionBlock
-  void* keys;        // [batch][kv_heads][capacity / kAttentionBlock][head_dim][kAttentionBlock]
-  void* values;      // [batch][kv_heads][capacity][value_width(head_dim)]
+  int64_t capacity;  // positions of a sequence, a multiple of kAttentionBlock, for kInt8 of kAttentionSpan
+  void* keys;        // [batch][kv_heads][capacity / kAttentionBlock][head_dim][kAttentionBlock], and for kInt8
+  void* values;      // [batch][kv_heads][capacity][value_width(head_dim)]: spans as in kernels/attention_int8.h
   float* key_scale;  // [batch][kv_heads][capacity]; only for kInt8
   float* value_scale;
   float* out;  // [batch][tokens][kv_heads * group * head_dim], contiguous
@@ -148,10 +148,18 @@ struct AttentionState {
   float* out;  // [rows][value_width(head_dim)]
 };
 
-// Floats of scratch that attention_span needs; attention_store needs two heads.
+// Largest head_dim of an int8 cache, so that int32 sums cannot overflow.
+constexpr int64_t kMaxInt8HeadDim = int64_t{1} << 16;
+
+// Floats of scratch that attention_queries and attention_span need; attention_store needs two heads.
 constexpr int64_t attention_scratch(int64_t rows, int64_t head_dim) {
-  return kAttentionRegisterRows * kAttentionBlock + rows * head_dim +
-         kAttentionBlock * (head_dim + value_width(head_dim));
+  const int64_t width = value_width(head_dim);
+  const int64_t scores = kAttentionRegisterRows * kAttentionBlock;
+  // Queries, and a block of keys and values widened; or queries in two bytes an element, with a scale and two
+  // sums, scores of a span, its weights in two bytes each, and a query.
+  const int64_t of_floats = rows * head_dim + kAttentionBlock * (head_dim + width);
+  const int64_t of_bytes = rows * (width / 2 + 3) + kAttentionRegisterRows * kAttentionSpan * 3 / 2 + head_dim;
+  return scores + (of_floats > of_bytes ? of_floats : of_bytes);
 }
 
 // ---- the certified LM head: kernels/screen.h draws the copy and proves the bounds ---------------------
@@ -246,7 +254,10 @@ struct KernelTable {
   // Rotates the keys of these tokens and writes them and the values into the cache.
   void (*attention_store)(const Attention& attention, const AttentionRows& rows, float* scratch);
 
-  // Attends to the keys of one span alone: `state` is written, not read.
+  // Makes the queries of these rows, which stay in scratch.
+  void (*attention_queries)(const Attention& attention, const AttentionRows& rows, float* scratch);
+
+  // Attends to the keys of one span alone: `state` is written, not read. Scratch holds what attention_queries made.
   void (*attention_span)(const Attention& attention, const AttentionRows& rows, int64_t span,
                          const AttentionState& state, float* scratch);
 

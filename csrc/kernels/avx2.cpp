@@ -33,6 +33,7 @@
 
 #include "float_algorithms.h"
 #include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -58,18 +59,19 @@ struct Maddubs {
 
 // tile_sums.h, in two ways.
 //
-// Codes of eight bits: vpmaddubsw would saturate (255 * 128 * 2 > 32767), so codes and activations widen to
+// Signed bytes: vpmaddubsw would saturate (255 * 128 * 2 > 32767), so numbers and activations widen to
 // 16 bits; vpmaddwd then adds two products to int32. A quarter of a line is one ymm of four rows:
 //
-//     code_i16x16   | row 0: j=0..3   | row 1: j=0..3   | row 2: j=0..3   | row 3: j=0..3   |   vpmovzxbw
+//     number_i16x16   | row 0: j=0..3   | row 1: j=0..3   | row 2: j=0..3   | row 3: j=0..3   |   vpmovsxbw
 //     q_i16x16      | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   |
 //     acc_i32x8     | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  |
 //
 // Codes of six: a pair of products lies in [-16128, 16002], so two pairs fit an int16 lane, and half a line is one ymm of
 // eight rows, as for ternary codes.
 struct Avx2Sums {
-  static constexpr bool kUnsigned = true;
-  // Eight bits: 2 x 4 accumulators + 2 activations + 1 code + 1 product. Six: 4 x 2 and two codes. 12 of 16 registers.
+  template <class Codes>
+  static constexpr int32_t kExcess = Codes::kLines == SixBitCodes::kLines ? SixBitCodes::kZero : 0;
+  // Signed bytes: 2 x 4 accumulators + 2 activations + 1 code + 1 product. Six: 4 x 2 and two codes. 12 of 16 registers.
   static constexpr int kRows = 4;
 
   template <class Codes, int ROWS>
@@ -77,16 +79,16 @@ struct Avx2Sums {
     if constexpr (Codes::kLines == SixBitCodes::kLines) {
       six_bits<ROWS>(codes, blocks, q, q_stride, acc);
     } else if constexpr (ROWS > 2) {
-      eight_bits<2>(codes, blocks, q, q_stride, acc);
-      eight_bits<ROWS - 2>(codes, blocks, q + 2 * q_stride, q_stride, acc + 2 * kTileRows);
+      signed_bytes<2>(codes, blocks, q, q_stride, acc);
+      signed_bytes<ROWS - 2>(codes, blocks, q + 2 * q_stride, q_stride, acc + 2 * kTileRows);
     } else {
-      eight_bits<ROWS>(codes, blocks, q, q_stride, acc);
+      signed_bytes<ROWS>(codes, blocks, q, q_stride, acc);
     }
   }
 
  private:
   template <int ROWS>
-  static void eight_bits(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  static void signed_bytes(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     __m256i acc_i32x8[ROWS][4];
     for (int t = 0; t < ROWS; ++t) {
       for (int i = 0; i < 4; ++i) acc_i32x8[t][i] = _mm256_setzero_si256();
@@ -105,11 +107,11 @@ struct Avx2Sums {
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const __m256i code_i16x16 =
-              _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line + 16 * i)));
+          const __m256i number_i16x16 =
+              _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line + 16 * i)));
 #pragma GCC unroll 2
           for (int t = 0; t < ROWS; ++t) {
-            acc_i32x8[t][i] = _mm256_add_epi32(acc_i32x8[t][i], _mm256_madd_epi16(code_i16x16, q_i16x16[t]));
+            acc_i32x8[t][i] = _mm256_add_epi32(acc_i32x8[t][i], _mm256_madd_epi16(number_i16x16, q_i16x16[t]));
           }
         }
       }
@@ -161,7 +163,7 @@ struct Avx2Sums {
 };
 
 using Float = FloatKernels<Ymm>;
-using Attend = AttentionKernels<Ymm>;
+using Attend = AttentionKernels<Ymm, Avx2Sums>;
 
 }  // namespace
 
@@ -178,6 +180,7 @@ constexpr KernelTable kAvx2Kernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,

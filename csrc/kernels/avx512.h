@@ -384,12 +384,13 @@ struct Sparse {
 
 // tile_sums.h: four lines of codes, then a product for each row of q.
 struct Avx512Sums {
-  static constexpr bool kUnsigned = true;
+  template <class Codes>
+  static constexpr int32_t kExcess = Codes::kZero;
   static constexpr int kRows = 12;  // as many chains, which cover the latency of vpdpbusd
 
   template <int P>
-  static __m512i code(EightBitCodes, const uint8_t* block) {
-    return load64(block + P * kBlockBytes);
+  static __m512i code(SignedCodes, const uint8_t* block) {
+    return _mm512_xor_si512(load64(block + P * kBlockBytes), _mm512_set1_epi8(-128));
   }
   template <int P>
   static __m512i code(SixBitCodes, const uint8_t* block) {

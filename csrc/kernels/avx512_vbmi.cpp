@@ -20,6 +20,7 @@
 
 #include "float_algorithms.h"
 #include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -78,7 +79,7 @@ struct Base3Codes {
 };
 
 using Float = FloatKernels<Avx512>;
-using Attend = AttentionKernels<Avx512>;
+using Attend = AttentionKernels<Avx512, Avx512Sums>;
 
 }  // namespace
 
@@ -95,6 +96,7 @@ constexpr KernelTable kAvx512VbmiKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,

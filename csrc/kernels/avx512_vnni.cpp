@@ -19,6 +19,7 @@
 
 #include "float_algorithms.h"
 #include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -28,7 +29,7 @@ namespace bitnet_ops {
 namespace {
 
 using Float = FloatKernels<Avx512>;
-using Attend = AttentionKernels<Avx512>;
+using Attend = AttentionKernels<Avx512, Avx512Sums>;
 
 }  // namespace
 
@@ -45,6 +46,7 @@ constexpr KernelTable kAvx512VnniKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,

@@ -31,6 +31,7 @@
 
 #include "float_algorithms.h"
 #include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -96,7 +97,8 @@ struct Inner : YmmLoops<Dpbusd> {
 
 // tile_sums.h
 struct DpbusdSums {
-  static constexpr bool kUnsigned = true;
+  template <class Codes>
+  static constexpr int32_t kExcess = Codes::kZero;
   static constexpr int kRows = 4;  // 2 x 4 accumulators + 2 codes + 1 activation
 
   template <class Codes, int ROWS>
@@ -134,7 +136,7 @@ struct DpbusdSums {
 };
 
 using Float = FloatKernels<Ymm>;
-using Attend = AttentionKernels<Ymm>;
+using Attend = AttentionKernels<Ymm, DpbusdSums>;
 
 }  // namespace
 
@@ -151,6 +153,7 @@ constexpr KernelTable kAvxVnniKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,

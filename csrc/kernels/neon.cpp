@@ -27,6 +27,7 @@
 // No target region: all of this is the baseline.
 #include "float_algorithms.h"
 #include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -145,7 +146,8 @@ struct Inner : NeonSparse<Smlal> {
 
 // tile_sums.h. Two products of -128 by -128 would overflow an int16 lane, so each is added to int32 at once.
 struct SmullSums {
-  static constexpr bool kUnsigned = false;
+  template <class Codes>
+  static constexpr int32_t kExcess = 0;
   static constexpr int kRows = 2;  // 2 x 8 accumulators + 4 codes + 1 activation + 1 mask + products
 
   template <class Codes, int ROWS>
@@ -198,7 +200,7 @@ struct SmullSums {
 };
 
 using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon>;
+using Attend = AttentionKernels<Neon, SmullSums>;
 
 }  // namespace
 
@@ -215,6 +217,7 @@ constexpr KernelTable kNeonKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,

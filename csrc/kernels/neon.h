@@ -134,8 +134,8 @@ inline int8x16_t codes(uint8x16_t block_u8x16) {
 // tile_sums.h: four rows, inputs 4P .. 4P+3 of a block, as signed numbers. `quarter` is the block's first byte of
 // these rows.
 template <int P>
-inline int8x16_t number_of(EightBitCodes, const uint8_t* quarter) {
-  return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(quarter + P * kBlockBytes), vdupq_n_u8(0x80)));
+inline int8x16_t number_of(SignedCodes, const uint8_t* quarter) {
+  return vreinterpretq_s8_u8(vld1q_u8(quarter + P * kBlockBytes));
 }
 template <int P>
 inline int8x16_t number_of(SixBitCodes, const uint8_t* quarter) {

@@ -32,6 +32,7 @@
 
 #include "float_algorithms.h"
 #include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -43,7 +44,7 @@ namespace bitnet_ops {
 namespace {
 
 using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon>;
+using Attend = AttentionKernels<Neon, SdotSums>;
 
 }  // namespace
 
@@ -60,6 +61,7 @@ constexpr KernelTable kNeonDotprodKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,

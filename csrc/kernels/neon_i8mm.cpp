@@ -35,6 +35,7 @@
 
 #include "float_algorithms.h"
 #include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -126,7 +127,7 @@ struct Inner {
 };
 
 using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon>;
+using Attend = AttentionKernels<Neon, SdotSums>;
 
 }  // namespace
 
@@ -143,6 +144,7 @@ constexpr KernelTable kNeonI8mmKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,

@@ -15,6 +15,7 @@
 #include "../kernel_table.h"
 #include "float_algorithms.h"
 #include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -146,11 +147,12 @@ struct Inner {
 
 // tile_sums.h
 struct ScalarSums {
-  static constexpr bool kUnsigned = false;
+  template <class Codes>
+  static constexpr int32_t kExcess = 0;
   static constexpr int kRows = 2;
 
-  static int32_t code(EightBitCodes, const uint8_t* block, int64_t p, int64_t byte) {
-    return block[p * kBlockBytes + byte];
+  static int32_t code(SignedCodes, const uint8_t* block, int64_t p, int64_t byte) {
+    return block[p * kBlockBytes + byte] ^ SignedCodes::kZero;
   }
   static int32_t code(SixBitCodes, const uint8_t* block, int64_t p, int64_t byte) {
     if (p < 3) return block[p * kBlockBytes + byte] & 0x3f;
@@ -175,7 +177,7 @@ struct ScalarSums {
 };
 
 using Float = FloatKernels<Scalar>;
-using Attend = AttentionKernels<Scalar>;
+using Attend = AttentionKernels<Scalar, ScalarSums>;
 
 }  // namespace
 
@@ -192,6 +194,7 @@ constexpr KernelTable kScalarKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,

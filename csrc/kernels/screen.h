@@ -111,7 +111,7 @@ struct ScreenDriver {
       Sums::template sums<SixBitCodes, 2 * TOKENS>(codes + g * kScreenGroupBytes, kGroupBlocks,
                                                    p.q + 2 * token * p.q_stride + g * kScreenGroup, p.q_stride, acc);
       for (int t = 0; t < TOKENS; ++t) {
-        const int32_t excess = kExcess<Sums, SixBitCodes> * p.group_sum[(token + t) * p.groups + g];
+        const int32_t excess = Sums::template kExcess<SixBitCodes> * p.group_sum[(token + t) * p.groups + g];
         add_group(acc + 2 * t * kTileRows, excess, m + g * kTileRows, sum[t]);
       }
     }

@@ -137,7 +137,8 @@ struct SdotLoops : NeonSparse<Sdot> {
 
 // tile_sums.h
 struct SdotSums {
-  static constexpr bool kUnsigned = false;
+  template <class Codes>
+  static constexpr int32_t kExcess = 0;
   static constexpr int kRows = 4;  // 4 x 4 accumulators + 4 activations + 4 codes + 4 masks = 28 of 32 registers
 
   template <class Codes, int ROWS>

@@ -138,8 +138,8 @@ inline __m256i codes_of(__m256i packed_u8x32, int p) {
 
 // tile_sums.h: eight rows, inputs 4P .. 4P+3 of a block that begins 32 bytes earlier or here.
 template <int P>
-inline __m256i code_of(EightBitCodes, const uint8_t* half) {
-  return load32(half + P * kBlockBytes);
+inline __m256i code_of(SignedCodes, const uint8_t* half) {
+  return _mm256_xor_si256(load32(half + P * kBlockBytes), _mm256_set1_epi8(-128));
 }
 template <int P>
 inline __m256i code_of(SixBitCodes, const uint8_t* half) {

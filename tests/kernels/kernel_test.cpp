@@ -535,7 +535,7 @@ struct AttentionCache {
   Buffer<uint8_t> keys, values;
   Buffer<float> key_scale, value_scale;
   AttentionCache(const AttentionCase& c, int64_t capacity, int64_t bytes)
-      : keys(2 * c.kv_heads * capacity * c.head_dim * bytes),
+      : keys(2 * c.kv_heads * capacity * (bytes == 1 ? value_width(c.head_dim) : c.head_dim) * bytes),
         values(2 * c.kv_heads * capacity * value_width(c.head_dim) * bytes),
         key_scale(bytes == 1 ? 2 * c.kv_heads * capacity : 0),
         value_scale(bytes == 1 ? 2 * c.kv_heads * capacity : 0) {
@@ -566,6 +566,7 @@ void run_attention(const KernelTable& table, Attention attention, int64_t tokens
         }
         std::memset(out.data, 0, out.count * sizeof(float));
         const int64_t last = attention.start[b] + end - 1;
+        table.attention_queries(attention, at, scratch.data);
         for (int64_t span = 0; span * kAttentionSpan <= last; ++span) {
           table.attention_span(attention, at, span, part, scratch.data);
           table.attention_join(attention, at, span, state, part);
@@ -583,7 +584,8 @@ void test_attention(const AttentionCase& c, CacheType type, Random& random) {
   int64_t before = 0;
   for (const int64_t start : c.start) before = start > before ? start : before;
   const int64_t positions = before + c.tokens;
-  const int64_t capacity = divide_up(positions, kAttentionBlock) * kAttentionBlock;
+  const int64_t part = type == CacheType::kInt8 ? kAttentionSpan : kAttentionBlock;
+  const int64_t capacity = divide_up(positions, part) * part;
   const int64_t heads = c.kv_heads * c.group;
   const int64_t half = c.head_dim / 2;
   Buffer<float> q(2 * positions * heads * c.head_dim), k(2 * positions * c.kv_heads * c.head_dim);
