@@ -41,8 +41,8 @@ class KVCache:
         Args:
             config: the model's.
             batch_size: number of rows.
-            capacity: rounded up to a multiple of 64, with int8 of 256. The system hands out the memory as it is
-                written to.
+            capacity: rounded up to a multiple of 64, with int8 of 256. The system hands out the memory as it
+                is written to.
             dtype: float32; bfloat16, half the bytes; or int8 with a scale for each head of each token, a
                 quarter. What is stored is rounded to it, so the dtype changes the scores.
             device: that of the model.

@@ -487,8 +487,8 @@ def cached_attention(
         start: int64 [B], the position of each sequence's first new token; the cache holds those before it.
             Tokens at negative positions are padding, and are not stored.
         keys: float32 or bfloat16 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is column
-            p % 64 of block p // 64. Or int8 [B, kv_heads, spans, 256 * width], where width is head_dim rounded
-            up to 16; csrc/kernels/attention_int8.h draws a span of 256 positions.
+            p % 64 of block p // 64. Or int8 [B, kv_heads, spans, 256 * width], where width is head_dim
+            rounded up to 16; csrc/kernels/attention_int8.h draws a span of 256 positions.
         values: same dtype, [B, kv_heads, blocks * 64, width], and for int8 as ``keys``; changed in place.
         key_scale: float32 [B, kv_heads, spans * 256] where the cache is int8, else None; changed in place.
             Each head's vector is rounded as by `quantize_activations`, queries and weights to 16 bits.

@@ -151,19 +151,20 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The copy of a table in six bits, and bounds of what it loses (csrc/kernels/screen.h has the proof).
+    """A copy of a table in six bits, and bounds of what it loses (csrc/kernels/screen.h has the proof).
 
-    A row has a ``scale`` of 16 significant bits, 64 of its inputs a ``factor`` from 0 to 127, and each input a
-    ``q = round(input / (scale * factor))`` from -31 to 31. A row of elements below 2^-100 becomes zeros; so does
-    one that is not finite, with infinite bounds.
+    A row has a ``scale`` of 16 significant bits, 64 of its inputs a ``factor`` from 0 to 127, and each input
+    a ``q = round(input / (scale * factor))`` from -31 to 31. A row of elements below 2^-100 becomes zeros; so
+    does one that is not finite, with infinite bounds.
 
     Args:
         weight: float [V, K].
 
     Returns:
-        ``(codes, bounds)``: uint8 [ceil(V / 16), bytes of 16 rows], the factors and then ``q + 32``; and float32
-        [3, 16 * ceil(V / 16)], of each row ``scale``, ``|Q| + |residual|`` and ``|residual| + gamma * (|Q| +
-        |residual|)``, where ``Q = scale * factor * q`` and gamma is the relative error of two float32 sums.
+        ``(codes, bounds)``: uint8 [ceil(V / 16), bytes of 16 rows], the factors and then ``q + 32``; and
+        float32 [3, 16 * ceil(V / 16)], of each row ``scale``, ``|Q| + |residual|`` and ``|residual| + gamma *
+        (|Q| + |residual|)``, where ``Q = scale * factor * q`` and gamma is the relative error of two float32
+        sums.
     """
     vocabulary, in_features = weight.shape
     wide = torch.nn.functional.pad(weight.float(), (0, -in_features % 64, 0, -vocabulary % 16))
@@ -174,7 +175,7 @@ def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     quantized = finite & (absmax >= 2.0**-100)
     usual = torch.where(quantized, absmax, 1.0)
 
-    # Rounded up to 16 bits, so that products with factors are exact; then up until the largest q reaches absmax.
+    # Rounded up to 16 bits, so that products with factors are exact; then until the largest q reaches absmax.
     bits = ((usual / torch.full_like(usual, 31 * 127.0)).view(torch.int32) + 0xFF) & ~0xFF
     bits += 0x100 * (bits.view(torch.float32).double() * (31 * 127) < usual)
     scale = bits.view(torch.float32)
@@ -194,7 +195,8 @@ def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     bounds = torch.stack((norm + residual, residual + gamma * (norm + residual) + 2.0**-100))
     bounds = torch.where(finite, bounds, torch.inf).float()
 
-    factors = factor.to(torch.uint8).unflatten(0, (-1, 16)).transpose(1, 2).flatten(1)  # [tile, group * 16 + row]
+    # [tile, group * 16 + row]
+    factors = factor.to(torch.uint8).unflatten(0, (-1, 16)).transpose(1, 2).flatten(1)
     factors = torch.nn.functional.pad(factors, (0, -factors.shape[1] % 64))
     code = (q + 32).to(torch.uint8).unflatten(0, (-1, 16)).unflatten(3, (4, 4, 4))
     code = code.permute(0, 2, 3, 4, 1, 5).flatten(4)  # [tile, group, block, four, row * 4 + j]
@@ -335,8 +337,8 @@ def attention(
 def int8_spans(x: Tensor, transposed: bool = False) -> Tensor:
     """Vectors of an int8 cache as `cached_attention` keeps them.
 
-    256 vectors are a span, a matrix [256, width] or its transpose. It is cut into tiles of 16 rows, a tile into
-    16 x 4 elements, all of them in row-major order.
+    256 vectors are a span, a matrix [256, width] or its transpose. It is cut into tiles of 16 rows, a tile
+    into 16 x 4 elements, all of them in row-major order.
 
     Args:
         x: int8 [..., 256 * spans, width], width a multiple of 16.
@@ -380,10 +382,10 @@ def cached_attention(
         sin: as for `attention`.
         start: int64 [B], the position of each sequence's first new token; the cache holds those before it.
             Tokens at negative positions are padding, and are not stored.
-        keys: float32 or bfloat16 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is column
-            p % 64 of block p // 64. Or int8 as from `int8_spans`, with the inputs of keys as columns.
-        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], or int8 as from `int8_spans`
-            with keys as columns; changed in place.
+        keys: float32 or bfloat16 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is
+            column p % 64 of block p // 64. Or int8 as from `int8_spans`, with the inputs of keys as columns.
+        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], or int8 as from
+            `int8_spans` with keys as columns; changed in place.
         key_scale: float32 [B, kv_heads, spans * 256] where the cache is int8, changed in place. Each head's
             vector is rounded by `quantize_activations`.
         value_scale: likewise.

@@ -170,7 +170,9 @@ constexpr int64_t kScreenGroupBytes = kTileRows * kScreenGroup * 6 / 8;
 constexpr int64_t screen_groups(int64_t in_features) { return divide_up(in_features, kScreenGroup); }
 
 // A tile: factors of 16 rows, whole cache lines of them, then the groups.
-constexpr int64_t screen_factor_bytes(int64_t groups) { return divide_up(groups * kTileRows, kBlockBytes) * kBlockBytes; }
+constexpr int64_t screen_factor_bytes(int64_t groups) {
+  return divide_up(groups * kTileRows, kBlockBytes) * kBlockBytes;
+}
 constexpr int64_t screen_tile_bytes(int64_t groups) { return screen_factor_bytes(groups) + groups * kScreenGroupBytes; }
 
 // Largest in_features of a screen: the bounds of rounding are derived for it.
@@ -210,8 +212,8 @@ struct Screen {
   const ScreenedToken* token;  // [tokens]
   int64_t tokens;
   int64_t vocabulary;
-  float* upper;        // [tokens][vocabulary], at least the logit that `logits` would give; infinite if nothing is known,
-  float* approximate;  // the logit but for the error; then minus infinity
+  float* upper;        // [tokens][vocabulary], at least the logit that `logits` would give
+  float* approximate;  // likewise, the logit but for the error; where nothing is known, infinite and minus infinite
 };
 
 struct KernelTable {

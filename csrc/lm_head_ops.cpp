@@ -507,7 +507,8 @@ Copy check_copy(const char* op, const Tensor& weight, const Tensor& codes_any, c
 
 void check_screen_features(const char* op, int64_t in_features) {
   if (in_features <= kMaxScreenFeatures) return;
-  refuse(op, "weight", "at most " + std::to_string(kMaxScreenFeatures) + " columns (the bounds of rounding are derived for these)",
+  refuse(op, "weight",
+         "at most " + std::to_string(kMaxScreenFeatures) + " columns (the bounds of rounding are derived for these)",
          std::to_string(in_features));
 }
 

@@ -83,9 +83,9 @@ def softmax_bound(x: Inputs, k: Tensor, v: Tensor, int8: bool = False) -> Tensor
     exp is within 1.1 ulp, its argument's rounding adds |score - max| u; sums and rescalings over S keys add
     (S + S / 64 + 8) u. All of it times the largest |v|, and twice for the other side, reference or kernel.
 
-    With an int8 cache queries and weights are rounded to 16 bits. An element of q is off by 1 / 65278 of the largest,
-    so a score by |q|.|k| / 65278. 256 weights are off by 1 / 65278 of the largest of them each, which all in
-    all are no more than the sum of the weights: a result by 256 / 65278 of the largest |v|.
+    With an int8 cache queries and weights are rounded to 16 bits. An element of q is off by 1 / 65278 of the
+    largest, so a score by |q|.|k| / 65278. 256 weights are off by 1 / 65278 of the largest of them each, and
+    the largest of every span together are no more than all weights: a result by 256 / 65278 of the largest |v|.
     """
     heads = x.q.unflatten(-1, (-1, x.head_dim))
     group = heads.shape[2] // x.kv_heads

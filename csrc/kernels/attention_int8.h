@@ -2,9 +2,9 @@
 //
 // Include this inside a kernel file's target region, before attention.h, after float_algorithms.h and tile_sums.h.
 //
-// A key is k = key_scale * k8, a value v = value_scale * v8. A query is rounded to 16 bits, q = q_scale * (256 * hi + lo),
-// and so are the weights of a span of 256 keys once the values' scales are in them, with one scale for the span.
-// Then scores and results are integer sums, which have no order:
+// A key is k = key_scale * k8, a value v = value_scale * v8. A query is rounded to 16 bits, q = q_scale * q16 with
+// q16 = 256 * hi + lo, and so are the weights of a span of 256 keys once the values' scales are in them, with one
+// scale for the span. Then scores and results are integer sums, which have no order:
 //
 //     score[j]  = float(q16 . k8[j]) * q_scale * key_scale[j]
 //     max       = the largest score of the span,  weight[j] = exp2(score[j] - max)
@@ -181,7 +181,7 @@ struct Int8Attention {
     return largest / kLargestSplit;
   }
 
-  // Attends `rows` queries from row `row` on to a span. visible[r] keys are seen by query r, the last of them sees most.
+  // Attends `rows` queries from row `row` on to a span. Query r sees visible[r] keys, the last of them sees most.
   template <int ROWS>
   static void attend(int rows, const Int8Queries& queries, int64_t row, const int64_t* visible, const int8_t* keys,
                      const int8_t* values, const float* key_scale, const float* value_scale, int64_t width,

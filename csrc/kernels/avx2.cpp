@@ -66,12 +66,12 @@ struct Maddubs {
 //     q_i16x16      | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   |
 //     acc_i32x8     | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  |
 //
-// Codes of six: a pair of products lies in [-16128, 16002], so two pairs fit an int16 lane, and half a line is one ymm of
-// eight rows, as for ternary codes.
+// Codes of six bits: a pair of products lies in [-16128, 16002], so two pairs fit an int16 lane, and half a line is one
+// ymm of eight rows, as for ternary codes.
 struct Avx2Sums {
   template <class Codes>
   static constexpr int32_t kExcess = Codes::kLines == SixBitCodes::kLines ? SixBitCodes::kZero : 0;
-  // Signed bytes: 2 x 4 accumulators + 2 activations + 1 code + 1 product. Six: 4 x 2 and two codes. 12 of 16 registers.
+  // Signed bytes: 2 x 4 accumulators + 2 activations + 1 code + 1 product; six bits: 4 x 2 and two codes. Both 12 of 16.
   static constexpr int kRows = 4;
 
   template <class Codes, int ROWS>

@@ -9,8 +9,8 @@
 //     E.h = s t sum_g m_g (q.p)_g  +  Q.delta  +  rho.h
 //     |E.h - s t sum_g m_g (q.p)_g|  <=  ||Q|| ||delta|| + ||rho|| ||h||                       (Cauchy-Schwarz)
 //
-// (q.p)_g is an exact integer. The sum over the groups is made in float32: each integer is rounded once, and there are G
-// fused multiply-adds, so with u = 2^-24 (Higham, Accuracy and Stability, section 3.1) it is off by at most
+// (q.p)_g is an exact integer. The sum over the groups is made in float32: each integer is rounded once, and there
+// are G fused multiply-adds, so with u = 2^-24 (Higham, Accuracy and Stability, section 3.1) it is off by at most
 //
 //     gamma(G + 1) sum_g |m_g (q.p)_g|,  and  s t sum_g |m_g (q.p)_g| <= ||Q|| ||t p||,     gamma(n) = n u / (1 - n u)
 //
@@ -205,7 +205,7 @@ struct ScreenRows {
         const F32 v = Isa::load(x_group + r * kLanes);
         unused_sum = Isa::quantize(v, inverse, q + g * kScreenGroup + r * kLanes, unused_sum);
         const F32 number = Isa::add(Isa::add(Isa::mul(v, inverse), to_integer), from_integer);
-        // One rounding of the exact rho; rho and Q in units of the scale, so that no square leaves the range of float32.
+        // One rounding of the exact rho; rho and Q in units of the scale: no square leaves the range of float32.
         const F32 difference = Isa::mul(Isa::fma(negative_step, number, v), per_scale);
         const F32 in_units = Isa::mul(number, in_scales);
         residual_squares[r] = Isa::fma(difference, difference, residual_squares[r]);

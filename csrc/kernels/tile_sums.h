@@ -15,7 +15,8 @@
 //     line 1   | 3 2 |  input 4 + j  |   and the bits 5 .. 0 of input 12 + j at the left
 //     line 2   | 5 4 |  input 8 + j  |
 //
-// A code is a number and Codes::kZero. vpdpbusd multiplies codes, for it takes unsigned bytes, other instructions numbers.
+// A code is a number and Codes::kZero. vpdpbusd multiplies codes, for it takes unsigned bytes; other instructions
+// multiply numbers.
 //
 // Sums provides, for each instruction set,
 //     kRows                most rows of q at a time, even
@@ -38,9 +39,9 @@ struct SixBitCodes {
   static constexpr int64_t kLines = 3;
 };
 
-// How far ahead of a stream of codes memory is asked for, towards L2, and that for L1: two tokens then read it in 0.65 of the
-// time that one request towards L1 takes, 4 KB ahead. Requests stand between products: in bursts they
-// cost a tenth (bench/LOG.md).
+// How far ahead of a stream of codes memory is asked for, towards L2, and that for L1: two tokens then read it in
+// 0.65 of the time that one request towards L1 takes, 4 KB ahead. Requests stand between products: in bursts
+// they cost a tenth (bench/LOG.md).
 constexpr int64_t kCodesAheadBytes = 12288;
 constexpr int64_t kCodesSoonBytes = 1536;
 
