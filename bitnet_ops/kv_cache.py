@@ -19,8 +19,9 @@ class KVCache:
     padding tokens is stored at position t - p.
 
     Attributes:
-        keys: per layer, in ``dtype``, [batch, kv_heads, capacity / 64, head_dim, 64], rotated.
-        values: per layer, in ``dtype``, [batch, kv_heads, capacity, head_dim rounded up to 16].
+        keys: per layer, in ``dtype``, rotated, [batch, kv_heads, capacity / 64, head_dim, 64]; with int8
+            [batch, kv_heads, capacity / 256, 256 * width], width being head_dim rounded up to 16.
+        values: per layer, in ``dtype``, [batch, kv_heads, capacity, width]; with int8 as keys.
         key_scales: per layer, None or with int8 float32 [batch, kv_heads, capacity].
         value_scales: likewise.
         length: tokens seen so far, padding included, the same for every row.
@@ -42,7 +43,8 @@ class KVCache:
         Args:
             config: the model's.
             batch_size: number of rows.
-            capacity: rounded up to a multiple of 64. The system hands out the memory as it is written to.
+            capacity: rounded up to a multiple of 64, with int8 of 256. The system hands out the memory as it
+                is written to.
             dtype: float32; bfloat16, half the bytes; or int8 with a scale for each head of each token, a
                 quarter. What is stored is rounded to it, so the dtype changes the scores.
             device: that of the model.
@@ -88,8 +90,9 @@ class KVCache:
 
     def _allocate(self, capacity: int) -> None:
         config, device = self.config, self.padding.device
-        block = reference.KEYS_IN_BLOCK
-        blocks = -(-capacity // block)
+        int8 = self.dtype == torch.int8
+        part = reference.KEYS_IN_SPAN if int8 else reference.KEYS_IN_BLOCK
+        parts = -(-capacity // part)
         heads = (self.batch_size, config.num_key_value_heads)
         width = -(-config.head_dim // 16) * 16
 
@@ -100,12 +103,15 @@ class KVCache:
             layers = torch.empty(config.num_hidden_layers, *heads, *shape, dtype=dtype, device=device)
             return list(layers.unbind())
 
-        self.keys = per_layer(blocks, config.head_dim, block, dtype=self.dtype)
-        self.values = per_layer(blocks * block, width, dtype=self.dtype)
+        key_shape, value_shape = (parts, config.head_dim, part), (parts * part, width)
+        if int8:
+            key_shape = value_shape = (parts, part * width)
+        self.keys = per_layer(*key_shape, dtype=self.dtype)
+        self.values = per_layer(*value_shape, dtype=self.dtype)
         self.key_scales: list[Tensor | None] = [None] * config.num_hidden_layers
         self.value_scales: list[Tensor | None] = [None] * config.num_hidden_layers
-        if self.dtype == torch.int8:
-            self.key_scales = list(per_layer(blocks * block, dtype=torch.float32))
-            self.value_scales = list(per_layer(blocks * block, dtype=torch.float32))
-        positions = torch.arange(blocks * block, device=device)
+        if int8:
+            self.key_scales = list(per_layer(parts * part, dtype=torch.float32))
+            self.value_scales = list(per_layer(parts * part, dtype=torch.float32))
+        positions = torch.arange(parts * part, device=device)
         self.cos, self.sin = reference.rotary_embedding(positions, config.head_dim, config.rope_theta)

@@ -336,17 +336,18 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes the int8 copy of the head's table by which ``lm_head_top_k`` rules tokens out.
+    """Makes the copy of the head's table, in six bits, by which ``lm_head_top_k`` rules tokens out.
 
-    Row v is about ``scale[v] * (codes - 128)``; csrc/kernels/screen.h draws the layout and proves the bounds.
+    Inputs 64 g .. 64 g + 63 of row v are about ``scale[v] * factor[v, g] * q``, ``|q| <= 31``;
+    csrc/kernels/screen.h draws the layout and proves the bounds.
 
     Args:
         weight: float32, bfloat16 or float16 [V, K], on the CPU; K at most 2^16.
 
     Returns:
-        ``(codes, bounds)``: uint8 [ceil(V / 16), ceil(K / 16), 256] and float32 [3, V rounded up to 16]: the
-        scale of each row, a bound of its norm, and one of the norm of what the copy loses (infinite for
-        a row that holds a NaN or an infinity).
+        ``(codes, bounds)``: uint8 [ceil(V / 16), bytes of 16 rows], for K = 2560 0.77 bytes an element; and
+        float32 [3, V rounded up to 16]: the scale of each row, a bound of its norm, and one of the norm of
+        what the copy loses (infinite for a row that holds a NaN or an infinity).
 
     Raises:
         RuntimeError: if ``weight`` is no such tensor.
@@ -354,7 +355,7 @@ def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     Example:
         >>> codes, bounds = screen_lm_head(torch.randn(1000, 64))
         >>> codes.shape
-        torch.Size([63, 4, 256])
+        torch.Size([63, 832])
     """
     return _OPS.screen_lm_head.default(weight)
 
@@ -374,8 +375,8 @@ def lm_head_top_k(
     the one with the smaller id comes first; NaN comes before everything.
 
     With ``codes`` and ``bounds`` of ``screen_lm_head(weight)``, only rows that can be among the best are read
-    from the table: an upper bound of every logit comes from the copy of half the size. The result is the
-    same; a table that changed since needs a new copy.
+    from the table: an upper bound of every logit comes from the copy, of three eighths the size for bfloat16.
+    The result is the same; a table that changed since needs a new copy.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], on the CPU.
@@ -485,11 +486,12 @@ def cached_attention(
         sin: likewise.
         start: int64 [B], the position of each sequence's first new token; the cache holds those before it.
             Tokens at negative positions are padding, and are not stored.
-        keys: float32, bfloat16 or int8 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is
-            column p % 64 of block p // 64.
-        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], changed in place.
-        key_scale: float32 [B, kv_heads, blocks * 64] where the cache is int8, else None; changed in place.
-            Each head's vector is rounded as by `quantize_activations`.
+        keys: float32 or bfloat16 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is column
+            p % 64 of block p // 64. Or int8 [B, kv_heads, spans, 256 * width], where width is head_dim
+            rounded up to 16; csrc/kernels/attention_int8.h draws a span of 256 positions.
+        values: same dtype, [B, kv_heads, blocks * 64, width], and for int8 as ``keys``; changed in place.
+        key_scale: float32 [B, kv_heads, spans * 256] where the cache is int8, else None; changed in place.
+            Each head's vector is rounded as by `quantize_activations`, queries and weights to 16 bits.
         value_scale: likewise.
 
     Returns:
@@ -704,8 +706,9 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 @torch.library.register_fake("bitnet_ops::screen_lm_head")
 def _(weight: Tensor) -> tuple[Tensor, Tensor]:
     vocabulary, in_features = weight.shape
-    tiles = (vocabulary + 15) // 16
-    codes = weight.new_empty((tiles, (in_features + 15) // 16, 256), dtype=torch.uint8)
+    tiles, groups = (vocabulary + 15) // 16, (in_features + 63) // 64
+    tile_bytes = (16 * groups + 63) // 64 * 64 + 768 * groups
+    codes = weight.new_empty((tiles, tile_bytes), dtype=torch.uint8)
     return codes, weight.new_empty((3, tiles * 16), dtype=torch.float32)
 
 

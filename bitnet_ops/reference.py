@@ -151,36 +151,58 @@ def lm_head(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The int8 copy of a table, and bounds of what it loses (csrc/kernels/screen.h has the proof).
+    """A copy of a table in six bits, and bounds of what it loses (csrc/kernels/screen.h has the proof).
 
-    ``scale = absmax / 127``, ``q = round(row * (127 / absmax))``, ``residual = row - scale * q``. A row of
-    elements below 2^-100 becomes zeros; so does one that is not finite, with infinite bounds.
+    A row has a ``scale`` of 16 significant bits, 64 of its inputs a ``factor`` from 0 to 127, and each input
+    a ``q = round(input / (scale * factor))`` from -31 to 31. A row of elements below 2^-100 becomes zeros; so
+    does one that is not finite, with infinite bounds.
 
     Args:
         weight: float [V, K].
 
     Returns:
-        ``(codes, bounds)``: uint8 [ceil(V / 16), ceil(K / 16), 256], ``q + 128`` in tiles of 16 rows x 4
-        inputs; and float32 [3, 16 * ceil(V / 16)], of each row ``scale``, ``|scale * q| + |residual|`` and
-        ``|residual| + gamma * (|scale * q| + |residual|)``, gamma being the relative error of a float32 sum.
+        ``(codes, bounds)``: uint8 [ceil(V / 16), bytes of 16 rows], the factors and then ``q + 32``; and
+        float32 [3, 16 * ceil(V / 16)], of each row ``scale``, ``|Q| + |residual|`` and ``|residual| + gamma *
+        (|Q| + |residual|)``, where ``Q = scale * factor * q`` and gamma is the relative error of two float32
+        sums.
     """
     vocabulary, in_features = weight.shape
-    wide = torch.nn.functional.pad(weight.float(), (0, -in_features % 16, 0, -vocabulary % 16))
-    absmax = wide.abs().amax(dim=1) if in_features else wide.new_zeros(wide.shape[0])
+    wide = torch.nn.functional.pad(weight.float(), (0, -in_features % 64, 0, -vocabulary % 16))
+    grouped = wide.unflatten(1, (-1, 64))  # [row, group, input]
+    group_absmax = grouped.abs().amax(dim=2)
+    absmax = group_absmax.amax(dim=1) if in_features else wide.new_zeros(wide.shape[0])
     finite = absmax.isfinite()
     quantized = finite & (absmax >= 2.0**-100)
-    scale = torch.where(quantized, absmax / 127, 0.0)
-    factor = torch.full_like(absmax, 127.0) / absmax  # of a number, torch would take 127 * (1 / absmax)
-    q = torch.where(quantized[:, None], (wide * factor[:, None]).round(), 0.0)
-    norm = (scale[:, None].double() * q).norm(dim=1)
-    residual = (wide.double() - scale[:, None].double() * q).norm(dim=1)
-    additions = -(-in_features // 64) + 6
+    usual = torch.where(quantized, absmax, 1.0)
+
+    # Rounded up to 16 bits, so that products with factors are exact; then until the largest q reaches absmax.
+    bits = ((usual / torch.full_like(usual, 31 * 127.0)).view(torch.int32) + 0xFF) & ~0xFF
+    bits += 0x100 * (bits.view(torch.float32).double() * (31 * 127) < usual)
+    scale = bits.view(torch.float32)
+    reach = scale.double()[:, None] * 31
+    factor = (group_absmax / (scale * 31)[:, None]).nan_to_num(0, 0, 0).trunc()
+    factor += reach * factor < group_absmax
+    factor = torch.where(quantized[:, None], factor, 0.0)
+    scale = torch.where(quantized, scale, 0.0)
+    step = scale[:, None] * factor
+    inverse = torch.where(step == 0, 0.0, 1.0 / step)
+    q = torch.where(quantized[:, None, None], (grouped * inverse[:, :, None]).round(), 0.0)
+
+    norm = (step.double()[:, :, None] * q).flatten(1).norm(dim=1)
+    residual = (grouped.double() - step.double()[:, :, None] * q).flatten(1).norm(dim=1)
+    additions = 2 * step.shape[1] + 7
     gamma = additions * 2.0**-24 / (1 - additions * 2.0**-24)
     bounds = torch.stack((norm + residual, residual + gamma * (norm + residual) + 2.0**-100))
     bounds = torch.where(finite, bounds, torch.inf).float()
-    tiles = (q + 128).to(torch.uint8).unflatten(0, (-1, 16)).unflatten(2, (-1, 4, 4))
-    codes = tiles.permute(0, 2, 3, 1, 4).flatten(2)  # [tile, block, four, row, j]
-    return codes.contiguous(), torch.cat((scale[None], bounds))
+
+    # [tile, group * 16 + row]
+    factors = factor.to(torch.uint8).unflatten(0, (-1, 16)).transpose(1, 2).flatten(1)
+    factors = torch.nn.functional.pad(factors, (0, -factors.shape[1] % 64))
+    code = (q + 32).to(torch.uint8).unflatten(0, (-1, 16)).unflatten(3, (4, 4, 4))
+    code = code.permute(0, 2, 3, 4, 1, 5).flatten(4)  # [tile, group, block, four, row * 4 + j]
+    upper = torch.stack([code[..., 3, :] >> 2 * line & 3 for line in range(3)], dim=3)
+    lines = (code[..., :3, :] | upper << 6).flatten(1)
+    return torch.cat((factors, lines), dim=1), torch.cat((scale[None], bounds))
 
 
 def lm_head_top_k(
@@ -238,6 +260,8 @@ def gumbel_noise(seed: Tensor, size: int) -> Tensor:
 
 KEYS_IN_BLOCK = 64
 """Keys of a cache stand in blocks of so many, transposed: see `cached_attention`."""
+KEYS_IN_SPAN = 256
+"""Keys and values of an int8 cache stand in spans of so many: see `int8_spans`."""
 
 
 def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -310,6 +334,32 @@ def attention(
     return y if real is None else torch.where(real.unsqueeze(-1), y, 0.0)
 
 
+def int8_spans(x: Tensor, transposed: bool = False) -> Tensor:
+    """Vectors of an int8 cache as `cached_attention` keeps them.
+
+    256 vectors are a span, a matrix [256, width] or its transpose. It is cut into tiles of 16 rows, a tile
+    into 16 x 4 elements, all of them in row-major order.
+
+    Args:
+        x: int8 [..., 256 * spans, width], width a multiple of 16.
+        transposed: whether a span's rows are elements of vectors rather than vectors.
+
+    Returns:
+        int8 [..., spans, 256 * width].
+    """
+    spans = x.unflatten(-2, (-1, KEYS_IN_SPAN))
+    spans = spans.mT if transposed else spans
+    return spans.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 16)).transpose(-3, -2).flatten(-4)
+
+
+def int8_rows(spans: Tensor, transposed: bool = False) -> Tensor:
+    """The inverse of `int8_spans`."""
+    columns = KEYS_IN_SPAN if transposed else spans.shape[-1] // KEYS_IN_SPAN
+    tiles = spans.unflatten(-1, (-1, columns // 4, 16, 4)).transpose(-3, -2)  # [..., tile, row, four, j]
+    rows = tiles.flatten(-2).flatten(-3, -2)
+    return (rows.mT if transposed else rows).flatten(-3, -2)
+
+
 def cached_attention(
     q: Tensor,
     k: Tensor,
@@ -332,10 +382,11 @@ def cached_attention(
         sin: as for `attention`.
         start: int64 [B], the position of each sequence's first new token; the cache holds those before it.
             Tokens at negative positions are padding, and are not stored.
-        keys: float32, bfloat16 or int8 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is
-            column p % 64 of block p // 64.
-        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], changed in place.
-        key_scale: float32 [B, kv_heads, blocks * 64] where the cache is int8, changed in place. Each head's
+        keys: float32 or bfloat16 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is
+            column p % 64 of block p // 64. Or int8 as from `int8_spans`, with the inputs of keys as columns.
+        values: same dtype, [B, kv_heads, blocks * 64, head_dim rounded up to 16], or int8 as from
+            `int8_spans` with keys as columns; changed in place.
+        key_scale: float32 [B, kv_heads, spans * 256] where the cache is int8, changed in place. Each head's
             vector is rounded by `quantize_activations`.
         value_scale: likewise.
 
@@ -352,19 +403,21 @@ def cached_attention(
     sequence, token = real.nonzero(as_tuple=True)
     place = positions[sequence, token]
     new_keys, new_values = k[sequence, token], v[sequence, token]  # [new, kv_heads, head_dim]
-    if key_scale is not None and value_scale is not None:
-        new_keys, key_scale[sequence, :, place] = quantize_activations(new_keys)
-        new_values, value_scale[sequence, :, place] = quantize_activations(new_values)
-    keys[sequence, :, place // KEYS_IN_BLOCK, :, place % KEYS_IN_BLOCK] = new_keys.to(keys.dtype)
-    values[sequence, :, place, :head_dim] = new_values.to(values.dtype)
-    values[sequence, :, place, head_dim:] = 0
-
     longest = int(positions.max()) + 1 if positions.numel() else 0
-    k = keys.transpose(3, 4).flatten(2, 3)[:, :, :longest].float()  # [B, kv_heads, S, head_dim]
-    v = values[:, :, :longest, :head_dim].float()
-    if key_scale is not None and value_scale is not None:
-        k = k * key_scale[:, :, :longest, None]
-        v = v * value_scale[:, :, :longest, None]
+    if key_scale is None or value_scale is None:
+        keys[sequence, :, place // KEYS_IN_BLOCK, :, place % KEYS_IN_BLOCK] = new_keys.to(keys.dtype)
+        values[sequence, :, place, :head_dim] = new_values.to(values.dtype)
+        values[sequence, :, place, head_dim:] = 0
+        k = keys.transpose(3, 4).flatten(2, 3)[:, :, :longest].float()  # [B, kv_heads, S, head_dim]
+        v = values[:, :, :longest, :head_dim].float()
+    else:
+        k, v = int8_rows(keys), int8_rows(values, transposed=True)
+        k[sequence, :, place, :head_dim], key_scale[sequence, :, place] = quantize_activations(new_keys)
+        v[sequence, :, place, :head_dim], value_scale[sequence, :, place] = quantize_activations(new_values)
+        keys.copy_(int8_spans(k))
+        values.copy_(int8_spans(v, transposed=True))
+        k = k[:, :, :longest, :head_dim] * key_scale[:, :, :longest, None]
+        v = v[:, :, :longest, :head_dim] * value_scale[:, :, :longest, None]
     group = q.shape[2] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     seen = torch.arange(longest, device=q.device) <= positions.unsqueeze(-1)  # [B, T, S]

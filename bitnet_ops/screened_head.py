@@ -15,15 +15,15 @@ LEAST_BYTES = 4 << 20
 FORMAT = "6 bits, a factor for 64 inputs"
 """Of the copy, as csrc/kernels/screen.h draws it: stored copies of another are not used."""
 
-PIECE_ROWS = 4096  # a multiple of 16, the tile of the copy; 10 MB of codes at 2B4T's width
+PIECE_ROWS = 4096  # a multiple of 16, the tile of the copy; 8 MB of codes at 2B4T's width
 
 
 class ScreenedHead:
-    """Finds the best-scored tokens and reads about half of the table for it, with the same result.
+    """Finds the best-scored tokens and reads about three eighths of the table for it, with the same result.
 
-    An int8 copy of the table (half its bytes, made here in a fraction of a second) gives an upper and a lower
-    bound of every logit; tokens that cannot be among the k best are ruled out, the others computed from the
-    table itself, as `ops.lm_head` does. csrc/kernels/screen.h has the proof.
+    A copy of the table in six bits (made here in a fraction of a second) approximates every logit and bounds
+    it. The k best by approximation are computed from the table itself, as `ops.lm_head` does; tokens whose
+    bounds are below those are ruled out, the others computed as well. csrc/kernels/screen.h has the proof.
 
     Attributes:
         rescored: int64 [B], rows of the table that the last call needed, or None before the first.

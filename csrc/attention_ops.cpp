@@ -130,10 +130,25 @@ struct Units {
   }
 };
 
+// Keys and values of a unit lie apart from those before, so the processor does not foresee the first of them. As much
+// as kernels ask for ahead of themselves.
+void ask_for_start(const Attention& attention, const AttentionRows& at, int64_t span) {
+  constexpr int64_t kBytes = 12288;
+  const int64_t element = attention.cache == CacheType::kFloat32 ? 4 : attention.cache == CacheType::kBFloat16 ? 2 : 1;
+  const int64_t width = value_width(attention.head_dim);
+  const int64_t place = (at.batch * attention.kv_heads + at.kv_head) * attention.capacity + span * kAttentionSpan;
+  const int64_t key_width = attention.cache == CacheType::kInt8 ? width : attention.head_dim;
+  const char* keys = static_cast<const char*>(attention.keys) + place * key_width * element;
+  const char* values = static_cast<const char*>(attention.values) + place * width * element;
+  for (int64_t byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(keys + byte, 0, 2);
+  for (int64_t byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(values + byte, 0, 2);
+}
+
 void store_keys_and_values(const Attention& attention, const KernelTable& table) {
   const int64_t tokens_at_once = kAttentionBlock;
   const int64_t blocks = divide_up(attention.tokens, tokens_at_once);
-  const double ns = 2.0 * kNsPerStoredElement * static_cast<double>(attention.head_dim * tokens_at_once);
+  const int64_t tokens = attention.tokens < tokens_at_once ? attention.tokens : tokens_at_once;
+  const double ns = 2.0 * kNsPerStoredElement * static_cast<double>(attention.head_dim * tokens);
   parallel(attention.batch * attention.kv_heads * blocks, ns, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     float* memory = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * attention.head_dim) * sizeof(float)));
@@ -160,9 +175,12 @@ void attend_whole_units(const Attention& attention, const KernelTable& table, co
         static_cast<size_t>(2 * floats + attention_scratch(rows, attention.head_dim)) * sizeof(float)));
     const AttentionState state = state_at(memory, rows);
     const AttentionState part = state_at(memory + floats, rows);
+    ask_for_start(attention, units.at(begin), 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const AttentionRows at = units.at(unit);
+      if (unit + 1 < end) ask_for_start(attention, units.at(unit + 1), 0);
       clear(state, rows, attention.head_dim);
+      table.attention_queries(attention, at, memory + 2 * floats);
       for (int64_t span = 0; span < units.spans(at); ++span) {
         table.attention_span(attention, at, span, part, memory + 2 * floats);
         table.attention_join(attention, at, span, state, part);
@@ -187,11 +205,17 @@ void attend_spans(const Attention& attention, const KernelTable& table, const Un
     float* memory = static_cast<float*>(scratch.reserve(
         static_cast<size_t>(floats + attention_scratch(rows, attention.head_dim)) * sizeof(float)));
     const AttentionState state = state_at(memory, rows);
+    int64_t unit_of_queries = -1;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t unit = i / most_spans;
       const int64_t span = i % most_spans;
       const AttentionRows at = units.at(unit);
       if (span < units.spans(at)) {
+        if (unit != unit_of_queries) {
+          ask_for_start(attention, at, span);
+          table.attention_queries(attention, at, memory + floats);
+          unit_of_queries = unit;
+        }
         table.attention_span(attention, at, span, state_at(parts + i * floats, rows), memory + floats);
       }
       if (missing[static_cast<size_t>(unit)].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
@@ -287,24 +311,39 @@ Tensor cached_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& 
   const Sizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any);
   check(kOp, "start", start_any, codes().int64, {sizes.batch});
   const int32_t type = dtype_code(keys);
-  if (!keys.is_cpu() || (type != codes().float32 && type != codes().bfloat16 && type != codes().int8) ||
-      keys.dim() != 5 || !keys.is_contiguous() ||
-      !shape_is(keys, {sizes.batch, sizes.kv_heads, keys.size(2), sizes.head_dim, kAttentionBlock})) {
+  // An int8 cache has spans of keys and of values as kernels/attention_int8.h draws them.
+  const bool bytes = type == codes().int8;
+  const int64_t width = value_width(sizes.head_dim);
+  const int64_t parts = keys.dim() > 2 ? keys.size(2) : 0;
+  const int64_t capacity = parts * (bytes ? kAttentionSpan : kAttentionBlock);
+  const bool keys_fit = bytes ? shape_is(keys, {sizes.batch, sizes.kv_heads, parts, kAttentionSpan * width})
+                              : shape_is(keys, {sizes.batch, sizes.kv_heads, parts, sizes.head_dim, kAttentionBlock});
+  if (!keys.is_cpu() || (type != codes().float32 && type != codes().bfloat16 && !bytes) || !keys_fit ||
+      !keys.is_contiguous()) {
     refuse(kOp, "keys",
-           "a contiguous CPU tensor float32, bfloat16 or int8 " +
+           "a contiguous CPU tensor float32 or bfloat16 " +
                shape_text({sizes.batch, sizes.kv_heads, -1, sizes.head_dim, kAttentionBlock}) +
-               " (batch, kv_heads, blocks, head_dim, keys of a block)",
+               " (batch, kv_heads, blocks, head_dim, keys of a block), or int8 " +
+               shape_text({sizes.batch, sizes.kv_heads, -1, kAttentionSpan * width}) +
+               " (batch, kv_heads, spans, bytes of a span)",
            describe(keys));
   }
-  const int64_t capacity = keys.size(2) * kAttentionBlock;
+  if (bytes && sizes.head_dim > kMaxInt8HeadDim) {
+    refuse(kOp, "keys", "int8 for a head_dim of at most " + std::to_string(kMaxInt8HeadDim),
+           std::to_string(sizes.head_dim));
+  }
   const auto check_storage = [&](const char* argument, const Tensor& tensor, int32_t dtype,
                                  std::initializer_list<int64_t> shape) {
     check(kOp, argument, tensor, dtype, shape);
     if (!tensor.is_contiguous()) refuse(kOp, argument, "a contiguous tensor", describe(tensor) + " with other strides");
   };
-  check_storage("values", values, type, {sizes.batch, sizes.kv_heads, capacity, value_width(sizes.head_dim)});
+  if (bytes) {
+    check_storage("values", values, type, {sizes.batch, sizes.kv_heads, parts, kAttentionSpan * width});
+  } else {
+    check_storage("values", values, type, {sizes.batch, sizes.kv_heads, capacity, width});
+  }
   const auto check_scale = [&](const char* argument, const std::optional<Tensor>& scale) {
-    if (scale.has_value() != (type == codes().int8)) {
+    if (scale.has_value() != bytes) {
       refuse(kOp, argument, "a tensor where keys are int8, None otherwise", scale.has_value() ? "a tensor" : "None");
     }
     if (scale.has_value()) check_storage(argument, *scale, codes().float32, {sizes.batch, sizes.kv_heads, capacity});

@@ -128,9 +128,9 @@ struct Attention {
   int64_t head_dim;  // even
   float scale;       // of scores, in units of ln 2: log2(e) / sqrt(head_dim), taken into q
   CacheType cache;
-  int64_t capacity;  // positions of a sequence, a multiple of kAttentionBlock
-  void* keys;        // [batch][kv_heads][capacity / kAttentionBlock][head_dim][kAttentionBlock]
-  void* values;      // [batch][kv_heads][capacity][value_width(head_dim)]
+  int64_t capacity;  // positions of a sequence, a multiple of kAttentionBlock, for kInt8 of kAttentionSpan
+  void* keys;        // [batch][kv_heads][capacity / kAttentionBlock][head_dim][kAttentionBlock], and for kInt8
+  void* values;      // [batch][kv_heads][capacity][value_width(head_dim)]: spans as in kernels/attention_int8.h
   float* key_scale;  // [batch][kv_heads][capacity]; only for kInt8
   float* value_scale;
   float* out;  // [batch][tokens][kv_heads * group * head_dim], contiguous
@@ -148,29 +148,46 @@ struct AttentionState {
   float* out;  // [rows][value_width(head_dim)]
 };
 
-// Floats of scratch that attention_span needs; attention_store needs two heads.
+// Largest head_dim of an int8 cache, so that int32 sums cannot overflow.
+constexpr int64_t kMaxInt8HeadDim = int64_t{1} << 16;
+
+// Floats of scratch that attention_queries and attention_span need; attention_store needs two heads.
 constexpr int64_t attention_scratch(int64_t rows, int64_t head_dim) {
-  return kAttentionRegisterRows * kAttentionBlock + rows * head_dim +
-         kAttentionBlock * (head_dim + value_width(head_dim));
+  const int64_t width = value_width(head_dim);
+  const int64_t scores = kAttentionRegisterRows * kAttentionBlock;
+  // Queries, and a block of keys and values widened; or queries in two bytes an element, with a scale and two
+  // sums, scores of a span, its weights in two bytes each, and a query.
+  const int64_t of_floats = rows * head_dim + kAttentionBlock * (head_dim + width);
+  const int64_t of_bytes = rows * (width / 2 + 3) + kAttentionRegisterRows * kAttentionSpan * 3 / 2 + head_dim;
+  return scores + (of_floats > of_bytes ? of_floats : of_bytes);
 }
 
-// ---- the certified LM head: kernels/screen.h draws the int8 copy and proves the bounds ----------------
+// ---- the certified LM head: kernels/screen.h draws the copy and proves the bounds ---------------------
 
-constexpr int64_t kScreenBlockBytes = 4 * kBlockBytes;  // 16 rows x 16 inputs
+constexpr int64_t kScreenGroup = 64;  // inputs that share a factor
+constexpr int64_t kScreenGroupBytes = kTileRows * kScreenGroup * 6 / 8;
 
-// Largest in_features of a screen, so that int32 sums cannot overflow.
+constexpr int64_t screen_groups(int64_t in_features) { return divide_up(in_features, kScreenGroup); }
+
+// A tile: factors of 16 rows, whole cache lines of them, then the groups.
+constexpr int64_t screen_factor_bytes(int64_t groups) {
+  return divide_up(groups * kTileRows, kBlockBytes) * kBlockBytes;
+}
+constexpr int64_t screen_tile_bytes(int64_t groups) { return screen_factor_bytes(groups) + groups * kScreenGroupBytes; }
+
+// Largest in_features of a screen: the bounds of rounding are derived for it.
 constexpr int64_t kMaxScreenFeatures = int64_t{1} << 16;
 
 // More than what underflow can take from a logit, for norms up to 1; far below any logit that matters.
 constexpr double kUnderflow = 0x1p-100;
 
-// The int8 copy of a table, and what its rows lose in it.
+// The copy of a table in six bits, and what its rows lose in it.
 struct ScreenTable {
   const void* weight;  // [vocabulary][in_features], contiguous
   DType weight_dtype;
   int64_t in_features;
   int64_t vocabulary;
-  uint8_t* codes;   // [tiles][blocks][kScreenBlockBytes]
+  uint8_t* codes;   // [tiles][screen_tile_bytes]
   float* scale;     // [tiles * kTileRows] each, and so:
   float* norm;      // infinite for a row that is not finite
   float* residual;
@@ -178,25 +195,25 @@ struct ScreenTable {
 
 // What the bounds need of one token.
 struct ScreenedToken {
-  double scale;    // h is about scale * (256 * hi + lo)
-  double norm;     // at least ||h||
-  double error;    // at least ||h - scale * (256 * hi + lo)||, underflow included
-  int32_t sum[2];  // of hi and of lo
+  double scale;  // h is about scale * (256 * hi + lo)
+  double norm;   // at least ||h||
+  double error;  // at least ||h - scale * (256 * hi + lo)||, underflow included
 };
 
 struct Screen {
   const uint8_t* codes;  // as in ScreenTable
-  int64_t blocks;
+  int64_t groups;
   const float* scale;
   const float* norm;
   const float* residual;
   const int8_t* q;  // [tokens][2][q_stride]: hi and lo; zeros from in_features on
   int64_t q_stride;
+  const int32_t* group_sum;    // [tokens][groups]: of 256 * hi + lo
   const ScreenedToken* token;  // [tokens]
   int64_t tokens;
   int64_t vocabulary;
-  float* upper;  // [tokens][vocabulary], at least the logit that `logits` would give,
-  float* lower;  // likewise, at most that logit; infinite where nothing is known
+  float* upper;        // [tokens][vocabulary], at least the logit that `logits` would give
+  float* approximate;  // likewise, the logit but for the error; where nothing is known, infinite and minus infinite
 };
 
 struct KernelTable {
@@ -239,7 +256,10 @@ struct KernelTable {
   // Rotates the keys of these tokens and writes them and the values into the cache.
   void (*attention_store)(const Attention& attention, const AttentionRows& rows, float* scratch);
 
-  // Attends to the keys of one span alone: `state` is written, not read.
+  // Makes the queries of these rows, which stay in scratch.
+  void (*attention_queries)(const Attention& attention, const AttentionRows& rows, float* scratch);
+
+  // Attends to the keys of one span alone: `state` is written, not read. Scratch holds what attention_queries made.
   void (*attention_span)(const Attention& attention, const AttentionRows& rows, int64_t span,
                          const AttentionState& state, float* scratch);
 
@@ -254,11 +274,11 @@ struct KernelTable {
   // logits.out is not used.
   void (*logits_of_rows)(const Logits& logits, const int32_t* rows, int64_t count, float* out, float* scratch);
 
-  // Makes tiles [tile_begin, tile_end) of the copy. Scratch: `wide` of in_features rounded up to kVirtualLanes,
-  // and `q` of kTileRows times as many.
+  // Makes tiles [tile_begin, tile_end) of the copy. Scratch: `wide` of whole groups, and `q` of 16 times as many and
+  // a byte for each group.
   void (*screen_rows)(const ScreenTable& table, int64_t tile_begin, int64_t tile_end, float* wide, int8_t* q);
 
-  // Bounds of the logits of tiles [tile_begin, tile_end), every token.
+  // Bounds and approximations of the logits of tiles [tile_begin, tile_end), every token.
   void (*screen)(const Screen& screen, int64_t tile_begin, int64_t tile_end);
 };
 

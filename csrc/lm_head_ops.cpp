@@ -1,10 +1,10 @@
 // The head: all logits, or the k best of them without reading all of the table.
 //
-// lm_head_top_k goes over the table in two parallel regions. The first bounds every logit by the int8 copy
-// (kernels/screen.h proves the bounds) and finds the k-th best lower bound. A token whose upper bound is below
-// that has k better ones, strictly, so it is not wanted, however ties are resolved; the second region computes
-// the others from the table itself, by the code of lm_head. Where this cannot pay, the rest of the table is
-// computed at once (see kMostSurvivors).
+// lm_head_top_k goes over the copy in six bits, which approximates every logit and bounds it (kernels/screen.h has the
+// proof). The k best by approximation are computed from the table itself, by the code of lm_head: the least of
+// these k logits is a score that k tokens reach. A token whose upper bound is below it has k better ones,
+// strictly, so it is not wanted, however ties are resolved; the others are computed as well. Where
+// this cannot pay, the rest of the table is computed at once (see kMostSurvivors).
 
 #include "lm_head_ops.h"
 
@@ -118,7 +118,7 @@ struct Score {
   }
 };
 
-// Tests for Score::where. A NaN bounds nothing: as an upper bound it survives, as a lower one it does not count.
+// Tests for Score::where. A NaN bounds nothing: it survives, and does not count as a score that is reached.
 constexpr auto kSurvives = [](auto score, auto threshold) { return !(score < threshold); };
 constexpr auto kIsBetter = [](auto score, auto threshold) { return score > threshold; };
 
@@ -207,12 +207,12 @@ class Best {
 
 // ---- the screen -----------------------------------------------------------------------------------
 
-// A screened row costs half of one that is computed from bfloat16, and a survivor is read from here and there
+// A screened row costs 0.4 of one that is computed from bfloat16, and a survivor is read from here and there
 // rather than in a stream. So a screen that drops 70 % is well worth it. After every sixteenth of the table it is
 // looked at, and where more have survived, the rest of the table is computed without a screen. Then the whole
 // costs little more than without: of the rows screened before the first look, a sixteenth or what the threads
-// do at once, half a row each is lost, while rows up to a later look cost 0.5 + 0.3 times the penalty of
-// single rows, less than 1. Survivors of several tokens count together; but then computing a row takes longer,
+// do at once, 0.4 of a row each is lost, while rows up to a later look cost 0.4 + 0.3 times the penalty of
+// single rows, about 1. Survivors of several tokens count together; but then computing a row takes longer,
 // too, from four tokens on about 0.75 times their number (bench/LOG.md).
 constexpr double kMostSurvivors = 0.3;
 constexpr double kMostSurvivorsPerToken = 0.15;
@@ -230,14 +230,22 @@ struct Part {
   int64_t begin, screened, end;
 };
 
+// Rows to compute from the table, those of one token after those of another, and their logits.
+struct Chosen {
+  std::vector<int32_t> rows{};
+  std::vector<int64_t> first{};  // [tokens + 1]: where those of a token start
+  std::vector<float> logits{};
+};
+
 struct Search {
   const KernelTable& table;
   Logits logits;               // of this group of tokens; out is `upper`
   const Screen* screen;        // null: everything is computed
   int64_t k;
-  float* upper;                // [tokens][vocabulary]
+  float* upper;                // [tokens][vocabulary]: bounds, or logits where they are computed
+  const float* approximate;    // [tokens][vocabulary], where rows are screened
   std::vector<Score> score{};  // of each token
-  std::vector<KthLargest> threshold{};
+  std::vector<KthLargest> threshold{};  // of each token: the k-th largest approximation or logit
   std::vector<Part> parts{};
   // Of all parts so far: rows screened, their survivors (or more), and whether to go on screening.
   int64_t rows = 0;
@@ -249,26 +257,27 @@ struct Search {
     if (row < end) table.logits(logits, row, end, logits_scratch(logits));
   }
 
-  int64_t count_survivors(std::vector<KthLargest>& lower, int64_t begin, int64_t end) const {
+  // About: the k-th best logit is not known yet, but approximations are far better than their bounds.
+  int64_t count_survivors(std::vector<KthLargest>& best, int64_t begin, int64_t end) const {
     int64_t survivors = 0;
     for (int64_t token = 0; token < logits.tokens; ++token) {
       const size_t t = static_cast<size_t>(token);
-      score[t].where(upper + token * logits.vocabulary, begin, end, lower[t].threshold(), kSurvives,
+      score[t].where(upper + token * logits.vocabulary, begin, end, best[t].threshold(), kSurvives,
                      [&](int64_t) { ++survivors; });
     }
     return survivors;
   }
 
-  void offer(std::vector<KthLargest>& lower, const float* values, int64_t begin, int64_t end) const {
+  void offer(std::vector<KthLargest>& best_of, const float* values, int64_t begin, int64_t end) const {
     for (int64_t token = 0; token < logits.tokens; ++token) {
       const Score& score_of = score[static_cast<size_t>(token)];
-      KthLargest& best = lower[static_cast<size_t>(token)];
-      const float* bounds = values + token * logits.vocabulary;
+      KthLargest& best = best_of[static_cast<size_t>(token)];
+      const float* scored = values + token * logits.vocabulary;
       // In steps, because the threshold rises.
       constexpr int64_t kStep = 1024;
       for (int64_t row = begin; row < end; row += kStep) {
-        score_of.where(bounds, row, std::min(row + kStep, end), best.threshold(), kIsBetter,
-                       [&](int64_t id) { best.offer(score_of(bounds[id], id)); });
+        score_of.where(scored, row, std::min(row + kStep, end), best.threshold(), kIsBetter,
+                       [&](int64_t id) { best.offer(score_of(scored[id], id)); });
       }
     }
   }
@@ -285,12 +294,12 @@ struct Search {
   // One part of the table. It starts from what the parts before found: for the result that makes no difference,
   // but the more rows a threshold is made of, the fewer survive.
   void bound(int64_t tile_begin, int64_t tile_end) {
-    std::vector<KthLargest> lower;
+    std::vector<KthLargest> best;
     bool go_on;
     int64_t rows_before, survivors_before;
     {
       const std::lock_guard<std::mutex> lock(mutex);
-      for (KthLargest& all : threshold) lower.emplace_back(k, all.threshold());
+      for (KthLargest& all : threshold) best.emplace_back(k, all.threshold());
       go_on = pays;
       rows_before = rows;
       survivors_before = survivors;
@@ -303,21 +312,21 @@ struct Search {
     while (tile < tile_end && go_on) {
       const int64_t next = std::min(tile + step, tile_end);
       table.screen(*screen, tile, next);
-      offer(lower, screen->lower, row_of(tile), row_of(next));
+      offer(best, approximate, row_of(tile), row_of(next));
       // Survivors of a lower threshold are too many; they are counted anew only where that could matter.
-      own += count_survivors(lower, row_of(tile), row_of(next));
+      own += count_survivors(best, row_of(tile), row_of(next));
       tile = next;
       const int64_t seen = rows_before + row_of(tile) - begin;
       if (too_many(survivors_before + own, seen)) {
-        own = count_survivors(lower, begin, row_of(tile));
+        own = count_survivors(best, begin, row_of(tile));
         go_on = !too_many(survivors_before + own, seen);
       }
     }
     compute(row_of(tile), row_of(tile_end));
-    offer(lower, upper, row_of(tile), row_of(tile_end));
+    offer(best, upper, row_of(tile), row_of(tile_end));
 
     const std::lock_guard<std::mutex> lock(mutex);
-    for (size_t token = 0; token < lower.size(); ++token) threshold[token].merge(lower[token]);
+    for (size_t token = 0; token < best.size(); ++token) threshold[token].merge(best[token]);
     parts.push_back({begin, row_of(tile), row_of(tile_end)});
     rows += row_of(tile) - begin;
     survivors += own;
@@ -328,62 +337,94 @@ struct Search {
     }
   }
 
+  // The screened rows of each token with a value that survives its threshold, but for those chosen before, and their
+  // logits. Rows of a token are in order.
+  Chosen choose(const float* values, std::vector<KthLargest>& thresholds, const Chosen& before) const {
+    Chosen chosen;
+    chosen.first.push_back(0);
+    for (int64_t token = 0; token < logits.tokens; ++token) {
+      const size_t t = static_cast<size_t>(token);
+      size_t next = static_cast<size_t>(before.first[t]);
+      const size_t end = static_cast<size_t>(before.first[t + 1]);
+      for (const Part& part : parts) {
+        if (part.begin == part.screened) continue;
+        score[t].where(values + token * logits.vocabulary, part.begin, part.screened, thresholds[t].threshold(),
+                       kSurvives, [&](int64_t row) {
+                         while (next < end && before.rows[next] < row) ++next;
+                         if (next < end && before.rows[next] == row) return;
+                         chosen.rows.push_back(static_cast<int32_t>(row));
+                       });
+      }
+      chosen.first.push_back(static_cast<int64_t>(chosen.rows.size()));
+    }
+    chosen.logits.resize(chosen.rows.size());
+    parallel(chosen.first.back(), ns_per_row(logits, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t token = 0; token < logits.tokens; ++token) {
+        const int64_t from = std::max(begin, chosen.first[static_cast<size_t>(token)]);
+        const int64_t to = std::min(end, chosen.first[static_cast<size_t>(token) + 1]);
+        if (from >= to) continue;
+        Logits one = logits;
+        one.x += token * one.x_stride;
+        one.tokens = 1;
+        table.logits_of_rows(one, chosen.rows.data() + from, to - from, chosen.logits.data() + from,
+                             logits_scratch(one));
+      }
+    });
+    return chosen;
+  }
+
+  // Calls work(id, logit) for the chosen rows of one token.
+  template <class Work>
+  static void each(const Chosen& chosen, int64_t token, Work work) {
+    const int64_t end = chosen.first[static_cast<size_t>(token) + 1];
+    for (int64_t i = chosen.first[static_cast<size_t>(token)]; i < end; ++i) {
+      work(chosen.rows[static_cast<size_t>(i)], chosen.logits[static_cast<size_t>(i)]);
+    }
+  }
+
   void run(float* out_logits, int64_t* out_ids, int64_t* out_rescored) {
     const int64_t tiles = tiles_of(logits.vocabulary);
     const double ns_per_tile = ns_per_row(logits, logits.tokens) * kTileRows;
+    const std::vector<KthLargest> none(static_cast<size_t>(logits.tokens),
+                                       {k, -std::numeric_limits<double>::infinity()});
+    threshold = none;
     if (screen == nullptr) {
       parallel(tiles, ns_per_tile, [&](int64_t begin, int64_t end) {
         compute(begin * kTileRows, std::min(end * kTileRows, logits.vocabulary));
       });
       parts.push_back({0, 0, logits.vocabulary});
     } else {
-      threshold.assign(static_cast<size_t>(logits.tokens), {k, -std::numeric_limits<double>::infinity()});
       parallel(tiles, ns_per_tile, [&](int64_t begin, int64_t end) { bound(begin, end); });
     }
-
-    std::vector<int32_t> candidates;  // the survivors of every token, one after another
-    std::vector<int64_t> first{0};    // where those of a token start
     std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.begin < b.begin; });
-    for (int64_t token = 0; token < logits.tokens; ++token) {
-      const float* bounds = upper + token * logits.vocabulary;
-      for (const Part& part : parts) {
-        if (part.begin == part.screened) continue;
-        score[static_cast<size_t>(token)].where(bounds, part.begin, part.screened,
-                                                threshold[static_cast<size_t>(token)].threshold(), kSurvives,
-                                                [&](int64_t row) { candidates.push_back(static_cast<int32_t>(row)); });
-      }
-      first.push_back(static_cast<int64_t>(candidates.size()));
+
+    const Chosen nothing{{}, std::vector<int64_t>(static_cast<size_t>(logits.tokens) + 1, 0), {}};
+    const Chosen likely = choose(approximate, threshold, nothing);
+    std::vector<KthLargest> reached = none;
+    if (screen != nullptr) {
+      for (const Part& part : parts) offer(reached, upper, part.screened, part.end);
     }
-    std::vector<float> exact(candidates.size());
-    parallel(first.back(), ns_per_row(logits, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t token = 0; token < logits.tokens; ++token) {
-        const int64_t from = std::max(begin, first[static_cast<size_t>(token)]);
-        const int64_t to = std::min(end, first[static_cast<size_t>(token) + 1]);
-        if (from >= to) continue;
-        Logits one = logits;
-        one.x += token * one.x_stride;
-        one.tokens = 1;
-        table.logits_of_rows(one, candidates.data() + from, to - from, exact.data() + from, logits_scratch(one));
-      }
-    });
+    for (int64_t token = 0; token < logits.tokens; ++token) {
+      const size_t t = static_cast<size_t>(token);
+      each(likely, token, [&](int32_t id, float logit) { reached[t].offer(score[t](logit, id)); });
+    }
+    const Chosen possible = choose(upper, reached, likely);
 
     for (int64_t token = 0; token < logits.tokens; ++token) {
       const Score& score_of = score[static_cast<size_t>(token)];
       Best best(k);
       int64_t computed = 0;
-      for (const Part& part : parts) {
-        for (int64_t row = part.screened; row < part.end; ++row) {
-          const float logit = upper[token * logits.vocabulary + row];
-          best.offer({score_of(logit, row), logit, static_cast<int32_t>(row)});
-        }
-        computed += part.end - part.screened;
-      }
-      for (int64_t i = first[static_cast<size_t>(token)]; i < first[static_cast<size_t>(token) + 1]; ++i) {
-        const float logit = exact[static_cast<size_t>(i)];
-        const int32_t id = candidates[static_cast<size_t>(i)];
+      const auto offer_to_best = [&](int32_t id, float logit) {
         best.offer({score_of(logit, id), logit, id});
         ++computed;
+      };
+      for (const Part& part : parts) {
+        for (int64_t row = part.screened; row < part.end; ++row) {
+          offer_to_best(static_cast<int32_t>(row), upper[token * logits.vocabulary + row]);
+        }
       }
+      each(likely, token, offer_to_best);
+      each(possible, token, offer_to_best);
       best.write(out_logits + token * k, out_ids + token * k);
       out_rescored[token] = computed;
     }
@@ -395,11 +436,14 @@ struct Search {
 struct QuantizedTokens {
   int64_t q_stride;
   const int8_t* q;
+  std::vector<int32_t> group_sum;  // [tokens][groups]
   std::vector<ScreenedToken> tokens;
   bool finite = true;
 
   QuantizedTokens(const KernelTable& table, const Logits& logits)
-      : q_stride(padded_in_features(logits.in_features)), tokens(static_cast<size_t>(logits.tokens)) {
+      : q_stride(padded_in_features(logits.in_features)),
+        group_sum(static_cast<size_t>(logits.tokens * screen_groups(logits.in_features)), 0),
+        tokens(static_cast<size_t>(logits.tokens)) {
     static thread_local Scratch scratch;
     int8_t* rows = static_cast<int8_t*>(scratch.reserve(static_cast<size_t>(2 * logits.tokens * q_stride)));
     q = rows;
@@ -407,15 +451,19 @@ struct QuantizedTokens {
       const float* x = logits.x + t * logits.x_stride;
       int8_t* hi = rows + 2 * t * q_stride;
       int8_t* lo = hi + q_stride;
+      int32_t* sums = group_sum.data() + t * screen_groups(logits.in_features);
       ScreenedToken& token = tokens[static_cast<size_t>(t)];
       float scale;
-      table.quantize_row_16(x, DType::kFloat32, logits.in_features, hi, lo, q_stride, &scale, token.sum);
+      int32_t unused_sums[2];
+      table.quantize_row_16(x, DType::kFloat32, logits.in_features, hi, lo, q_stride, &scale, unused_sums);
       token.scale = scale;
       double square = 0.0;
       double error_square = 0.0;
       for (int64_t k = 0; k < logits.in_features; ++k) {
+        const int32_t number = 256 * hi[k] + lo[k];
+        sums[k / kScreenGroup] += number;
         const double value = x[k];
-        const double error = value - token.scale * (256 * hi[k] + lo[k]);  // the product is exact
+        const double error = value - token.scale * number;  // the product is exact
         square += value * value;
         error_square += error * error;
       }
@@ -428,7 +476,7 @@ struct QuantizedTokens {
   }
 };
 
-// Asks for 2 MB pages, before the first write: a copy of 328 MB then costs 160 page faults instead of 80000, and
+// Asks for 2 MB pages, before the first write: a copy of 251 MB then costs 120 page faults instead of 61000, and
 // reading it loses less of the bus to address translation (bench/LOG.md).
 void prefer_huge_pages(void* begin, int64_t bytes) {
 #if defined(__linux__)
@@ -449,7 +497,7 @@ struct Copy {
 
 Copy check_copy(const char* op, const Tensor& weight, const Tensor& codes_any, const Tensor& bounds_any) {
   const int64_t tiles = tiles_of(weight.size(0));
-  check(op, "codes", codes_any, codes().uint8, {tiles, blocks_of(weight.size(1)), kScreenBlockBytes});
+  check(op, "codes", codes_any, codes().uint8, {tiles, screen_tile_bytes(screen_groups(weight.size(1)))});
   check(op, "bounds", bounds_any, codes().float32, {3, tiles * kTileRows});
   for (const auto& [name, tensor] : {std::pair("codes", &codes_any), std::pair("bounds", &bounds_any)}) {
     if (!tensor->is_contiguous()) refuse(op, name, "a contiguous tensor, as from screen_lm_head", "one that is not");
@@ -459,7 +507,8 @@ Copy check_copy(const char* op, const Tensor& weight, const Tensor& codes_any, c
 
 void check_screen_features(const char* op, int64_t in_features) {
   if (in_features <= kMaxScreenFeatures) return;
-  refuse(op, "weight", "at most " + std::to_string(kMaxScreenFeatures) + " columns (int32 sums cannot overflow then)",
+  refuse(op, "weight",
+         "at most " + std::to_string(kMaxScreenFeatures) + " columns (the bounds of rounding are derived for these)",
          std::to_string(in_features));
 }
 
@@ -563,22 +612,23 @@ std::tuple<Tensor, Tensor> screen_lm_head(const Tensor& weight_any) {
   copy.vocabulary = weight.size(0);
   copy.in_features = weight.size(1);
   const int64_t tiles = tiles_of(copy.vocabulary);
-  const Tensor code = empty({tiles, blocks_of(copy.in_features), kScreenBlockBytes}, codes().uint8);
+  const int64_t groups = screen_groups(copy.in_features);
+  const Tensor code = empty({tiles, screen_tile_bytes(groups)}, codes().uint8);
   const Tensor bounds = empty({3, tiles * kTileRows}, codes().float32);
   copy.codes = mutable_data<uint8_t>(code);
-  prefer_huge_pages(copy.codes, tiles * blocks_of(copy.in_features) * kScreenBlockBytes);
+  prefer_huge_pages(copy.codes, tiles * screen_tile_bytes(groups));
   copy.scale = mutable_data<float>(bounds);
   copy.norm = copy.scale + tiles * kTileRows;
   copy.residual = copy.norm + tiles * kTileRows;
 
   const KernelTable& table = kernels();
-  const int64_t length = round_up(copy.in_features, kVirtualLanes);
+  const int64_t length = groups * kScreenGroup;
   // Two passes over a row in L1, and a transposition: several times what quantising activations costs.
   constexpr double kNsPerElement = 0.5;
   parallel(tiles, static_cast<double>(kTileRows * (length + 1)) * kNsPerElement, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     constexpr int64_t kBytes = static_cast<int64_t>(sizeof(float)) + kTileRows;
-    float* wide = static_cast<float*>(scratch.reserve(static_cast<size_t>(length * kBytes)));
+    float* wide = static_cast<float*>(scratch.reserve(static_cast<size_t>(length * kBytes + groups)));
     table.screen_rows(copy, begin, end, wide, reinterpret_cast<int8_t*>(wide + length));
   });
   return {code, bounds};
@@ -631,7 +681,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x_any, const Tens
     const int64_t count = std::min(tokens - token, kTokensAtOnce);
     const int64_t results = count * vocabulary;
     float* upper = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * results) * sizeof(float)));
-    Search search{table, all, nullptr, k, upper};
+    Search search{table, all, nullptr, k, upper, upper + results};
     search.logits.x += token * all.x_stride;
     search.logits.tokens = count;
     search.logits.out = upper;
@@ -642,11 +692,21 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x_any, const Tens
     std::optional<QuantizedTokens> quantized;
     Screen screen{};
     if (copy.has_value()) {
-      const int64_t rows = tiles_of(vocabulary) * kTileRows;
+      const int64_t rows = tiles_of(vocabulary) * kTileRows;  // of a row of `bounds`
       quantized.emplace(table, search.logits);
-      screen = {copy->codes,          blocks_of(sizes.in_features), copy->bounds, copy->bounds + rows,
-                copy->bounds + 2 * rows, quantized->q,              quantized->q_stride, quantized->tokens.data(),
-                count,                vocabulary,                   upper,        upper + results};
+      screen = {copy->codes,
+                screen_groups(sizes.in_features),
+                copy->bounds,
+                copy->bounds + rows,
+                copy->bounds + 2 * rows,
+                quantized->q,
+                quantized->q_stride,
+                quantized->group_sum.data(),
+                quantized->tokens.data(),
+                count,
+                vocabulary,
+                upper,
+                upper + results};
       if (quantized->finite) search.screen = &screen;
     }
     search.run(mutable_data<float>(best) + token * k, mutable_data<int64_t>(ids) + token * k,

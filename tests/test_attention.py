@@ -56,12 +56,13 @@ class Inputs:
         """Storage full of what must never be read: NaN, and for int8 scales of NaN."""
         blocks = -(-self.cos.shape[0] // 64)
         heads = (self.q.shape[0], self.kv_heads)
-        fill = 99 if dtype == torch.int8 else math.nan
-        keys = torch.full((*heads, blocks, self.head_dim, 64), fill, dtype=dtype)
-        values = torch.full((*heads, 64 * blocks, -(-self.head_dim // 16) * 16), fill, dtype=dtype)
+        width = -(-self.head_dim // 16) * 16
         if dtype != torch.int8:
-            return keys, values, None, None
-        return keys, values, *(torch.full((*heads, 64 * blocks), math.nan) for _ in range(2))
+            keys = torch.full((*heads, blocks, self.head_dim, 64), math.nan, dtype=dtype)
+            return keys, torch.full((*heads, 64 * blocks, width), math.nan, dtype=dtype), None, None
+        spans = -(-self.cos.shape[0] // 256)
+        keys, values = (torch.full((*heads, spans, 256 * width), 99, dtype=dtype) for _ in range(2))
+        return keys, values, *(torch.full((*heads, 256 * spans), math.nan) for _ in range(2))
 
     def through_cache(
         self, dtype: torch.dtype, pieces: list[int], operator: Any = ops.cached_attention
@@ -74,13 +75,17 @@ class Inputs:
         return torch.cat(out, dim=1)
 
 
-def softmax_bound(x: Inputs, k: Tensor, v: Tensor) -> Tensor:
+def softmax_bound(x: Inputs, k: Tensor, v: Tensor, int8: bool = False) -> Tensor:
     """How far rounding may take a result from the exact one, [B, T, heads * head_dim].
 
     A score is off by e <= ((d + 6) |q|.|k| / sqrt(d) + |score|) u: a chain of d products, roundings of
     rotation (3 on either side) and scale. That changes each weight by a factor within exp(+-2 e) of itself.
     exp is within 1.1 ulp, its argument's rounding adds |score - max| u; sums and rescalings over S keys add
     (S + S / 64 + 8) u. All of it times the largest |v|, and twice for the other side, reference or kernel.
+
+    With an int8 cache queries and weights are rounded to 16 bits. An element of q is off by 1 / 65278 of the
+    largest, so a score by |q|.|k| / 65278. 256 weights are off by 1 / 65278 of the largest of them each, and
+    the largest of every span together are no more than all weights: a result by 256 / 65278 of max |v|.
     """
     heads = x.q.unflatten(-1, (-1, x.head_dim))
     group = heads.shape[2] // x.kv_heads
@@ -88,6 +93,8 @@ def softmax_bound(x: Inputs, k: Tensor, v: Tensor) -> Tensor:
     score = heads.norm(dim=-1) * key_norm.unsqueeze(1) / x.head_dim**0.5  # largest possible, [B, T, heads]
     keys = torch.arange(1, x.q.shape[1] + 1)[:, None]
     relative = torch.expm1(2 * (x.head_dim + 9) * score * U) + (4 * score + 1.1 * keys + 12) * U
+    if int8:
+        relative += (torch.expm1(2 * score * x.head_dim**0.5 / 65278) + 256 / 65278) / 2
     largest = v.abs().amax((1, 2))[:, None, None]
     return (2 * relative * largest).repeat_interleave(x.head_dim, dim=2)
 
@@ -124,7 +131,7 @@ def test_cached_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> 
         if one is not None and other is not None:
             assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
     # Rounding to bfloat16 or int8 moves a vector by less than a tenth.
-    assert_within(given, expected.double(), 1.2 * softmax_bound(x, x.k, x.v))
+    assert_within(given, expected.double(), 1.2 * softmax_bound(x, x.k, x.v, dtype == torch.int8))
 
 
 @pytest.mark.parametrize(("dtype", "loss"), [(torch.bfloat16, 2.0**-8), (torch.int8, 1 / 127)])
@@ -324,7 +331,7 @@ def call(**others: Any) -> Tensor:
 
 
 HALF = torch.zeros(2, 2, 1, 12, 64, dtype=torch.float16)
-INT8 = torch.zeros(2, 2, 1, 12, 64, dtype=torch.int8)
+INT8 = torch.zeros(2, 2, 1, 4096, dtype=torch.int8)
 STARTS = torch.tensor([0, 1])
 
 
@@ -343,7 +350,9 @@ STARTS = torch.tensor([0, 1])
         ("start", torch.zeros(3, dtype=torch.int64), "int64 [2]", "int64 [3]"),
         ("start", STARTS, "within the 3 of cos", "1"),
         ("start", -STARTS * 2**40, "within the 3 of cos", str(-(2**40))),
-        ("keys", HALF, "float32, bfloat16 or int8 [2, 2, ", "float16 [2, 2, 1, 12, 64]"),
+        ("keys", HALF, "float32 or bfloat16 [2, 2, ", "float16 [2, 2, 1, 12, 64]"),
+        ("keys", torch.zeros(2, 2, 1, 12, 64, dtype=torch.int8), "int8 [2, 2, ", "int8 [2, 2, 1, 12, 64]"),
+        ("keys", torch.zeros(2), "[2, 2, ", "float32 [2]"),
         ("keys", torch.zeros(2, 1, 1, 12, 64), "[2, 2, ", "float32 [2, 1, 1, 12, 64]"),
         ("keys", torch.zeros(2, 2, 1, 12, 128)[..., ::2], "contiguous", "float32 [2, 2, 1, 12, 64]"),
         ("values", torch.zeros(2, 2, 64, 12), "float32 [2, 2, 64, 16]", "float32 [2, 2, 64, 12]"),
@@ -361,7 +370,7 @@ def test_wrong_argument(argument: str, wrong: Tensor, expected: str, given: str)
 def test_wrong_scales_and_places() -> None:
     with pytest.raises(RuntimeError, match="argument 'values': expected a CPU tensor int8"):
         call(keys=INT8)
-    values = torch.zeros(2, 2, 64, 16, dtype=torch.int8)
+    values = INT8.clone()
     with pytest.raises(
         RuntimeError, match=r"argument 'key_scale': expected a tensor where keys are int8.*, got None"
     ):

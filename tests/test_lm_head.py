@@ -228,10 +228,17 @@ def test_a_batch_on_several_threads_goes_on_screening(threads: None, count: int)
 # ---- the bounds ---------------------------------------------------------------------------------------
 
 
-def unpacked(codes: Tensor, vocabulary: int, in_features: int) -> Tensor:
-    tiles, blocks, _ = codes.shape
-    q = codes.view(tiles, blocks, 4, 16, 4).permute(0, 3, 1, 2, 4).reshape(16 * tiles, 16 * blocks)
-    return q[:vocabulary, :in_features].double() - 128
+def unpacked(codes: Tensor, bounds: Tensor, vocabulary: int, in_features: int) -> Tensor:
+    """What the copy stands for, Q of screen.h, in float64 (where it is exact)."""
+    groups = -(-in_features // 64)
+    factor_bytes = -(-16 * groups // 64) * 64
+    factor = codes[:, : 16 * groups].unflatten(1, (groups, 16)).transpose(1, 2)  # [tile, row, group]
+    lines = codes[:, factor_bytes:].unflatten(1, (groups, 4, 3, 16, 4))  # [tile, group, block, line, row, j]
+    high = lines >> 6
+    last = high[:, :, :, 0] | high[:, :, :, 1] << 2 | high[:, :, :, 2] << 4
+    code = torch.cat((lines & 63, last.unsqueeze(3)), dim=3).permute(0, 4, 1, 2, 3, 5).flatten(3)
+    q = (code.double() - 32) * factor.unsqueeze(3)
+    return (q.flatten(2).flatten(0, 1) * bounds[0].double()[:, None])[:vocabulary, :in_features]
 
 
 @pytest.mark.parametrize("adversary", [*ADVERSARIES, lambda: (torch.randn(999, 333), torch.randn(1, 333))])
@@ -244,10 +251,9 @@ def test_the_copy_equals_the_reference_and_its_bounds_hold(
     expected_codes, expected_bounds = reference.screen_lm_head(weight)
     assert torch.equal(codes, expected_codes)
     assert torch.equal(bounds[0], expected_bounds[0])
-    q = unpacked(codes, *weight.shape)
-    real = bounds[0, rows].double()[:, None] * q
+    real = unpacked(codes, bounds, *weight.shape)
     residual = (weight.double() - real).norm(dim=1)
-    gamma = (-(-weight.shape[1] // 64) + 6) * 2.0**-24
+    gamma = (2 * -(-weight.shape[1] // 64) + 7) * 2.0**-24
     assert (bounds[1, rows].double() >= real.norm(dim=1) + residual).all()
     assert (bounds[1, rows].double() >= weight.double().norm(dim=1)).all()
     assert (bounds[2, rows].double() >= residual + gamma * weight.double().norm(dim=1) + 2.0**-100).all()
@@ -262,11 +268,11 @@ def test_the_copy_equals_the_reference_and_its_bounds_hold(
 def bound_of(x: Tensor, codes: Tensor, bounds: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What screen.h says, in float64: approximate logits [B, V], and how far they may be off."""
     q, token_scale = reference.quantize_activations(x, 16)
-    scale, norm, residual = bounds[:, : weight.shape[0]].double()
+    _, norm, residual = bounds[:, : weight.shape[0]].double()
     token = q.double() * token_scale.double()[:, None]
-    approximate = token @ (scale[:, None] * unpacked(codes, *weight.shape)).T
-    error = (x.double() - token).norm(dim=1)
-    return approximate, residual * x.double().norm(dim=1)[:, None] + norm * error[:, None] + 2.0**-100
+    approximate = token @ unpacked(codes, bounds, *weight.shape).T
+    error = (x.double() - token).norm(dim=1)[:, None]
+    return approximate, residual * (x.double().norm(dim=1)[:, None] + error) + norm * error + 2.0**-100
 
 
 @pytest.mark.parametrize("in_features", [1, 63, 64, 65, 1000, 2560])
@@ -286,9 +292,7 @@ def test_the_bound_is_reached() -> None:
     """A token along what the copy loses of a row is off by almost the whole bound: it cannot be smaller."""
     weight = torch.randn(64, 2560).bfloat16()
     codes, bounds = ops.screen_lm_head(weight)
-    q = unpacked(codes, *weight.shape)
-    lost = weight.double() - bounds[0, :64].double()[:, None] * q
-    x = lost.float()
+    x = (weight.double() - unpacked(codes, bounds, *weight.shape)).float()
     approximate, bound = bound_of(x, codes, bounds, weight)
     off = (ops.lm_head(x, weight).double() - approximate).abs()
     assert (off <= bound).all()

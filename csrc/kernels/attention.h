@@ -1,6 +1,6 @@
 // Attention over a cache of keys and values, once; an instruction set only supplies `Isa`.
 //
-// Include this inside a kernel file's target region, after float_algorithms.h.
+// Include this inside a kernel file's target region, after attention_int8.h, which is about a cache of bytes.
 //
 // The order of every float operation, which decides the bits. Position p of a sequence is the p-th of its
 // own tokens, so padding before the first one has no place here and cannot move anything: a sequence
@@ -29,7 +29,6 @@
 //
 // Isa provides, beside float_algorithms.h's,
 //     kAttentionRows, kAttentionRegisters    accumulators of a register block: rows x registers
-//     load(const int8_t*)                    kLanes small integers as float32
 //     max(a, b) fold_max(v)
 //     power_of_two(v)                        2^n where the lowest bits of v's significand hold n + 0
 //     zero_below(x, limit, v)                x < limit ? +0 : v
@@ -40,8 +39,9 @@ namespace {
 // How far ahead of a stream of keys or values memory is asked for: as for rows of the LM head.
 constexpr int64_t kCacheAheadBytes = kStreamAheadBytes;
 
-template <class Isa>
+template <class Isa, class Sums>
 struct AttentionKernels {
+  using Int8 = Int8Attention<Isa, Sums>;
   using F32 = typename Isa::F32;
   using Float = FloatKernels<Isa>;
   static constexpr int kLanes = Isa::kLanes;
@@ -52,27 +52,9 @@ struct AttentionKernels {
   static_assert(kAttentionBlock % kPanel == 0 && kValueAlignment % kLanes == 0, "no register is part of a row");
   static_assert(kRows <= kAttentionRegisterRows, "scratch is sized for them");
 
-  // 2^x for x <= 0, or NaN; +0 below -126, where results would be subnormal. With n the integer nearest to x,
-  // 2^x = 2^n * 2^r, |r| <= 1/2, and a polynomial whose relative error is below 2.0e-9 (Remez; p(0) is
-  // exactly 1). Rounding adds less than 1.1 ulp: at most 1.3e-7 in all, over every float32.
-  static F32 exp2(F32 x) {
-    // 1.5 * 2^23: the addition itself rounds to an integer, which then stands in the lowest bits.
-    const F32 shifted = Isa::add(x, Isa::set1(12582912.0f));
-    const F32 n = Isa::add(shifted, Isa::set1(-12582912.0f));
-    const F32 r = Isa::fma(n, Isa::set1(-1.0f), x);
-    F32 p = Isa::set1(0x1.41fbbcp-13f);
-    p = Isa::fma(p, r, Isa::set1(0x1.5f3e52p-10f));
-    p = Isa::fma(p, r, Isa::set1(0x1.3b2d4cp-7f));
-    p = Isa::fma(p, r, Isa::set1(0x1.c6aee8p-5f));
-    p = Isa::fma(p, r, Isa::set1(0x1.ebfbdcp-3f));
-    p = Isa::fma(p, r, Isa::set1(0x1.62e430p-1f));
-    p = Isa::fma(p, r, Isa::set1(1.0f));
-    return Isa::zero_below(x, Isa::set1(-126.0f), Isa::mul(p, Isa::power_of_two(shifted)));
-  }
-
   static float exp2_of(float x) {
     float lanes[kLanes];
-    Isa::store(lanes, exp2(Isa::set1(x)));
+    Isa::store(lanes, exp2<Isa>(Isa::set1(x)));
     return lanes[0];
   }
 
@@ -171,40 +153,50 @@ struct AttentionKernels {
 
   // ---- the cache --------------------------------------------------------------------------------
 
-  // A vector of the cache in its storage type; int8 is quantised as activations are, and has a scale.
+  // A vector of the cache in its storage type.
   template <class T>
-  static void convert(const float* x, int64_t count, T* out, float*) {
+  static void convert(const float* x, int64_t count, T* out) {
     const int64_t full = count - count % kLanes;
     for (int64_t i = 0; i < full; i += kLanes) Isa::store(out + i, Isa::load(x + i));
     if (full < count) store_partial<Isa>(out + full, load_partial<Isa>(x + full, count - full), count - full);
   }
-  static void convert(const float* x, int64_t count, int8_t* out, float* scale) {
+
+  // One token's key, rotated, and value. `place` is its position among those of all heads; `converted` is scratch.
+  template <class T>
+  static void store_token(const Attention& p, int64_t position, int64_t place, const float* key, const float* value,
+                          T* converted) {
+    const int64_t d = p.head_dim;
+    const int64_t width = value_width(d);
+    convert(key, d, converted);
+    T* keys = static_cast<T*>(p.keys) + (place - position % kAttentionBlock) * d + position % kAttentionBlock;
+    for (int64_t i = 0; i < d; ++i) keys[i * kAttentionBlock] = converted[i];
+    T* values = static_cast<T*>(p.values) + place * width;
+    convert(value, d, values);
+    std::memset(static_cast<void*>(values + d), 0, static_cast<size_t>(width - d) * sizeof(T));
+  }
+  // Quantised as activations are.
+  static void store_token(const Attention& p, int64_t position, int64_t place, const float* key, const float* value,
+                          int8_t* converted) {
+    const int64_t d = p.head_dim;
+    const int64_t span = (place - position % kAttentionSpan) * value_width(d);
     int32_t unused_sum;
-    Float::quantize_row_of(x, count, out, count, scale, &unused_sum);
+    Float::quantize_row_of(key, d, converted, d, p.key_scale + place, &unused_sum);
+    Int8::store_key(converted, d, position, static_cast<int8_t*>(p.keys) + span);
+    Float::quantize_row_of(value, d, converted, d, p.value_scale + place, &unused_sum);
+    Int8::store_value(converted, d, position, static_cast<int8_t*>(p.values) + span);
   }
 
   template <class T>
   static void store_of(const Attention& p, const AttentionRows& rows, float* scratch) {
     const int64_t d = p.head_dim;
-    const int64_t width = value_width(d);
     const int64_t head = rows.batch * p.kv_heads + rows.kv_head;
-    T* keys = static_cast<T*>(p.keys) + head * p.capacity * d;
-    T* values = static_cast<T*>(p.values) + head * p.capacity * width;
-    T* converted = reinterpret_cast<T*>(scratch + d);
     for (int64_t token = rows.token_begin; token < rows.token_end; ++token) {
       const int64_t position = p.start[rows.batch] + token;
       if (position < 0) continue;  // padding
-      const int64_t place = head * p.capacity + position;
-      float* key_scale = p.cache == CacheType::kInt8 ? p.key_scale + place : nullptr;
-      float* value_scale = p.cache == CacheType::kInt8 ? p.value_scale + place : nullptr;
       rotate(p.k.row(rows.batch, token) + rows.kv_head * d, p.cos + position * (d / 2), p.sin + position * (d / 2), d,
              1.0f, scratch);
-      convert(scratch, d, converted, key_scale);
-      T* key = keys + position / kAttentionBlock * kAttentionBlock * d + position % kAttentionBlock;
-      for (int64_t i = 0; i < d; ++i) key[i * kAttentionBlock] = converted[i];
-      T* value = values + position * width;
-      convert(p.v.row(rows.batch, token) + rows.kv_head * d, d, value, value_scale);
-      std::memset(static_cast<void*>(value + d), 0, static_cast<size_t>(width - d) * sizeof(T));
+      store_token(p, position, head * p.capacity + position, scratch, p.v.row(rows.batch, token) + rows.kv_head * d,
+                  reinterpret_cast<T*>(scratch + d));
     }
   }
 
@@ -219,20 +211,38 @@ struct AttentionKernels {
     }
   }
 
+  // ---- queries ----------------------------------------------------------------------------------
+
+  // In scratch, behind the scores of a register block.
+  static float* queries_in(float* scratch) { return scratch + kAttentionRegisterRows * kAttentionBlock; }
+
+  // Rotates and scales the queries of these rows.
+  static void queries(const Attention& p, const AttentionRows& rows, float* scratch) {
+    const int64_t d = p.head_dim;
+    const int64_t count = p.group * (rows.token_end - rows.token_begin);
+    float* q = queries_in(scratch);
+    const Int8Queries integers(q, count, d);
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t token = rows.token_begin + row / p.group;
+      const int64_t position = p.start[rows.batch] + token;
+      if (position < 0) continue;
+      float* rotated = p.cache == CacheType::kInt8 ? integers.rotated : q + row * d;
+      rotate(p.q.row(rows.batch, token) + (rows.kv_head * p.group + row % p.group) * d, p.cos + position * (d / 2),
+             p.sin + position * (d / 2), d, p.scale, rotated);
+      if (p.cache == CacheType::kInt8) Int8::store_query(rotated, d, integers, row);
+    }
+  }
+
   // ---- one span ---------------------------------------------------------------------------------
 
   // One block: scores become the weights that values are multiplied with. Step by step for all rows, whose
   // long chains of dependent instructions then overlap.
-  static void soften(int rows, float* scores, const int64_t* visible, const float* key_scale, const float* value_scale,
-                     float* max, float* sum, float* factor) {
+  static void soften(int rows, float* scores, const int64_t* visible, float* max, float* sum, float* factor) {
     // Enough for kRows, and whole registers.
     constexpr int kFactors = (kRows + kLanes - 1) / kLanes * kLanes;
     float fall[kFactors] = {};
     for (int i = 0; i < rows; ++i) {
       float* score = scores + i * kAttentionBlock;
-      if (key_scale != nullptr) {
-        for (int64_t j = 0; j < visible[i]; ++j) score[j] *= key_scale[j];
-      }
       for (int64_t j = visible[i]; j < kAttentionBlock; ++j) score[j] = -kInfinity;
       F32 highest = Isa::load(score);
       for (int r = 1; r < kRegisters; ++r) highest = Isa::max(highest, Isa::load(score + r * kLanes));
@@ -241,19 +251,16 @@ struct AttentionKernels {
       fall[i] = max[i] - new_max;
       max[i] = new_max;
     }
-    for (int i = 0; i < kFactors; i += kLanes) Isa::store(factor + i, exp2(Isa::load(fall + i)));
+    for (int i = 0; i < kFactors; i += kLanes) Isa::store(factor + i, exp2<Isa>(Isa::load(fall + i)));
     for (int i = 0; i < rows; ++i) {
       float* score = scores + i * kAttentionBlock;
       const F32 minus_max = Isa::set1(-max[i]);
       F32 weight[kRegisters];
       for (int r = 0; r < kRegisters; ++r) {
-        weight[r] = exp2(Isa::add(Isa::load(score + r * kLanes), minus_max));
+        weight[r] = exp2<Isa>(Isa::add(Isa::load(score + r * kLanes), minus_max));
         Isa::store(score + r * kLanes, weight[r]);
       }
       sum[i] = sum[i] * factor[i] + Float::fold_registers(weight);
-      if (value_scale != nullptr) {
-        for (int64_t j = 0; j < visible[i]; ++j) score[j] *= value_scale[j];
-      }
     }
   }
 
@@ -270,8 +277,7 @@ struct AttentionKernels {
   // Keys (or rows of values) of one block against all rows, from the cache itself or widened from it.
   template <class T>
   static void attend_block(const Attention& p, const AttentionRows& rows, int64_t key, const float* q, const T* keys,
-                           const T* values, const float* key_scale, const float* value_scale,
-                           const AttentionState& state, float* scores) {
+                           const T* values, const AttentionState& state, float* scores) {
     const int64_t count = p.group * (rows.token_end - rows.token_begin);
     const int64_t width = value_width(p.head_dim);
     int64_t row = 0;  // the first that sees any of these keys
@@ -287,7 +293,7 @@ struct AttentionKernels {
       multiply(n, most, q + row * p.head_dim, p.head_dim, keys, kAttentionBlock, p.head_dim, scores, kAttentionBlock,
                nullptr);
       float factor[kRows + kLanes];
-      soften(n, scores, visible, key_scale, value_scale, state.max + row, state.sum + row, factor);
+      soften(n, scores, visible, state.max + row, state.sum + row, factor);
       multiply(n, width, scores, kAttentionBlock, values, width, least, out, width, factor);
       for (int i = 1; i < n; ++i) {
         const float one = 1.0f;
@@ -308,41 +314,61 @@ struct AttentionKernels {
   }
 
   template <class T>
-  static void span_of(const Attention& p, const AttentionRows& rows, int64_t span, const AttentionState& state,
-                      float* scratch) {
+  static void attend_block_of(const Attention& p, const AttentionRows& rows, int64_t key, int64_t end,
+                              const AttentionState& state, float* scratch) {
     const int64_t d = p.head_dim;
     const int64_t width = value_width(d);
     const int64_t count = p.group * (rows.token_end - rows.token_begin);
-    const int64_t head = rows.batch * p.kv_heads + rows.kv_head;
-    float* scores = scratch;
-    float* q = scores + kAttentionRegisterRows * kAttentionBlock;
+    const int64_t place = (rows.batch * p.kv_heads + rows.kv_head) * p.capacity + key;
+    const T* keys = static_cast<const T*>(p.keys) + place * d;
+    const T* values = static_cast<const T*>(p.values) + place * width;
+    float* q = queries_in(scratch);
+    // Widening costs about as much as it saves one register block; few rows read the cache itself.
+    if (p.cache == CacheType::kFloat32 || count <= 2 * kRows) {
+      return attend_block(p, rows, key, q, keys, values, state, scratch);
+    }
     float* wide_keys = q + count * d;
     float* wide_values = wide_keys + kAttentionBlock * d;
+    widen_block(keys, values, d, width, end - key < kAttentionBlock ? end - key : kAttentionBlock, wide_keys,
+                wide_values);
+    attend_block(p, rows, key, q, wide_keys, wide_values, state, scratch);
+  }
+
+  template <class T>
+  static void span_of(const Attention& p, const AttentionRows& rows, int64_t index, const AttentionState& state,
+                      float* scratch) {
+    const int64_t count = p.group * (rows.token_end - rows.token_begin);
     for (int64_t row = 0; row < count; ++row) {
       state.max[row] = -kInfinity;
       state.sum[row] = 0.0f;
-      std::memset(state.out + row * width, 0, static_cast<size_t>(width) * sizeof(float));
-      const int64_t token = rows.token_begin + row / p.group;
-      const int64_t position = p.start[rows.batch] + token;
-      if (position < 0) continue;
-      rotate(p.q.row(rows.batch, token) + (rows.kv_head * p.group + row % p.group) * d, p.cos + position * (d / 2),
-             p.sin + position * (d / 2), d, p.scale, q + row * d);
     }
+    std::memset(state.out, 0, static_cast<size_t>(count * value_width(p.head_dim)) * sizeof(float));
     const int64_t seen = visible_keys(p, rows, count - 1, 0);
-    const int64_t end = seen < (span + 1) * kAttentionSpan ? seen : (span + 1) * kAttentionSpan;
-    for (int64_t key = span * kAttentionSpan; key < end; key += kAttentionBlock) {
-      const T* keys = static_cast<const T*>(p.keys) + (head * p.capacity + key) * d;
-      const T* values = static_cast<const T*>(p.values) + (head * p.capacity + key) * width;
-      const float* key_scale = p.cache == CacheType::kInt8 ? p.key_scale + head * p.capacity + key : nullptr;
-      const float* value_scale = p.cache == CacheType::kInt8 ? p.value_scale + head * p.capacity + key : nullptr;
-      // Widening costs about as much as it saves one register block; few rows read the cache itself.
-      if (p.cache == CacheType::kFloat32 || count <= 2 * kRows) {
-        attend_block(p, rows, key, q, keys, values, key_scale, value_scale, state, scores);
-      } else {
-        const int64_t visible = end - key < kAttentionBlock ? end - key : kAttentionBlock;
-        widen_block(keys, values, d, width, visible, wide_keys, wide_values);
-        attend_block(p, rows, key, q, wide_keys, wide_values, key_scale, value_scale, state, scores);
+    const int64_t end = seen < (index + 1) * kAttentionSpan ? seen : (index + 1) * kAttentionSpan;
+    for (int64_t key = index * kAttentionSpan; key < end; key += kAttentionBlock) {
+      attend_block_of<T>(p, rows, key, end, state, scratch);
+    }
+  }
+
+  static void span_int8(const Attention& p, const AttentionRows& rows, int64_t index, const AttentionState& state,
+                        float* scratch) {
+    const int64_t count = p.group * (rows.token_end - rows.token_begin);
+    const int64_t width = value_width(p.head_dim);
+    const int64_t key = index * kAttentionSpan;
+    const int64_t place = (rows.batch * p.kv_heads + rows.kv_head) * p.capacity + key;
+    const Int8Queries queries(queries_in(scratch), count, p.head_dim);
+    int64_t row = 0;  // the first that sees any of these keys
+    while (row < count && visible_keys(p, rows, row, key) <= 0) ++row;
+    for (; row < count; row += Int8::kRows) {
+      const int n = static_cast<int>(count - row < Int8::kRows ? count - row : Int8::kRows);
+      int64_t visible[Int8::kRows];
+      for (int i = 0; i < n; ++i) {
+        const int64_t keys = visible_keys(p, rows, row + i, key);
+        visible[i] = keys < kAttentionSpan ? keys : kAttentionSpan;
       }
+      Int8::template attend<Int8::kRows>(n, queries, row, visible, static_cast<const int8_t*>(p.keys) + place * width,
+                                         static_cast<const int8_t*>(p.values) + place * width, p.key_scale + place,
+                                         p.value_scale + place, width, state);
     }
   }
 
@@ -352,7 +378,7 @@ struct AttentionKernels {
       case CacheType::kBFloat16:
         return span_of<BFloat16>(p, rows, index, state, scratch);
       case CacheType::kInt8:
-        return span_of<int8_t>(p, rows, index, state, scratch);
+        return span_int8(p, rows, index, state, scratch);
       default:
         return span_of<float>(p, rows, index, state, scratch);
     }

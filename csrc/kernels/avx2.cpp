@@ -32,6 +32,8 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -55,18 +57,38 @@ struct Maddubs {
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
 };
 
-// The screen of the LM head. vpmaddubsw would saturate (255 * 128 * 2 > 32767), so codes and activations widen to
+// tile_sums.h, in two ways.
+//
+// Signed bytes: vpmaddubsw would saturate (255 * 128 * 2 > 32767), so numbers and activations widen to
 // 16 bits; vpmaddwd then adds two products to int32. A quarter of a line is one ymm of four rows:
 //
-//     code_i16x16   | row 0: j=0..3   | row 1: j=0..3   | row 2: j=0..3   | row 3: j=0..3   |   vpmovzxbw
+//     number_i16x16   | row 0: j=0..3   | row 1: j=0..3   | row 2: j=0..3   | row 3: j=0..3   |   vpmovsxbw
 //     q_i16x16      | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   | q[4p .. 4p+3]   |
 //     acc_i32x8     | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  | j=0,1  | j=2,3  |
-struct WideningScreen {
-  static constexpr int32_t kCodeBias = 128;
-  static constexpr int kRows = 2;  // 2 x 4 accumulators + 2 activations + 1 code + 1 product = 12 of 16 registers
+//
+// Codes of six bits: a pair of products lies in [-16128, 16002], so two pairs fit an int16 lane, and half a line is one
+// ymm of eight rows, as for ternary codes.
+struct Avx2Sums {
+  template <class Codes>
+  static constexpr int32_t kExcess = Codes::kLines == SixBitCodes::kLines ? SixBitCodes::kZero : 0;
+  // Signed bytes: 2 x 4 accumulators + 2 activations + 1 code + 1 product; six bits: 4 x 2 and two codes. Both 12 of 16.
+  static constexpr int kRows = 4;
 
+  template <class Codes, int ROWS>
+  static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    if constexpr (Codes::kLines == SixBitCodes::kLines) {
+      six_bits<ROWS>(codes, blocks, q, q_stride, acc);
+    } else if constexpr (ROWS > 2) {
+      signed_bytes<2>(codes, blocks, q, q_stride, acc);
+      signed_bytes<ROWS - 2>(codes, blocks, q + 2 * q_stride, q_stride, acc + 2 * kTileRows);
+    } else {
+      signed_bytes<ROWS>(codes, blocks, q, q_stride, acc);
+    }
+  }
+
+ private:
   template <int ROWS>
-  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  static void signed_bytes(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     __m256i acc_i32x8[ROWS][4];
     for (int t = 0; t < ROWS; ++t) {
       for (int i = 0; i < 4; ++i) acc_i32x8[t][i] = _mm256_setzero_si256();
@@ -74,8 +96,8 @@ struct WideningScreen {
     for (int64_t b = 0; b < blocks; ++b) {
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        const uint8_t* line = tile + b * kScreenBlockBytes + p * kBlockBytes;
-        prefetch_near(line + kPrefetchBytes);
+        const uint8_t* line = codes + (4 * b + p) * kBlockBytes;
+        ask_ahead<Ymm>(line);
         __m256i q_i16x16[ROWS];
 #pragma GCC unroll 2
         for (int t = 0; t < ROWS; ++t) {
@@ -85,11 +107,11 @@ struct WideningScreen {
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const __m256i code_i16x16 =
-              _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line + 16 * i)));
+          const __m256i number_i16x16 =
+              _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line + 16 * i)));
 #pragma GCC unroll 2
           for (int t = 0; t < ROWS; ++t) {
-            acc_i32x8[t][i] = _mm256_add_epi32(acc_i32x8[t][i], _mm256_madd_epi16(code_i16x16, q_i16x16[t]));
+            acc_i32x8[t][i] = _mm256_add_epi32(acc_i32x8[t][i], _mm256_madd_epi16(number_i16x16, q_i16x16[t]));
           }
         }
       }
@@ -103,10 +125,45 @@ struct WideningScreen {
       }
     }
   }
+
+  template <int ROWS>
+  static void six_bits(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    __m256i acc_i32x8[ROWS][2];
+    for (int t = 0; t < ROWS; ++t) acc_i32x8[t][0] = acc_i32x8[t][1] = _mm256_setzero_si256();
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* block = codes + b * SixBitCodes::kLines * kBlockBytes;
+      two_steps<0>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+      two_steps<2>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+    }
+    for (int t = 0; t < ROWS; ++t) {
+      for (int half = 0; half < 2; ++half) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kTileRows + 8 * half), acc_i32x8[t][half]);
+      }
+    }
+  }
+
+  // Inputs 4P .. 4P+7 of a block.
+  template <int P, int ROWS>
+  static void two_steps(const uint8_t* block, const int8_t* q, int64_t q_stride, __m256i (&acc_i32x8)[ROWS][2]) {
+    for (int p = P; p < P + 2 && p < SixBitCodes::kLines; ++p) ask_ahead<Ymm>(block + p * kBlockBytes);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m256i first_u8x32 = code_of<P>(SixBitCodes{}, block + 32 * half);
+      const __m256i second_u8x32 = code_of<P + 1>(SixBitCodes{}, block + 32 * half);
+#pragma GCC unroll 4
+      for (int t = 0; t < ROWS; ++t) {
+        const int8_t* q_four = q + t * q_stride + 4 * P;
+        const __m256i pairs_i16x16 = _mm256_add_epi16(_mm256_maddubs_epi16(first_u8x32, broadcast4(q_four)),
+                                                      _mm256_maddubs_epi16(second_u8x32, broadcast4(q_four + 4)));
+        acc_i32x8[t][half] =
+            _mm256_add_epi32(acc_i32x8[t][half], _mm256_madd_epi16(pairs_i16x16, _mm256_set1_epi16(1)));
+      }
+    }
+  }
 };
 
 using Float = FloatKernels<Ymm>;
-using Attend = AttentionKernels<Ymm>;
+using Attend = AttentionKernels<Ymm, Avx2Sums>;
 
 }  // namespace
 
@@ -123,12 +180,13 @@ constexpr KernelTable kAvx2Kernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Ymm>::screen_rows,
-    ScreenDriver<WideningScreen>::screen,
+    ScreenDriver<Ymm, Avx2Sums>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -48,6 +48,7 @@ struct Avx512 {
   static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
   static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   static F32 load(const float* p) { return _mm512_loadu_ps(p); }
   static F32 load(const BFloat16* p) {
@@ -80,6 +81,7 @@ struct Avx512 {
   static F32 load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  static F32 load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
   static F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
   static float fold_max(F32 v) { return _mm512_reduce_max_ps(v); }
   static F32 power_of_two(F32 v) {
@@ -380,38 +382,47 @@ struct Sparse {
   }
 };
 
-// The screen of the LM head: codes need no decoding.
-struct Avx512Screen {
-  static constexpr int32_t kCodeBias = 128;
+// tile_sums.h: four lines of codes, then a product for each row of q.
+struct Avx512Sums {
+  template <class Codes>
+  static constexpr int32_t kExcess = Codes::kZero;
   static constexpr int kRows = 12;  // as many chains, which cover the latency of vpdpbusd
 
-  template <int ROWS>
-  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
-    // At least 8 chains, the rows of a token by themselves being too few.
-    constexpr int kChains = ROWS <= 2 ? 4 : ROWS <= 6 ? 2 : 1;
-    __m512i acc_i32x16[ROWS][kChains];
+  template <int P>
+  static __m512i code(SignedCodes, const uint8_t* block) {
+    return _mm512_xor_si512(load64(block + P * kBlockBytes), _mm512_set1_epi8(-128));
+  }
+  template <int P>
+  static __m512i code(SixBitCodes, const uint8_t* block) {
+    // 16-bit shifts move bits across bytes, but only into places that the masks clear.
+    if constexpr (P < 3) return _mm512_and_si512(load64(block + P * kBlockBytes), _mm512_set1_epi8(0x3f));
+    const __m512i low_u8x64 = _mm512_and_si512(_mm512_srli_epi16(load64(block), 6), _mm512_set1_epi8(0x03));
+    const __m512i middle_u8x64 =
+        _mm512_and_si512(_mm512_srli_epi16(load64(block + kBlockBytes), 4), _mm512_set1_epi8(0x0c));
+    const __m512i high_u8x64 =
+        _mm512_and_si512(_mm512_srli_epi16(load64(block + 2 * kBlockBytes), 2), _mm512_set1_epi8(0x30));
+    return _mm512_or_si512(_mm512_or_si512(low_u8x64, middle_u8x64), high_u8x64);
+  }
+
+  template <class Codes, int ROWS>
+  static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    __m512i acc_i32x16[ROWS];
 #pragma GCC unroll 12
-    for (int t = 0; t < ROWS; ++t) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) acc_i32x16[t][c] = _mm512_setzero_si512();
-    }
+    for (int t = 0; t < ROWS; ++t) acc_i32x16[t] = _mm512_setzero_si512();
     for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* block = tile + b * kScreenBlockBytes;
+      const uint8_t* block = codes + b * Codes::kLines * kBlockBytes;
+      const __m512i code_u8x64[4] = {code<0>(Codes{}, block), code<1>(Codes{}, block), code<2>(Codes{}, block),
+                                     code<3>(Codes{}, block)};
       const int8_t* q_block = q + b * kBlockInputs;
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        prefetch_near(block + p * kBlockBytes + kPrefetchBytes);
-        const __m512i code_u8x64 = load64(block + p * kBlockBytes);
+        if (p < Codes::kLines) ask_ahead<Avx512>(block + p * kBlockBytes);
 #pragma GCC unroll 12
-        for (int t = 0; t < ROWS; ++t) dot(acc_i32x16[t][p % kChains], code_u8x64, q_block + t * q_stride + 4 * p);
+        for (int t = 0; t < ROWS; ++t) dot(acc_i32x16[t], code_u8x64[p], q_block + t * q_stride + 4 * p);
       }
     }
 #pragma GCC unroll 12
-    for (int t = 0; t < ROWS; ++t) {
-#pragma GCC unroll 4
-      for (int c = 1; c < kChains; ++c) acc_i32x16[t][0] = _mm512_add_epi32(acc_i32x16[t][0], acc_i32x16[t][c]);
-      _mm512_storeu_si512(acc + t * kTileRows, acc_i32x16[t][0]);
-    }
+    for (int t = 0; t < ROWS; ++t) _mm512_storeu_si512(acc + t * kTileRows, acc_i32x16[t]);
   }
 };
 

@@ -19,6 +19,8 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -77,7 +79,7 @@ struct Base3Codes {
 };
 
 using Float = FloatKernels<Avx512>;
-using Attend = AttentionKernels<Avx512>;
+using Attend = AttentionKernels<Avx512, Avx512Sums>;
 
 }  // namespace
 
@@ -94,12 +96,13 @@ constexpr KernelTable kAvx512VbmiKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Avx512>::screen_rows,
-    ScreenDriver<Avx512Screen>::screen,
+    ScreenDriver<Avx512, Avx512Sums>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -18,6 +18,8 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -27,7 +29,7 @@ namespace bitnet_ops {
 namespace {
 
 using Float = FloatKernels<Avx512>;
-using Attend = AttentionKernels<Avx512>;
+using Attend = AttentionKernels<Avx512, Avx512Sums>;
 
 }  // namespace
 
@@ -44,12 +46,13 @@ constexpr KernelTable kAvx512VnniKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Avx512>::screen_rows,
-    ScreenDriver<Avx512Screen>::screen,
+    ScreenDriver<Avx512, Avx512Sums>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -30,6 +30,8 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -93,49 +95,48 @@ struct Inner : YmmLoops<Dpbusd> {
   }
 };
 
-// The screen of the LM head: codes need no decoding.
-struct DpbusdScreen {
-  static constexpr int32_t kCodeBias = 128;
-  static constexpr int kRows = 4;  // 2 x 4 accumulators, chains enough, + 2 codes + 1 activation
+// tile_sums.h
+struct DpbusdSums {
+  template <class Codes>
+  static constexpr int32_t kExcess = Codes::kZero;
+  static constexpr int kRows = 4;  // 2 x 4 accumulators + 2 codes + 1 activation
 
-  template <int ROWS>
-  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
-    // At least 8 chains, the rows of a token by themselves being too few.
-    constexpr int kChains = ROWS <= 2 ? 2 : 1;
-    __m256i low_i32x8[ROWS][kChains];
-    __m256i high_i32x8[ROWS][kChains];
-    for (int t = 0; t < ROWS; ++t) {
-      for (int c = 0; c < kChains; ++c) low_i32x8[t][c] = high_i32x8[t][c] = _mm256_setzero_si256();
-    }
+  template <class Codes, int ROWS>
+  static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    __m256i acc_i32x8[ROWS][2];
+    for (int t = 0; t < ROWS; ++t) acc_i32x8[t][0] = acc_i32x8[t][1] = _mm256_setzero_si256();
     for (int64_t b = 0; b < blocks; ++b) {
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p) {
-        const uint8_t* line = tile + b * kScreenBlockBytes + p * kBlockBytes;
-        prefetch_near(line + kPrefetchBytes);
-        const __m256i low_u8x32 = load32(line);
-        const __m256i high_u8x32 = load32(line + 32);
-#pragma GCC unroll 4
-        for (int t = 0; t < ROWS; ++t) {
-          const __m256i q_i8x32 = broadcast4(q + t * q_stride + b * kBlockInputs + 4 * p);
-          const int c = p % kChains;
-          low_i32x8[t][c] = Dpbusd::dot(low_i32x8[t][c], low_u8x32, q_i8x32);
-          high_i32x8[t][c] = Dpbusd::dot(high_i32x8[t][c], high_u8x32, q_i8x32);
-        }
-      }
+      const uint8_t* block = codes + b * Codes::kLines * kBlockBytes;
+      step<0, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+      step<1, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+      step<2, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+      step<3, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
     }
     for (int t = 0; t < ROWS; ++t) {
-      for (int c = 1; c < kChains; ++c) {
-        low_i32x8[t][0] = _mm256_add_epi32(low_i32x8[t][0], low_i32x8[t][c]);
-        high_i32x8[t][0] = _mm256_add_epi32(high_i32x8[t][0], high_i32x8[t][c]);
+      for (int half = 0; half < 2; ++half) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kTileRows + 8 * half), acc_i32x8[t][half]);
       }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kTileRows), low_i32x8[t][0]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kTileRows + 8), high_i32x8[t][0]);
+    }
+  }
+
+ private:
+  // Inputs 4P .. 4P+3 of a block.
+  template <int P, class Codes, int ROWS>
+  static void step(const uint8_t* block, const int8_t* q, int64_t q_stride, __m256i (&acc_i32x8)[ROWS][2]) {
+    if (P < Codes::kLines) ask_ahead<Ymm>(block + P * kBlockBytes);
+    const __m256i low_u8x32 = code_of<P>(Codes{}, block);
+    const __m256i high_u8x32 = code_of<P>(Codes{}, block + 32);
+#pragma GCC unroll 4
+    for (int t = 0; t < ROWS; ++t) {
+      const __m256i q_i8x32 = broadcast4(q + t * q_stride + 4 * P);
+      acc_i32x8[t][0] = Dpbusd::dot(acc_i32x8[t][0], low_u8x32, q_i8x32);
+      acc_i32x8[t][1] = Dpbusd::dot(acc_i32x8[t][1], high_u8x32, q_i8x32);
     }
   }
 };
 
 using Float = FloatKernels<Ymm>;
-using Attend = AttentionKernels<Ymm>;
+using Attend = AttentionKernels<Ymm, DpbusdSums>;
 
 }  // namespace
 
@@ -152,12 +153,13 @@ constexpr KernelTable kAvxVnniKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Ymm>::screen_rows,
-    ScreenDriver<DpbusdScreen>::screen,
+    ScreenDriver<Ymm, DpbusdSums>::screen,
 };
 
 }  // namespace bitnet_ops

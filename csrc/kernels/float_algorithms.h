@@ -21,7 +21,7 @@
 //     load_even_odd(const BFloat16*, F32& even, F32& odd)   2 * kLanes elements
 //     fold(F32)                            the folds kLanes -> 1 above
 //     fold_all(F32[n], float* out)         the same for n vectors, n = 1 and kLogitsRows
-//     prefetch_far(p)                      asks for a cache line, towards L2
+//     prefetch_far(p) prefetch_near(p)     asks for a cache line, towards L2 or L1
 //     I32, zero_i32(), sum(I32)            int32 x kLanes
 //     max_magnitude(I32 m, F32 v)          larger of m and the bits of |v|, as integers
 //     highest(I32)                         the largest lane
@@ -35,6 +35,9 @@ namespace {
 constexpr int64_t kStreamAheadBytes = 8192;
 
 constexpr float kAbsmaxFloor = 1e-5f;  // reference.ABSMAX_FLOOR
+
+// The largest integer of 16 bits is the largest whose two signed bytes exist: 127 * 256 + 127.
+constexpr float kLargestSplit = 32639.0f;
 
 // The first `count` elements at p, then zeros.
 template <class Isa, class T>
@@ -131,35 +134,48 @@ struct FloatKernels {
     }
   }
 
-  // The largest q of 16 bits is the largest whose two signed bytes exist: 127 * 256 + 127 = 32639.
+  // n = round(v * s) of 16 bits as two signed bytes, n = 256 * hi + lo; adds them up. |n| <= kLargestSplit.
+  static void split_16(F32 v, F32 s, int8_t* hi, int8_t* lo, I32* hi_sum, I32* lo_sum) {
+    // Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even.
+    const F32 to_integer = Isa::set1(12582912.0f);
+    const F32 from_integer = Isa::set1(-12582912.0f);
+    const F32 n = Isa::add(Isa::add(Isa::mul(v, s), to_integer), from_integer);
+    // lo lies in [-128, 127]: a quarter more breaks the tie between 128 and -128.
+    const F32 above = Isa::add(n, Isa::set1(0.25f));
+    const F32 high = Isa::add(Isa::fma(above, Isa::set1(0x1p-8f), to_integer), from_integer);
+    *hi_sum = Isa::quantize(high, Isa::set1(1.0f), hi, *hi_sum);
+    *lo_sum = Isa::quantize(Isa::fma(high, Isa::set1(-256.0f), n), Isa::set1(1.0f), lo, *lo_sum);
+  }
+
+  template <class T>
+  static void split_16(const T* x, int64_t count, float s, int8_t* hi, int8_t* lo, int32_t* hi_lo_sum) {
+    const int64_t full = count - count % kLanes;
+    const F32 scale = Isa::set1(s);
+    I32 hi_sum = Isa::zero_i32();
+    I32 lo_sum = Isa::zero_i32();
+    for (int64_t k = 0; k < full; k += kLanes) split_16(Isa::load(x + k), scale, hi + k, lo + k, &hi_sum, &lo_sum);
+    if (const int64_t rest = count - full; rest != 0) {
+      int8_t last[2][kLanes];
+      split_16(load_partial<Isa>(x + full, rest), scale, last[0], last[1], &hi_sum, &lo_sum);
+      std::memcpy(hi + full, last[0], static_cast<size_t>(rest));
+      std::memcpy(lo + full, last[1], static_cast<size_t>(rest));
+    }
+    hi_lo_sum[0] = Isa::sum(hi_sum);
+    hi_lo_sum[1] = Isa::sum(lo_sum);
+  }
+
   template <class T>
   static void quantize_row_16_of(const T* x, int64_t in_features, int8_t* hi, int8_t* lo, int64_t q_length,
                                  float* x_scale, int32_t* hi_lo_sum) {
-    hi_lo_sum[0] = hi_lo_sum[1] = 0;
     float s;
-    if (!row_scale(absmax_bits_of(x, in_features), 32639.0f, &s, x_scale)) {
-      zero_from(hi, 0, q_length);
-      return zero_from(lo, 0, q_length);
+    int64_t written = 0;
+    hi_lo_sum[0] = hi_lo_sum[1] = 0;
+    if (row_scale(absmax_bits_of(x, in_features), kLargestSplit, &s, x_scale)) {
+      split_16(x, in_features, s, hi, lo, hi_lo_sum);
+      written = in_features;
     }
-    const int64_t full = in_features - in_features % kLanes;
-    const F32 scale = Isa::set1(s);
-    float scaled[kLanes];
-    for (int64_t begin = 0; begin < in_features; begin += kLanes) {
-      const int64_t count = begin < full ? kLanes : in_features - full;
-      Isa::store(scaled, Isa::mul(begin < full ? Isa::load(x + begin) : load_partial<Isa>(x + full, count), scale));
-      for (int64_t i = 0; i < count; ++i) {
-        // Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even.
-        constexpr float kRoundToInteger = 12582912.0f;
-        const int32_t q = static_cast<int32_t>((scaled[i] + kRoundToInteger) - kRoundToInteger);
-        const int32_t low = static_cast<int8_t>(q & 0xff);
-        hi[begin + i] = static_cast<int8_t>((q - low) >> 8);
-        lo[begin + i] = static_cast<int8_t>(low);
-        hi_lo_sum[0] += hi[begin + i];
-        hi_lo_sum[1] += low;
-      }
-    }
-    zero_from(hi, in_features, q_length);
-    zero_from(lo, in_features, q_length);
+    zero_from(hi, written, q_length);
+    zero_from(lo, written, q_length);
   }
 
   static void quantize_row_16(const void* x, DType dtype, int64_t in_features, int8_t* hi, int8_t* lo, int64_t q_length,

@@ -26,6 +26,8 @@
 
 // No target region: all of this is the baseline.
 #include "float_algorithms.h"
+#include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -142,40 +144,26 @@ struct Inner : NeonSparse<Smlal> {
   }
 };
 
-// The screen of the LM head. Two products of -128 by -128 would overflow an int16 lane, so each is added to
-// int32 at once.
-struct SmullScreen {
-  static constexpr int32_t kCodeBias = 0;
+// tile_sums.h. Two products of -128 by -128 would overflow an int16 lane, so each is added to int32 at once.
+struct SmullSums {
+  template <class Codes>
+  static constexpr int32_t kExcess = 0;
   static constexpr int kRows = 2;  // 2 x 8 accumulators + 4 codes + 1 activation + 1 mask + products
 
-  template <int ROWS>
-  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  template <class Codes, int ROWS>
+  static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     int32x4_t acc_i32x4[ROWS][8];  // of rows 2i and 2i+1: | j=0,1 | j=2,3 | j=0,1 | j=2,3 |
 #pragma GCC unroll 2
     for (int t = 0; t < ROWS; ++t) {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) acc_i32x4[t][i] = vdupq_n_s32(0);
     }
-    for (int64_t four = 0; four < 4 * blocks; ++four) {
-      const uint8_t* line = tile + four * kBlockBytes;
-      prefetch_near(line + kPrefetchBytes);
-      int8x16_t code_i8x16[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) code_i8x16[i] = signed_codes(line + i * kQuarterBytes);
-#pragma GCC unroll 2
-      for (int t = 0; t < ROWS; ++t) {
-        keep_load_order();
-        int32_t word;
-        std::memcpy(&word, q + t * q_stride + 4 * four, sizeof word);
-        const int8x16_t q_i8x16 = vreinterpretq_s8_s32(vdupq_n_s32(word));
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          int32x4_t& low = acc_i32x4[t][2 * i];
-          int32x4_t& high = acc_i32x4[t][2 * i + 1];
-          low = vpadalq_s16(low, vmull_s8(vget_low_s8(code_i8x16[i]), vget_low_s8(q_i8x16)));
-          high = vpadalq_s16(high, vmull_high_s8(code_i8x16[i], q_i8x16));
-        }
-      }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* block = codes + b * Codes::kLines * kBlockBytes;
+      step<0, Codes, ROWS>(block, q + b * kBlockInputs, q_stride, acc_i32x4);
+      step<1, Codes, ROWS>(block, q + b * kBlockInputs, q_stride, acc_i32x4);
+      step<2, Codes, ROWS>(block, q + b * kBlockInputs, q_stride, acc_i32x4);
+      step<3, Codes, ROWS>(block, q + b * kBlockInputs, q_stride, acc_i32x4);
     }
 #pragma GCC unroll 2
     for (int t = 0; t < ROWS; ++t) {
@@ -185,10 +173,34 @@ struct SmullScreen {
       }
     }
   }
+
+ private:
+  // Inputs 4P .. 4P+3 of a block.
+  template <int P, class Codes, int ROWS>
+  static void step(const uint8_t* block, const int8_t* q, int64_t q_stride, int32x4_t (&acc_i32x4)[ROWS][8]) {
+    if (P < Codes::kLines) ask_ahead<Neon>(block + P * kBlockBytes);
+    int8x16_t code_i8x16[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) code_i8x16[i] = number_of<P>(Codes{}, block + i * kQuarterBytes);
+#pragma GCC unroll 2
+    for (int t = 0; t < ROWS; ++t) {
+      keep_load_order();
+      int32_t word;
+      std::memcpy(&word, q + t * q_stride + 4 * P, sizeof word);
+      const int8x16_t q_i8x16 = vreinterpretq_s8_s32(vdupq_n_s32(word));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        int32x4_t& low = acc_i32x4[t][2 * i];
+        int32x4_t& high = acc_i32x4[t][2 * i + 1];
+        low = vpadalq_s16(low, vmull_s8(vget_low_s8(code_i8x16[i]), vget_low_s8(q_i8x16)));
+        high = vpadalq_s16(high, vmull_high_s8(code_i8x16[i], q_i8x16));
+      }
+    }
+  }
 };
 
 using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon>;
+using Attend = AttentionKernels<Neon, SmullSums>;
 
 }  // namespace
 
@@ -205,12 +217,13 @@ constexpr KernelTable kNeonKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Neon>::screen_rows,
-    ScreenDriver<SmullScreen>::screen,
+    ScreenDriver<Neon, SmullSums>::screen,
 };
 
 }  // namespace bitnet_ops

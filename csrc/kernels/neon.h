@@ -36,6 +36,7 @@ struct Neon {
   static F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
   static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+  static void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
   // 16-bit elements are copied by memcpy: BFloat16 and Float16 are types of their own.
   static uint16x4_t load_u16x4(const void* p) {
@@ -73,6 +74,7 @@ struct Neon {
     const int16x8_t i16x8 = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(i16x8)));
   }
+  static F32 load(const int32_t* p) { return vcvtq_f32_s32(vld1q_s32(p)); }
   static F32 max(F32 a, F32 b) { return vmaxq_f32(a, b); }
   static float fold_max(F32 v) { return vmaxvq_f32(v); }
   static F32 power_of_two(F32 v) {
@@ -129,9 +131,23 @@ inline int8x16_t codes(uint8x16_t block_u8x16) {
   }
 }
 
-// A quarter of a line of the LM head's screen, as signed numbers.
-inline int8x16_t signed_codes(const uint8_t* p) {
-  return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(0x80)));
+// tile_sums.h: four rows, inputs 4P .. 4P+3 of a block, as signed numbers. `quarter` is the block's first byte of
+// these rows.
+template <int P>
+inline int8x16_t number_of(SignedCodes, const uint8_t* quarter) {
+  return vreinterpretq_s8_u8(vld1q_u8(quarter + P * kBlockBytes));
+}
+template <int P>
+inline int8x16_t number_of(SixBitCodes, const uint8_t* quarter) {
+  uint8x16_t code_u8x16 = vld1q_u8(quarter + P % 3 * kBlockBytes);
+  if constexpr (P < 3) {
+    code_u8x16 = vandq_u8(code_u8x16, vdupq_n_u8(0x3f));
+  } else {
+    const uint8x16_t middle_u8x16 = vandq_u8(vshrq_n_u8(vld1q_u8(quarter + kBlockBytes), 4), vdupq_n_u8(0x0c));
+    const uint8x16_t high_u8x16 = vandq_u8(vshrq_n_u8(vld1q_u8(quarter + 2 * kBlockBytes), 2), vdupq_n_u8(0x30));
+    code_u8x16 = vorrq_u8(vorrq_u8(vshrq_n_u8(code_u8x16, 6), middle_u8x16), high_u8x16);
+  }
+  return vsubq_s8(vreinterpretq_s8_u8(code_u8x16), vdupq_n_s8(SixBitCodes::kZero));
 }
 
 }  // namespace

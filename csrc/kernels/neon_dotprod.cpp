@@ -31,6 +31,8 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -42,7 +44,7 @@ namespace bitnet_ops {
 namespace {
 
 using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon>;
+using Attend = AttentionKernels<Neon, SdotSums>;
 
 }  // namespace
 
@@ -59,12 +61,13 @@ constexpr KernelTable kNeonDotprodKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Neon>::screen_rows,
-    ScreenDriver<SdotScreen>::screen,
+    ScreenDriver<Neon, SdotSums>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -34,6 +34,8 @@
 #endif
 
 #include "float_algorithms.h"
+#include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -125,7 +127,7 @@ struct Inner {
 };
 
 using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon>;
+using Attend = AttentionKernels<Neon, SdotSums>;
 
 }  // namespace
 
@@ -142,12 +144,13 @@ constexpr KernelTable kNeonI8mmKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Neon>::screen_rows,
-    ScreenDriver<SdotScreen>::screen,
+    ScreenDriver<Neon, SdotSums>::screen,
 };
 
 }  // namespace bitnet_ops

@@ -14,6 +14,8 @@
 #include "../float_convert.h"
 #include "../kernel_table.h"
 #include "float_algorithms.h"
+#include "tile_sums.h"
+#include "attention_int8.h"
 #include "attention.h"
 #include "screen.h"
 #include "ternary_driver.h"
@@ -55,11 +57,13 @@ struct Scalar {
     for (int i = 0; i < N; ++i) out[i] = v[i];
   }
   static F32 load(const int8_t* p) { return static_cast<float>(*p); }
+  static F32 load(const int32_t* p) { return static_cast<float>(*p); }
   static F32 max(F32 a, F32 b) { return a > b ? a : b; }
   static float fold_max(F32 v) { return v; }
   static F32 power_of_two(F32 v) { return bits_float((float_bits(v) << 23) + kOneBits); }
   static F32 zero_below(F32 x, F32 limit, F32 v) { return x < limit ? 0.0f : v; }
   static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+  static void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
   static I32 zero_i32() { return 0; }
   static int32_t sum(I32 v) { return v; }
@@ -141,18 +145,31 @@ struct Inner {
   }
 };
 
-struct ScalarScreen {
+// tile_sums.h
+struct ScalarSums {
+  template <class Codes>
+  static constexpr int32_t kExcess = 0;
   static constexpr int kRows = 2;
-  static constexpr int32_t kCodeBias = 0;
 
-  template <int ROWS>
-  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  static int32_t code(SignedCodes, const uint8_t* block, int64_t p, int64_t byte) {
+    return block[p * kBlockBytes + byte] ^ SignedCodes::kZero;
+  }
+  static int32_t code(SixBitCodes, const uint8_t* block, int64_t p, int64_t byte) {
+    if (p < 3) return block[p * kBlockBytes + byte] & 0x3f;
+    return block[byte] >> 6 | block[kBlockBytes + byte] >> 6 << 2 | block[2 * kBlockBytes + byte] >> 6 << 4;
+  }
+
+  template <class Codes, int ROWS>
+  static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     for (int64_t i = 0; i < ROWS * kTileRows; ++i) acc[i] = 0;
-    for (int64_t four = 0; four < 4 * blocks; ++four) {
-      for (int64_t byte = 0; byte < kBlockBytes; ++byte) {
-        const int32_t code = tile[four * kBlockBytes + byte] - 128;
-        for (int64_t t = 0; t < ROWS; ++t) {
-          acc[t * kTileRows + byte / 4] += code * q[t * q_stride + 4 * four + byte % 4];
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* block = codes + b * Codes::kLines * kBlockBytes;
+      for (int64_t p = 0; p < 4; ++p) {
+        for (int64_t byte = 0; byte < kBlockBytes; ++byte) {
+          const int32_t number = code(Codes{}, block, p, byte) - Codes::kZero;
+          for (int64_t t = 0; t < ROWS; ++t) {
+            acc[t * kTileRows + byte / 4] += number * q[t * q_stride + b * kBlockInputs + 4 * p + byte % 4];
+          }
         }
       }
     }
@@ -160,7 +177,7 @@ struct ScalarScreen {
 };
 
 using Float = FloatKernels<Scalar>;
-using Attend = AttentionKernels<Scalar>;
+using Attend = AttentionKernels<Scalar, ScalarSums>;
 
 }  // namespace
 
@@ -177,12 +194,13 @@ constexpr KernelTable kScalarKernels = {
     Float::widen_row,
     Float::logits,
     Attend::store,
+    Attend::queries,
     Attend::span,
     Attend::join,
     Attend::finish,
     Float::logits_of_rows,
     ScreenRows<Scalar>::screen_rows,
-    ScreenDriver<ScalarScreen>::screen,
+    ScreenDriver<Scalar, ScalarSums>::screen,
 };
 
 }  // namespace bitnet_ops

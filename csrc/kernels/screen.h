@@ -1,18 +1,23 @@
-// The screen of the LM head: an int8 copy of the table, whose rows give every logit but for a known error.
+// The screen of the LM head: a copy of the table in six bits, whose rows give every logit but for a known error.
 //
-// Include this inside a kernel file's target region, after float_algorithms.h.
+// Include this inside a kernel file's target region, after float_algorithms.h and tile_sums.h.
 //
-// Definitions. E is a row of the table (K inputs), h a token; s, q and t, p are their quantised forms:
-// E = s q + rho with integers |q| <= 127, h = t p + delta with p of 16 bits. Then, over the real numbers,
+// Definitions. E is a row of the table (K inputs), h a token. Group g is inputs 64 g .. 64 g + 63; G = ceil(K / 64).
+// E = Q + rho with Q = s m_g q on group g: integers |q| <= 31 and 0 <= m_g <= 127, and a scale s of the row.
+// h = t p + delta with p of 16 bits. Then, over the real numbers,
 //
-//     E.h = s t (q.p)  +  s q.delta  +  rho.h
-//     |E.h - s t (q.p)|  <=  ||s q|| ||delta|| + ||rho|| ||h||                              (Cauchy-Schwarz)
+//     E.h = s t sum_g m_g (q.p)_g  +  Q.delta  +  rho.h
+//     |E.h - s t sum_g m_g (q.p)_g|  <=  ||Q|| ||delta|| + ||rho|| ||h||                       (Cauchy-Schwarz)
 //
-// q.p is an exact integer. The logit itself, in float32 and in the order of float_algorithms.h, is off too: an
-// element passes through at most n = ceil(K / 64) fused multiply-adds and 6 folds, each with a relative
-// error of at most u = 2^-24, so (Higham, Accuracy and Stability, section 3.1)
+// (q.p)_g is an exact integer. The sum over the groups is made in float32: each integer is rounded once, and there
+// are G fused multiply-adds, so with u = 2^-24 (Higham, Accuracy and Stability, section 3.1) it is off by at most
 //
-//     |logit - E.h|  <=  gamma ||E|| ||h||,   gamma = n u / (1 - n u),   ||E|| <= ||s q|| + ||rho||
+//     gamma(G + 1) sum_g |m_g (q.p)_g|,  and  s t sum_g |m_g (q.p)_g| <= ||Q|| ||t p||,     gamma(n) = n u / (1 - n u)
+//
+// by Cauchy-Schwarz, first in the groups and then over them. The logit itself, in float32 and in the order of
+// float_algorithms.h, is off too: an element passes through at most G fused multiply-adds and 6 folds, so
+//
+//     |logit - E.h|  <=  gamma(G + 6) ||E|| ||h||,   ||E|| <= ||Q|| + ||rho||,   ||t p|| <= ||h|| + ||delta||
 //
 // as long as nothing overflows or underflows. Overflow: see kLargestScreened. Underflow, with flush-to-zero
 // and denormals-are-zero in the worst case: each of the K + 64 additions then loses at most 2^-126, and
@@ -20,27 +25,22 @@
 // 2^-126 sqrt(K) (||E|| + ||h||) a sum. All of it, and the like in rho and delta, is below
 // 2^-126 * 4 K (1 + ||E|| + ||h||) <= kUnderflow (1 + ||E|| + ||h||) for K <= 2^16.
 //
-// Kept per row:     scale s,  norm >= ||s q|| + ||rho||,  residual >= ||rho|| + gamma norm + kUnderflow
+// Kept per row:     scale s,  norm >= ||Q|| + ||rho||,  residual >= ||rho|| + gamma(2 G + 7) norm + kUnderflow
 // Made per token:   scale t,  norm H >= ||h||,  error D >= ||delta|| + kUnderflow
-// Bound:            |logit - s t (q.p)|  <=  residual H + norm D + kUnderflow
+// Bound:            |logit - s t sum|  <=  residual (H + D) + norm D + kUnderflow
 //
-// The bound itself is evaluated in float64, in a dozen operations, and rounded to float32: kBoundRounding and
-// kResultRounding are thousands of times what these roundings amount to.
+// (gamma(a) + gamma(b) <= gamma(a + b).) The bound itself is evaluated in float64, in a dozen operations, and rounded
+// to float32: kBoundRounding and kResultRounding are thousands of times what these roundings amount to.
 //
-// The copy, in tiles of 16 rows: 16 inputs take four cache lines, one for four inputs, so that a dot product
-// of four bytes needs no horizontal sum and a tile is one sequential stream.
+// Why six bits: on Gaussian rows of 2560, the hardest case, the bound is 1.2 of the logits' standard deviations. As
+// the k-th best logit is known exactly before rows are dropped, some 130 rows of 128256 survive for the best
+// token and 2000 for the best 50; eight bits leave 4 and 210 and read a third more, five leave 3800 and 23000
+// (bench/LOG.md).
 //
-//     codes[tile][block][64 * p + 4 * r + j] = q[row 16 * tile + r][input 16 * block + 4 * p + j] + 128
+// The copy, in tiles of 16 rows: m_g of the rows, whole cache lines, then the codes q + 32 of every group,
+// SixBitCodes of tile_sums.h. Rows and inputs of the padding are zeros.
 //
-// Codes are unsigned for vpdpbusd; sum q p = sum code p - 128 sum p. Rows and inputs of the padding hold
-// code 128.
-//
-// Inner provides
-//     kRows                            most rows of p (two a token: hi and lo)
-//     kCodeBias                        what `sums` takes a code of 128 for: 128, or 0 if it subtracts first
-//     sums<ROWS>(tile, blocks, p, p_stride, acc)   acc[ROWS][16] = sum of (code - 128 + kCodeBias) * p
-//
-// Overflow: |acc| <= K * 255 * 128 = 32640 K, and 32640 * 2^16 = 2.139e9 < 2^31 - 1 (kMaxScreenFeatures).
+//     m[0][16 rows] m[1][16 rows] ... (0) | group 0: 4 blocks x 3 lines | group 1 | ...
 
 namespace bitnet_ops {
 namespace {
@@ -51,57 +51,80 @@ constexpr double kResultRounding = 0x1p-22;  // twice float32's 2^-24 on approxi
 // Rows and tokens of larger norms could overflow a sum of float32 (2^128); they are never screened out.
 constexpr double kLargestScreened = 0x1p120;
 
-// Rows of smaller elements are kept as zeros with a residual: 127 / absmax could overflow.
+// Rows of smaller elements are kept as zeros with a residual: the inverse of a scale could overflow.
 constexpr float kSmallestQuantized = 0x1p-100f;
 
-template <class Inner>
+constexpr float kLargestCode = 31.0f;
+constexpr float kLargestFactor = 127.0f;  // of m_g: it is a signed byte
+constexpr int64_t kGroupBlocks = kScreenGroup / kBlockInputs;
+static_assert(kScreenGroup == kVirtualLanes, "a group is one step of the float algorithms");
+static_assert(kScreenGroupBytes == kGroupBlocks * SixBitCodes::kLines * kBlockBytes, "as kernel_table.h says");
+
+template <class Isa, class Sums>
 struct ScreenDriver {
-  // Upper and lower bounds of the logits of 16 rows, or fewer at the end of the vocabulary.
-  static void store_bounds(const Screen& p, const int32_t* acc, int64_t token, int64_t row) {
+  using F32 = typename Isa::F32;
+
+  // Upper bounds of the logits of 16 rows, or fewer at the end of the vocabulary, and the logits but for the error.
+  static void store_bounds(const Screen& p, const float* sum, int64_t token, int64_t row) {
     const ScreenedToken& h = p.token[token];
-    const double hi_bias = static_cast<double>(Inner::kCodeBias) * h.sum[0];
-    const double lo_bias = static_cast<double>(Inner::kCodeBias) * h.sum[1];
     alignas(64) float upper[kTileRows];
-    alignas(64) float lower[kTileRows];
+    alignas(64) float approximate[kTileRows];
     for (int64_t i = 0; i < kTileRows; ++i) {
       const double scale = p.scale[row + i];
       const double norm = p.norm[row + i];
       const double residual = p.residual[row + i];
-      const double sum = 256.0 * (acc[i] - hi_bias) + (acc[kTileRows + i] - lo_bias);  // exact: below 2^40
-      const double approximate = scale * h.scale * sum;
-      const double bound = (residual * h.norm + norm * h.error + kUnderflow) * kBoundRounding +
-                           __builtin_fabs(approximate) * kResultRounding;
+      const double product = scale * h.scale * sum[i];
+      const double bound = (residual * (h.norm + h.error) + norm * h.error + kUnderflow) * kBoundRounding +
+                           __builtin_fabs(product) * kResultRounding;
       // Written so that a NaN, from a row or a token that is not finite, bounds nothing either.
       const bool screened = norm * (h.norm + h.error) < kLargestScreened;
-      upper[i] = screened ? static_cast<float>(approximate + bound) : __builtin_inff();
-      lower[i] = screened ? static_cast<float>(approximate - bound) : -__builtin_inff();
+      upper[i] = screened ? static_cast<float>(product + bound) : __builtin_inff();
+      approximate[i] = screened ? static_cast<float>(product) : -__builtin_inff();
     }
     const int64_t left = p.vocabulary - row;
     const size_t bytes = static_cast<size_t>(left < kTileRows ? left : kTileRows) * sizeof(float);
     std::memcpy(p.upper + token * p.vocabulary + row, upper, bytes);
-    std::memcpy(p.lower + token * p.vocabulary + row, lower, bytes);
+    std::memcpy(p.approximate + token * p.vocabulary + row, approximate, bytes);
   }
 
-  template <int ROWS>
-  static void tile_of(int64_t rows, const Screen& p, int64_t tile, int64_t token) {
-    if constexpr (ROWS > 2) {
-      if (rows < ROWS) return tile_of<ROWS - 2>(rows, p, tile, token);
+  // sum += m * (256 * hi + lo), for the 16 rows of a group. |256 * hi + lo| <= 64 * 31 * 32639 < 2^26, and
+  // what unsigned codes add before it is taken off again is no more than that.
+  static void add_group(const int32_t* hi_lo, int32_t excess, const uint8_t* m, float* sum) {
+    alignas(64) int32_t total[kTileRows];
+    for (int64_t i = 0; i < kTileRows; ++i) total[i] = 256 * hi_lo[i] + hi_lo[kTileRows + i] - excess;
+    for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) {
+      const F32 factor = Isa::load(reinterpret_cast<const int8_t*>(m) + i);
+      Isa::store(sum + i, Isa::fma(Isa::load(total + i), factor, Isa::load(sum + i)));
     }
-    alignas(64) int32_t acc[ROWS * kTileRows];
-    Inner::template sums<ROWS>(p.codes + tile * p.blocks * kScreenBlockBytes, p.blocks, p.q + 2 * token * p.q_stride,
-                               p.q_stride, acc);
-    for (int64_t t = 0; t < ROWS / 2; ++t) {
-      store_bounds(p, acc + 2 * t * kTileRows, token + t, tile * kTileRows);
+  }
+
+  template <int TOKENS>
+  static void tile_of(int64_t tokens, const Screen& p, int64_t tile, int64_t token) {
+    if constexpr (TOKENS > 1) {
+      if (tokens < TOKENS) return tile_of<TOKENS - 1>(tokens, p, tile, token);
     }
+    const uint8_t* m = p.codes + tile * screen_tile_bytes(p.groups);
+    const uint8_t* codes = m + screen_factor_bytes(p.groups);
+    alignas(64) float sum[TOKENS][kTileRows] = {};
+    for (int64_t g = 0; g < p.groups; ++g) {
+      alignas(64) int32_t acc[2 * TOKENS * kTileRows];
+      Sums::template sums<SixBitCodes, 2 * TOKENS>(codes + g * kScreenGroupBytes, kGroupBlocks,
+                                                   p.q + 2 * token * p.q_stride + g * kScreenGroup, p.q_stride, acc);
+      for (int t = 0; t < TOKENS; ++t) {
+        const int32_t excess = Sums::template kExcess<SixBitCodes> * p.group_sum[(token + t) * p.groups + g];
+        add_group(acc + 2 * t * kTileRows, excess, m + g * kTileRows, sum[t]);
+      }
+    }
+    for (int t = 0; t < TOKENS; ++t) store_bounds(p, sum[t], token + t, tile * kTileRows);
   }
 
   static void screen(const Screen& p, int64_t tile_begin, int64_t tile_end) {
-    // A tile of 2560 inputs is 40 KB: it stays in L2 while groups of tokens pass.
-    constexpr int64_t kTokens = Inner::kRows / 2;
+    // A tile of 2560 inputs is 31 KB: it stays in L2 while groups of tokens pass.
+    constexpr int kTokens = Sums::kRows / 2;
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       for (int64_t token = 0; token < p.tokens; token += kTokens) {
-        const int64_t count = p.tokens - token < kTokens ? p.tokens - token : kTokens;
-        tile_of<Inner::kRows>(2 * count, p, tile, token);
+        const int64_t left = p.tokens - token;
+        tile_of<kTokens>(left < kTokens ? left : kTokens, p, tile, token);
       }
     }
   }
@@ -116,8 +139,9 @@ struct ScreenRows {
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kRegisters = Float::kRegisters;
 
-  // Of a row widened to `length` floats, a multiple of kVirtualLanes.
-  static void screen_row(const ScreenTable& p, const float* x, int64_t length, int64_t row, int8_t* q) {
+  // A row widened to whole groups becomes numbers q and factors m, one a group.
+  static void screen_row(const ScreenTable& p, const float* x, int64_t groups, int64_t row, int8_t* q, uint8_t* m) {
+    const int64_t length = groups * kScreenGroup;
     const float absmax = bits_float(Float::absmax_bits_of(x, length));
     float scale = 0.0f;
     double rho = __builtin_inf();  // of a row that is not finite
@@ -126,11 +150,14 @@ struct ScreenRows {
       rho = static_cast<double>(absmax) * __builtin_sqrt(static_cast<double>(length));
       norm = rho;
     } else if (float_bits(absmax) < kInfinityBits) {
-      scale = absmax / 127.0f;
-      quantize(x, length, scale, 127.0f / absmax, q, &rho, &norm);
+      scale = scale_for(absmax);
+      quantize(x, groups, scale, q, m, &rho, &norm);
     }
-    if (scale == 0.0f) std::memset(q, 0, static_cast<size_t>(length));
-    const double n = static_cast<double>(divide_up(p.in_features, kVirtualLanes) + 6);
+    if (scale == 0.0f) {
+      std::memset(q, 0, static_cast<size_t>(length));
+      std::memset(m, 0, static_cast<size_t>(groups));
+    }
+    const double n = static_cast<double>(2 * groups + 7);
     const double gamma = n * 0x1p-24 / (1.0 - n * 0x1p-24);
     p.scale[row] = scale;
     p.norm[row] = rounded_up(norm);
@@ -142,39 +169,84 @@ struct ScreenRows {
     return value < kLargestScreened ? static_cast<float>(value * kBoundRounding) : __builtin_inff();
   }
 
-  // rho and norm are bounds of ||rho|| and of ||s q|| + ||rho||.
-  static void quantize(const float* x, int64_t length, float s, float inverse, int8_t* q, double* rho, double* norm) {
-    const F32 negative_scale = Isa::set1(-s);
-    const F32 factor = Isa::set1(inverse);
-    // Adding 1.5 * 2^23 leaves no fraction bits: half to even, like Isa::quantize. |x * inverse| <= 127.0001.
+  // The smallest scale of 16 significant bits, so that a product with m is exact, whose largest number reaches absmax.
+  static float scale_for(float absmax) {
+    constexpr uint32_t kDropped = 0xffu;  // of 24 significant bits
+    uint32_t bits = (float_bits(absmax / (kLargestCode * kLargestFactor)) + kDropped) & ~kDropped;
+    while (static_cast<double>(bits_float(bits)) * (kLargestCode * kLargestFactor) < absmax) bits += kDropped + 1;
+    return bits_float(bits);
+  }
+
+  // The smallest m for which 31 m scale reaches absmax; at most 127, by the choice of scale.
+  static int32_t factor_for(float absmax, float scale) {
+    int32_t m = static_cast<int32_t>(absmax / (scale * kLargestCode));
+    while (static_cast<double>(scale) * kLargestCode * m < absmax) ++m;
+    return m;
+  }
+
+  // rho and norm are bounds of ||rho|| and of ||Q|| + ||rho||.
+  static void quantize(const float* x, int64_t groups, float scale, int8_t* q, uint8_t* m, double* rho, double* norm) {
+    // Adding 1.5 * 2^23 leaves no fraction bits: half to even, like Isa::quantize. |x / step| <= 31.0001.
     const F32 to_integer = Isa::set1(12582912.0f);
     const F32 from_integer = Isa::set1(-12582912.0f);
+    const F32 per_scale = Isa::set1(1.0f / scale);
     F32 squares[kRegisters], residual_squares[kRegisters];
     for (int r = 0; r < kRegisters; ++r) squares[r] = residual_squares[r] = Isa::zero();
     typename Isa::I32 unused_sum = Isa::zero_i32();
-    for (int64_t k = 0; k < length; k += kVirtualLanes) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* x_group = x + g * kScreenGroup;
+      const int32_t factor = factor_for(bits_float(Float::absmax_bits_of(x_group, kScreenGroup)), scale);
+      m[g] = static_cast<uint8_t>(factor);
+      const float step = scale * static_cast<float>(factor);  // exact
+      const F32 negative_step = Isa::set1(-step);
+      const F32 inverse = Isa::set1(factor == 0 ? 0.0f : 1.0f / step);
+      const F32 in_scales = Isa::set1(static_cast<float>(factor));
       for (int r = 0; r < kRegisters; ++r) {
-        const F32 v = Isa::load(x + k + r * kLanes);
-        unused_sum = Isa::quantize(v, factor, q + k + r * kLanes, unused_sum);
-        const F32 rounded = Isa::add(Isa::add(Isa::mul(v, factor), to_integer), from_integer);
-        // One rounding of the exact rho, then in units of s, so that no square leaves the range of float32.
-        const F32 difference = Isa::mul(Isa::fma(negative_scale, rounded, v), factor);
+        const F32 v = Isa::load(x_group + r * kLanes);
+        unused_sum = Isa::quantize(v, inverse, q + g * kScreenGroup + r * kLanes, unused_sum);
+        const F32 number = Isa::add(Isa::add(Isa::mul(v, inverse), to_integer), from_integer);
+        // One rounding of the exact rho; rho and Q in units of the scale: no square leaves the range of float32.
+        const F32 difference = Isa::mul(Isa::fma(negative_step, number, v), per_scale);
+        const F32 in_units = Isa::mul(number, in_scales);
         residual_squares[r] = Isa::fma(difference, difference, residual_squares[r]);
-        squares[r] = Isa::fma(rounded, rounded, squares[r]);
+        squares[r] = Isa::fma(in_units, in_units, squares[r]);
       }
     }
-    // Half of gamma <= 2^-15 for the sums, and a few u for `difference` and for s * inverse, which is 1 only to
+    // Half of gamma <= 2^-15 for the sums, and a few u for `difference` and for scale * per_scale, which is 1 only to
     // two roundings, are below 2^-12. Squares that underflow: sqrt(2^16 * 2^-126) = 2^-55.
     constexpr double kSumRounding = 1.0 + 0x1p-12;
-    *rho = s * (__builtin_sqrt(static_cast<double>(Float::fold_registers(residual_squares))) * kSumRounding + 0x1p-50);
-    *norm = s * __builtin_sqrt(static_cast<double>(Float::fold_registers(squares))) * kSumRounding + *rho;
+    *rho =
+        scale * (__builtin_sqrt(static_cast<double>(Float::fold_registers(residual_squares))) * kSumRounding + 0x1p-50);
+    *norm = scale * __builtin_sqrt(static_cast<double>(Float::fold_registers(squares))) * kSumRounding + *rho;
+  }
+
+  // Numbers of 16 rows of `length` inputs, as SixBitCodes.
+  static void store_codes(const int8_t* q, int64_t length, uint8_t* codes) {
+    constexpr uint32_t kZeros = 0x01010101u * SixBitCodes::kZero;
+    constexpr uint32_t kTwoBits = 0x03030303u;
+    static_assert(SixBitCodes::kZero == 32, "a number of six bits plus 32 is that number with bit 5 flipped");
+    for (int64_t block = 0; block < length / kBlockInputs; ++block) {
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        uint32_t four[4];  // a byte of each is a code
+        std::memcpy(four, q + r * length + block * kBlockInputs, sizeof four);
+        for (uint32_t& word : four) word = (word ^ kZeros) & 0x3f3f3f3fu;
+        for (int line = 0; line < 3; ++line) {
+          const uint32_t word = four[line] | (four[3] >> (2 * line) & kTwoBits) << 6;
+          std::memcpy(codes + (3 * block + line) * kBlockBytes + 4 * r, &word, sizeof word);
+        }
+      }
+    }
   }
 
   template <class T>
   static void screen_rows_of(const ScreenTable& p, int64_t tile_begin, int64_t tile_end, float* wide, int8_t* q) {
-    const int64_t length = divide_up(p.in_features, kVirtualLanes) * kVirtualLanes;
-    const int64_t blocks = blocks_of(p.in_features);
+    const int64_t groups = screen_groups(p.in_features);
+    const int64_t length = groups * kScreenGroup;
+    uint8_t* row_m = reinterpret_cast<uint8_t*>(q + kTileRows * length);
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      uint8_t* m = p.codes + tile * screen_tile_bytes(groups);
+      uint8_t* codes = m + screen_factor_bytes(groups);
+      std::memset(m, 0, static_cast<size_t>(codes - m));
       for (int64_t r = 0; r < kTileRows; ++r) {
         const int64_t row = tile * kTileRows + r;
         const T* x = static_cast<const T*>(p.weight) + row * p.in_features;
@@ -183,17 +255,10 @@ struct ScreenRows {
         } else {
           std::memset(wide, 0, static_cast<size_t>(length) * sizeof(float));
         }
-        screen_row(p, wide, length, row, q + r * length);
+        screen_row(p, wide, groups, row, q + r * length, row_m);
+        for (int64_t g = 0; g < groups; ++g) m[g * kTileRows + r] = row_m[g];
       }
-      uint8_t* codes = p.codes + tile * blocks * kScreenBlockBytes;
-      for (int64_t four = 0; four < 4 * blocks; ++four) {
-        for (int64_t r = 0; r < kTileRows; ++r) {
-          uint32_t word;
-          std::memcpy(&word, q + r * length + 4 * four, sizeof word);
-          word ^= 0x80808080u;  // q + 128
-          std::memcpy(codes + four * kBlockBytes + 4 * r, &word, sizeof word);
-        }
-      }
+      store_codes(q, length, codes);
     }
   }
 

@@ -135,13 +135,14 @@ struct SdotLoops : NeonSparse<Sdot> {
   }
 };
 
-// The screen of the LM head.
-struct SdotScreen {
-  static constexpr int32_t kCodeBias = 0;
-  static constexpr int kRows = 4;  // 4 x 4 accumulators + 4 activations + 4 codes + 1 mask = 25 of 32 registers
+// tile_sums.h
+struct SdotSums {
+  template <class Codes>
+  static constexpr int32_t kExcess = 0;
+  static constexpr int kRows = 4;  // 4 x 4 accumulators + 4 activations + 4 codes + 4 masks = 28 of 32 registers
 
-  template <int ROWS>
-  static void sums(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  template <class Codes, int ROWS>
+  static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     int32x4_t acc_i32x4[ROWS][4];
 #pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
@@ -149,14 +150,14 @@ struct SdotScreen {
       for (int i = 0; i < 4; ++i) acc_i32x4[t][i] = vdupq_n_s32(0);
     }
     for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* block = tile + b * kScreenBlockBytes;
+      const uint8_t* block = codes + b * Codes::kLines * kBlockBytes;
       int8x16_t q_i8x16[ROWS];
 #pragma GCC unroll 4
       for (int t = 0; t < ROWS; ++t) q_i8x16[t] = vld1q_s8(q + t * q_stride + b * kBlockInputs);
-      line<0, ROWS>(block, q_i8x16, acc_i32x4);
-      line<1, ROWS>(block, q_i8x16, acc_i32x4);
-      line<2, ROWS>(block, q_i8x16, acc_i32x4);
-      line<3, ROWS>(block, q_i8x16, acc_i32x4);
+      step<0, Codes, ROWS>(block, q_i8x16, acc_i32x4);
+      step<1, Codes, ROWS>(block, q_i8x16, acc_i32x4);
+      step<2, Codes, ROWS>(block, q_i8x16, acc_i32x4);
+      step<3, Codes, ROWS>(block, q_i8x16, acc_i32x4);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
@@ -165,13 +166,14 @@ struct SdotScreen {
     }
   }
 
+ private:
   // Inputs 4P .. 4P+3 of a block.
-  template <int P, int ROWS>
-  static void line(const uint8_t* block, const int8x16_t (&q_i8x16)[ROWS], int32x4_t (&acc_i32x4)[ROWS][4]) {
-    prefetch_near(block + P * kBlockBytes + kPrefetchBytes);
+  template <int P, class Codes, int ROWS>
+  static void step(const uint8_t* block, const int8x16_t (&q_i8x16)[ROWS], int32x4_t (&acc_i32x4)[ROWS][4]) {
+    if (P < Codes::kLines) ask_ahead<Neon>(block + P * kBlockBytes);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const int8x16_t code_i8x16 = signed_codes(block + P * kBlockBytes + i * kQuarterBytes);
+      const int8x16_t code_i8x16 = number_of<P>(Codes{}, block + i * kQuarterBytes);
 #pragma GCC unroll 4
       for (int t = 0; t < ROWS; ++t) {
         acc_i32x4[t][i] = vdotq_laneq_s32(acc_i32x4[t][i], code_i8x16, q_i8x16[t], P);

@@ -25,6 +25,7 @@ struct Ymm {
   static F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
   static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   static F32 load(const float* p) { return _mm256_loadu_ps(p); }
   static F32 load(const BFloat16* p) {
@@ -57,6 +58,9 @@ struct Ymm {
 
   static F32 load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F32 load(const int32_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
   static float fold_max(F32 v) {
@@ -130,6 +134,23 @@ inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>
 // that the mask clears.
 inline __m256i codes_of(__m256i packed_u8x32, int p) {
   return _mm256_and_si256(_mm256_srli_epi16(packed_u8x32, 2 * p), _mm256_set1_epi8(0x03));
+}
+
+// tile_sums.h: eight rows, inputs 4P .. 4P+3 of a block that begins 32 bytes earlier or here.
+template <int P>
+inline __m256i code_of(SignedCodes, const uint8_t* half) {
+  return _mm256_xor_si256(load32(half + P * kBlockBytes), _mm256_set1_epi8(-128));
+}
+template <int P>
+inline __m256i code_of(SixBitCodes, const uint8_t* half) {
+  // Shifts as in codes_of.
+  if constexpr (P < 3) return _mm256_and_si256(load32(half + P * kBlockBytes), _mm256_set1_epi8(0x3f));
+  const __m256i low_u8x32 = _mm256_and_si256(_mm256_srli_epi16(load32(half), 6), _mm256_set1_epi8(0x03));
+  const __m256i middle_u8x32 =
+      _mm256_and_si256(_mm256_srli_epi16(load32(half + kBlockBytes), 4), _mm256_set1_epi8(0x0c));
+  const __m256i high_u8x32 =
+      _mm256_and_si256(_mm256_srli_epi16(load32(half + 2 * kBlockBytes), 2), _mm256_set1_epi8(0x30));
+  return _mm256_or_si256(_mm256_or_si256(low_u8x32, middle_u8x32), high_u8x32);
 }
 
 // The inner loops of every layout. Dot provides

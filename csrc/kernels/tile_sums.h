@@ -1,0 +1,56 @@
+// Sums of products of 16 rows of small integers with rows of bytes: what the screen of the LM head and attention
+// to an int8 cache stand on. Here are the two ways in which the small integers are stored.
+//
+// Include this inside a kernel file's target region, before screen.h and attention.h.
+//
+// A tile is 16 rows; a block of it is 16 inputs. A line is 64 bytes, one for each of 16 rows x 4 inputs, so that a dot
+// product of four bytes needs no horizontal sum and a tile is one sequential stream:
+//
+//     SignedCodes   4 lines   line p, byte 4 * r + j:  the number of row r, input 4 * p + j, as a signed byte
+//
+//     SixBitCodes   3 lines   line p, byte 4 * r + j:  bits 0..5  code of row r, input 4 * p + j, p = 0, 1, 2
+//                                                      bits 6..7  bits 2 * p and 2 * p + 1 of the code of input 12 + j
+//
+//     line 0   | 1 0 |  input j      |
+//     line 1   | 3 2 |  input 4 + j  |   and the bits 5 .. 0 of input 12 + j at the left
+//     line 2   | 5 4 |  input 8 + j  |
+//
+// A code is a number and Codes::kZero. vpdpbusd multiplies codes, for it takes unsigned bytes; other instructions
+// multiply numbers.
+//
+// Sums provides, for each instruction set,
+//     kRows                most rows of q at a time, even
+//     kExcess<Codes>       Codes::kZero where codes are multiplied, else 0
+//     sums<Codes, ROWS>(codes, blocks, q, q_stride, acc)
+//                          acc[ROWS][16] = sum over the inputs of (number + kExcess) * q
+//
+// Overflow: |acc| <= inputs * 255 * 128 = 32640 * inputs, which for 2^16 of them is 2.139e9 < 2^31 - 1.
+
+namespace bitnet_ops {
+namespace {
+
+struct SignedCodes {
+  static constexpr int32_t kZero = 128;
+  static constexpr int64_t kLines = 4;
+};
+
+struct SixBitCodes {
+  static constexpr int32_t kZero = 32;
+  static constexpr int64_t kLines = 3;
+};
+
+// How far ahead of a stream of codes memory is asked for, towards L2, and that for L1: two tokens then read it in
+// 0.65 of the time that one request towards L1 takes, 4 KB ahead. Requests stand between products: in bursts
+// they cost a tenth (bench/LOG.md).
+constexpr int64_t kCodesAheadBytes = 12288;
+constexpr int64_t kCodesSoonBytes = 1536;
+
+template <class Isa>
+inline void ask_ahead(const uint8_t* line) {
+  Isa::prefetch_far(line + kCodesAheadBytes);
+  Isa::prefetch_near(line + kCodesSoonBytes);
+  __asm__ volatile("" ::: "memory");  // or the compiler gathers them
+}
+
+}  // namespace
+}  // namespace bitnet_ops
