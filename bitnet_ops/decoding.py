@@ -106,7 +106,7 @@ def decode(model: GenerationMixin, request: Request, watch_stop_strings: bool = 
     watchers = _watchers(model, request) if watch_stop_strings and settings.stop_strings else []
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
 
-    new_ids, mask = _read_prompt(model, request, head)
+    new_ids, mask = _read_prompt(model, request)
     drafting = False  # not in the pass that ends the prompt
     left = request.max_new_tokens
     while left > 0:
@@ -134,21 +134,16 @@ def decode(model: GenerationMixin, request: Request, watch_stop_strings: bool = 
         new_ids, mask = tokens.unsqueeze(1), None  # the cache remembers what is padding
 
 
-def _read_prompt(
-    model: GenerationMixin, request: Request, head: ScreenedHead | None
-) -> tuple[Tensor, Tensor | None]:
+def _read_prompt(model: GenerationMixin, request: Request) -> tuple[Tensor, Tensor | None]:
     """Puts the prompt into the cache, all but its last piece, which is returned with its mask."""
     ids, mask, cache = request.input_ids[:, request.cache.length :], request.attention_mask, request.cache
     if mask is not None:
         mask = mask[:, cache.length :]
     piece = max(PREFILL_TOKENS // len(ids), 1)
     while ids.shape[1] > piece:
-        first = None if mask is None else mask[:, :piece]
         with torch.inference_mode():
-            if head is None:
-                model(ids[:, :piece], attention_mask=first, cache=cache, logits_to_keep=1)
-            else:
-                model.hidden_states(ids[:, :piece], attention_mask=first, cache=cache)
+            first = None if mask is None else mask[:, :piece]
+            model.hidden_states(ids[:, :piece], attention_mask=first, cache=cache)
         ids = ids[:, piece:]
         mask = None if mask is None else mask[:, piece:]
     return ids, mask

@@ -17,6 +17,9 @@ from torch import Tensor
 from . import ops
 from .screened_head import ScreenedHead
 
+NUCLEUS = 1024
+"""Tokens that top-p is tried on before all are sorted, which takes as long as the rest of a decoded token."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -232,8 +235,8 @@ class Sampler:
         else:
             logits, ids = head.top_k(hidden, self.config.top_k)
             sound = logits[:, :1].isfinite()  # of other rows nobody wants the token
-            scores = torch.where(sound, logits, 0.0).double() / temperature
-            ids = ids.gather(1, draw(filtered(scores, self.config), numbers).unsqueeze(1))
+            probabilities = (torch.where(sound, logits, 0.0).double() / temperature).softmax(dim=-1)
+            ids = ids.gather(1, draw(filtered(probabilities, self.config), numbers).unsqueeze(1))
         return logits[:, 0], ids[:, 0]
 
     def _unfiltered(self, vocab_size: int) -> bool:
@@ -287,41 +290,55 @@ def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor |
         int64 [B, C] of these columns, or None where column v is token v.
     """
     vocab_size = logits.shape[-1]
-    ids: Tensor | None = None
     if 0 < config.top_k < vocab_size:
         logits, ids = top_k(logits, config.top_k)
-    elif config.top_p < 1:
-        logits, ids = logits.sort(dim=-1, descending=True)
-    return filtered(logits.double() / config.temperature, config), ids
+        return filtered((logits.double() / config.temperature).softmax(dim=-1), config), ids
+    probabilities = (logits.double() / config.temperature).softmax(dim=-1)
+    if config.top_p == 1:
+        return filtered(probabilities, config), None
+    if vocab_size > NUCLEUS:
+        _, ids = top_k(logits, NUCLEUS)
+        best = probabilities.gather(1, ids)
+        if bool((best.cumsum(dim=-1)[:, -1] >= config.top_p).all()):
+            return filtered(best, config), ids
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices
+    return filtered(probabilities.gather(1, ids), config), ids
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``logits.topk(k)``, and of equals the token with the smaller id comes first, which torch leaves open.
 
+    Args:
+        logits: float [B, V].
+        k: below V.
+
     Returns:
         ``(logits, ids)``: [B, k], best first, as from `ops.lm_head_top_k`.
     """
-    last = logits.topk(k, dim=-1).values[:, -1:]
-    tied = logits == last
-    places = k - (logits > last).sum(dim=-1, keepdim=True)
-    chosen = (logits > last) | (tied & (tied.cumsum(dim=-1) <= places))
-    ids = chosen.nonzero()[:, 1].view(-1, k)  # in the order of the vocabulary, which a stable sort respects
+    best, ids = logits.topk(k + 1, dim=-1)
+    last = best[:, k - 1 : k]
+    if bool((last == best[:, k:]).any()):  # equals on both sides of the last place
+        tied = logits == last
+        places = k - (logits > last).sum(dim=-1, keepdim=True)
+        chosen = (logits > last) | (tied & (tied.cumsum(dim=-1) <= places))
+        ids = chosen.nonzero()[:, 1].view(-1, k)
+    ids = ids[:, :k].sort(dim=-1).values  # in the order of the vocabulary, which a stable sort respects
     best, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     return best, ids.gather(1, order)
 
 
-def filtered(scores: Tensor, config: SamplingConfig) -> Tensor:
-    """Turns scores into probabilities, and those that top-p or min-p drops into 0.
+def filtered(probabilities: Tensor, config: SamplingConfig) -> Tensor:
+    """The probabilities, and 0 for tokens that top-p or min-p drops.
 
     Args:
-        scores: float64 [B, C], the temperature applied; in descending order where top-p acts.
+        probabilities: float64 [B, C], in descending order where top-p acts.
         config: the filters.
     """
-    probabilities = scores.softmax(dim=-1)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if config.top_p < 1:
-        better = probabilities.cumsum(dim=-1) - probabilities  # total probability of the tokens before
-        keep &= better < config.top_p
+        # Of the tokens before, summed in their order, so that it does not matter how many follow.
+        better = torch.nn.functional.pad(probabilities.cumsum(dim=-1)[:, :-1], (1, 0))
+        keep = better < config.top_p
         keep[:, 0] = True
     if config.min_p:
         keep &= probabilities >= config.min_p * probabilities.amax(dim=-1, keepdim=True)

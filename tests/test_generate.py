@@ -1,5 +1,6 @@
 """The decoding loop: greedy against a loop without a cache, batches, endings, streams, wrong arguments."""
 
+import itertools
 import re
 from typing import Any
 
@@ -302,6 +303,33 @@ def test_a_cache_saves_the_tokens_it_holds(monkeypatch: pytest.MonkeyPatch) -> N
     assert lengths == [20, 1, 1, 1, 1, 3, 1, 1, 1, 1]
     monkeypatch.undo()
     assert_greedy(MODEL, longer, second)
+
+
+# ---- memory -----------------------------------------------------------------------------------------
+
+
+def largest_need(model: BitNet, rows: int, tokens: int) -> int:
+    """The most bytes of tensors at a time while a prompt is read, what was there before not counted."""
+    ids = torch.randint(400, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, rows, tokens)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        next(model.stream_tokens(ids, cache=cache, max_new_tokens=1))
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("certified", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_need_of_memory_does_not_grow_with_the_prompt(rows: int, certified: bool) -> None:
+    model = tiny_model(context=2048, eos=None)
+    model.certified_head = certified
+    model.generate(one([1]), max_new_tokens=1)  # makes what is made once
+    short, long = (largest_need(model, rows, tokens) for tokens in (520, 2040))
+    assert long == short > 0
 
 
 # ---- encode -----------------------------------------------------------------------------------------

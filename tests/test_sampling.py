@@ -17,7 +17,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from bitnet_ops.sampling import Sampler, SamplingConfig, candidates, draw, penalize_repetition
+from bitnet_ops.sampling import (
+    NUCLEUS,
+    Sampler,
+    SamplingConfig,
+    candidates,
+    draw,
+    penalize_repetition,
+    top_k,
+)
 
 VOCAB = 97
 
@@ -158,6 +166,41 @@ def test_greedy_takes_the_first_of_equals() -> None:
 def test_top_k_keeps_k_of_equals() -> None:
     probabilities, _ = candidates(torch.zeros(1, 10), SamplingConfig(do_sample=True, top_k=3))
     torch.testing.assert_close(probabilities, torch.full((1, 3), 1 / 3, dtype=torch.float64))
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.data())
+def test_top_k_puts_equals_in_the_order_of_the_vocabulary(values: list[int], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(values) - 1))
+    logits = torch.tensor([values, values[::-1]], dtype=torch.float32)
+    best, ids = logits.sort(dim=-1, descending=True, stable=True)
+    ours = top_k(logits, k)
+    assert torch.equal(ours[0], best[:, :k])
+    assert torch.equal(ours[1], ids[:, :k])
+
+
+@pytest.mark.parametrize("min_p", [None, 0.01])
+def test_top_p_of_many_tokens_is_that_of_all_in_order(min_p: float | None) -> None:
+    """Rows whose best tokens are enough, and rows that need more of them, alone and beside each other."""
+    config = SamplingConfig(do_sample=True, top_k=0, top_p=0.9, min_p=min_p)
+    logits = torch.randn(4, 3 * NUCLEUS, generator=torch.Generator().manual_seed(8)).round(decimals=1)
+    logits *= torch.tensor([[4.0], [0.5], [2.0], [8.0]])
+    counts = (distribution(logits, config) > 0).sum(-1)
+    if min_p is None:
+        assert counts.max() > NUCLEUS > counts.min()
+    together = distribution(logits, config)
+    for row in range(4):
+        probabilities, ids = candidates(logits[row : row + 1], config)
+        assert ids is not None
+        alone = torch.zeros_like(together[:1]).scatter(1, ids, probabilities / probabilities.sum())
+        assert torch.equal(alone > 0, together[row : row + 1] > 0)
+        scores, order = logits[row].double().sort(descending=True, stable=True)
+        expected = scores.softmax(-1)
+        kept = (expected.cumsum(-1) - expected < 0.9) & (expected >= (min_p or 0) * expected[0])
+        # 3072 float64 terms, summed in two orders.
+        torch.testing.assert_close(
+            alone[0, order[kept]], expected[kept] / expected[kept].sum(), rtol=2 * 3072 * 2.0**-53, atol=0
+        )
+        assert not alone[0, order[~kept]].any()
 
 
 def test_minus_infinity_is_never_chosen() -> None:
