@@ -14,6 +14,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
+import torch
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
@@ -149,7 +150,8 @@ class Conversation:
         """Continues ``ids``, computing only those that are not in the cache from the turns before."""
         if self._cache is None:
             # Room for the whole context; the system hands out the memory only as it is written to.
-            self._cache = KVCache(self.model.config, 1, self.context, device=self.model.device)
+            dtype = arguments.get("cache_dtype") or torch.float32
+            self._cache = KVCache(self.model.config, 1, self.context, dtype=dtype, device=self.model.device)
         known: list[int] = []
         if self.last is not None:
             known = (self.last.prompt_ids + self.last.token_ids)[: self._cache.length]

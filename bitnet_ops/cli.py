@@ -42,8 +42,8 @@ THREADS_OPTION = click.option(
 )
 
 
-def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options that say how tokens are chosen, and hands them on as one dict ``arguments``."""
+def generation_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of generation, and hands them on as one dict ``arguments``."""
 
     @click.option(
         "--temperature", metavar="T", type=click.FloatRange(min=0), help="Divides the scores; 0 is greedy."
@@ -67,6 +67,18 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--stop", "stop_strings", multiple=True, metavar="TEXT", help="End before TEXT. Repeatable."
     )
+    @click.option(
+        "--prompt-lookup-num-tokens",
+        metavar="N",
+        type=click.IntRange(min=0),
+        help="Guess up to N tokens at once in a text that repeats itself; changes the speed only.  "
+        "[default: 10; 0 is off]",
+    )
+    @click.option(
+        "--cache-dtype",
+        type=click.Choice(["float32", "bfloat16", "int8"]),
+        help="Of keys and values: the smaller, the faster long texts, and the coarser.  [default: float32]",
+    )
     @functools.wraps(command)
     def wrapper(
         temperature: float | None,
@@ -76,6 +88,8 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         repetition_penalty: float | None,
         seed: int | None,
         stop_strings: tuple[str, ...],
+        prompt_lookup_num_tokens: int | None,
+        cache_dtype: str | None,
         **rest: Any,
     ) -> None:
         filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -91,6 +105,11 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         if not all(stop_strings):
             raise click.UsageError("--stop: expected a text, got an empty one")
         arguments["stop_strings"] = stop_strings or None
+        arguments["prompt_lookup_num_tokens"] = prompt_lookup_num_tokens
+        if cache_dtype is not None:
+            import torch
+
+            arguments["cache_dtype"] = getattr(torch, cache_dtype)
         command(arguments=arguments, **rest)
 
     return wrapper
@@ -126,7 +145,7 @@ def commands() -> None:
     type=click.IntRange(min=1),
     help=f"Length of the continuation.  [default: {DEFAULT_NEW_TOKENS}, less where the context ends]",
 )
-@sampling_options
+@generation_options
 @click.option(
     "--echo/--no-echo", default=True, help="Print the prompt before its continuation.", show_default=True
 )
@@ -180,7 +199,7 @@ def generate(
     type=click.IntRange(min=1),
     help=f"Longest answer.  [default: up to the end of the context; {DEFAULT_NEW_TOKENS} without a template]",
 )
-@sampling_options
+@generation_options
 @THREADS_OPTION
 def chat(
     folder: Path | None,

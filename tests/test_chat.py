@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from text_models import CHAT_TEMPLATE, EOS, assert_greedy, tiny_model
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -101,7 +102,7 @@ def test_a_turn_computes_only_what_is_new(passes: list[int]) -> None:
     assert session.last is not None
     read = session.last.prompt_ids + session.last.token_ids
     passes.clear()
-    second = "".join(session.reply("And now?", max_new_tokens=6))
+    second = "".join(session.reply("And now?", max_new_tokens=6, prompt_lookup_num_tokens=0))
     assert session.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
@@ -152,6 +153,19 @@ def test_an_answer_ends_where_the_context_does() -> None:
     assert session.messages == before
 
 
+def test_the_cache_has_the_wanted_dtype() -> None:
+    model = tiny_model(eos=None, chat=True)
+    for session in (ChatSession(model), Continuation(model)):
+        for text in ("Hello", "And now?"):
+            "".join(session.reply(text, max_new_tokens=6, cache_dtype=torch.int8))
+        assert session._cache is not None
+        assert session._cache.dtype == torch.int8
+        assert session.last is not None
+        ids = torch.tensor([session.last.prompt_ids])
+        fresh = model.generate(ids, max_new_tokens=6, cache_dtype=torch.int8)
+        assert fresh[0, ids.shape[1] :].tolist() == session.last.token_ids
+
+
 def test_models_that_cannot_chat_are_named() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="model: expected a model with a chat template, got one without"):
@@ -170,7 +184,7 @@ def test_continuation_goes_on_with_one_text(passes: list[int]) -> None:
     text = session.last.prompt_ids + session.last.token_ids
     assert session.ids == text
     passes.clear()
-    list(session.reply("that a man", max_new_tokens=5))
+    list(session.reply("that a man", max_new_tokens=5, prompt_lookup_num_tokens=0))
     added = model.tokenizer.encode("\n\nthat a man").ids
     assert session.last.prompt_ids == text + added
     assert passes == [1 + len(added), 1, 1, 1, 1], "the last token had not been read yet"

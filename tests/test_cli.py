@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from text_models import tiny_model
 
-from bitnet_ops import __version__, cli, isa
+from bitnet_ops import __version__, cli, decoding, isa
 from bitnet_ops.checkpoint import from_pretrained
 from bitnet_ops.cli import commands
+from bitnet_ops.prompt_lookup import PromptLookup
 
 PROGRAM = [sys.executable, "-m", "bitnet_ops"]
 
@@ -98,6 +101,40 @@ def test_sampling_options_arrive(folder: Path) -> None:
     )
 
 
+def test_cache_dtype_arrives(folder: Path) -> None:
+    # The whole context, so that coarser keys and values show.
+    settings = dict(max_new_tokens=250, do_sample=True, seed=0)
+    options = ["--max-new-tokens", 250, "--temperature", 1, "--seed", 0, "--no-echo"]
+    texts = []
+    for dtype in (torch.float32, torch.int8):
+        name = str(dtype).removeprefix("torch.")
+        result = run("generate", "--model", folder, *options, "--cache-dtype", name, "It")
+        assert (
+            result.stdout_bytes.decode() == expected_text(folder, "It", cache_dtype=dtype, **settings) + "\n"
+        )
+        texts.append(result.stdout)
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(("options", "most"), [([], 10), (["--prompt-lookup-num-tokens", 3], 3)])
+def test_length_of_drafts_arrives(
+    folder: Path, command: str, options: list[object], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Lookup(PromptLookup):
+        def __init__(self, ids: Sequence[int], most: int) -> None:
+            super().__init__(ids, most)
+            asked.append(most)
+
+    monkeypatch.setattr(decoding, "PromptLookup", Lookup)
+    prompt = ["It"] if command == "generate" else []
+    result = run(command, "--model", folder, "--max-new-tokens", 3, *options, *prompt, stdin="It\n")
+    assert result.exit_code == 0
+    assert asked == [most]
+
+
 @pytest.mark.parametrize(
     "option", [("--top-k", "3"), ("--top-p", "0.5"), ("--min-p", "0.1"), ("--temperature", "2")]
 )
@@ -151,8 +188,6 @@ def test_default_length_ends_with_the_context(folder: Path) -> None:
 
 
 def test_threads(folder: Path) -> None:
-    import torch
-
     before = torch.get_num_threads()
     try:
         assert run("generate", "--model", folder, "--max-new-tokens", 1, "--threads", 1, "It").exit_code == 0

@@ -9,6 +9,7 @@ import torch
 from text_models import CORPUS, assert_greedy, tiny_model
 from torch import Tensor
 
+from bitnet_ops import decoding
 from bitnet_ops.config import BitNetConfig
 from bitnet_ops.kv_cache import KVCache
 from bitnet_ops.linear import BitLinearQAT
@@ -170,7 +171,7 @@ def test_no_pass_is_wasted_behind_the_end(monkeypatch: pytest.MonkeyPatch) -> No
     calls = []
     forward = BitNet.forward
     monkeypatch.setattr(BitNet, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    MODEL.generate(one([9]), max_new_tokens=5)
+    MODEL.generate(one([9]), max_new_tokens=5, prompt_lookup_num_tokens=0)
     assert len(calls) == 5
 
 
@@ -295,14 +296,27 @@ def test_a_cache_saves_the_tokens_it_holds(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(BitNet, "forward", counting)
     cache = KVCache(MODEL.config, 1, 64)
+    settings: dict[str, Any] = dict(cache=cache, max_new_tokens=5, prompt_lookup_num_tokens=0)
     prompt = list(range(10, 30))
-    first = [int(tokens) for tokens in MODEL.stream_tokens(one(prompt), cache=cache, max_new_tokens=5)]
+    first = [int(tokens) for tokens in MODEL.stream_tokens(one(prompt), **settings)]
     assert cache.length == 24
     longer = [*prompt, *first, 50, 51]
-    second = [int(tokens) for tokens in MODEL.stream_tokens(one(longer), cache=cache, max_new_tokens=5)]
+    second = [int(tokens) for tokens in MODEL.stream_tokens(one(longer), **settings)]
     assert lengths == [20, 1, 1, 1, 1, 3, 1, 1, 1, 1]
     monkeypatch.undo()
     assert_greedy(MODEL, longer, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_cache_of_another_dtype(dtype: torch.dtype) -> None:
+    made: list[KVCache] = []
+    settings: dict[str, Any] = dict(max_new_tokens=40, do_sample=True, seed=0)
+    expected = MODEL.stream_tokens(one([9]), cache=KVCache(MODEL.config, 1, 1, dtype=dtype), **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "KVCache", lambda *a, **k: made.append(KVCache(*a, **k)) or made[-1])
+        ids = MODEL.generate(one([9]), cache_dtype=dtype, **settings)
+    assert [cache.dtype for cache in made] == [dtype]
+    assert ids[0, 1:].tolist() == [int(tokens) for tokens in expected]
 
 
 # ---- memory -----------------------------------------------------------------------------------------
@@ -383,6 +397,11 @@ def test_encode_wrong_arguments() -> None:
         ({"pad_token_id": -1}, "pad_token_id: expected token ids in [0, 405), got -1"),
         ({"stop_strings": [""]}, "stop_strings: expected a string or several, none of them empty, got ['']"),
         ({"stop_strings": 7}, "stop_strings: expected a string or several, none of them empty, got 7"),
+        ({"prompt_lookup_num_tokens": -1}, "expected an int >= 0 (0 for no drafts), got -1"),
+        ({"prompt_lookup_num_tokens": 1.5}, "prompt_lookup_num_tokens: expected an int >= 0"),
+        ({"cache_dtype": torch.float16}, "cache_dtype: expected one of torch.float32, torch.bfloat16, "
+                                         "torch.int8, got torch.float16"),
+        ({"cache_dtype": "int8"}, "torch.int8, got 'int8'"),
         ({"seed": -1}, "seed: expected an int in [0, 2**63), got -1"),
         ({"seed": "x"}, "seed: expected an int in [0, 2**63), got 'x'"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask: expected a tensor of the shape of input_ids "
@@ -436,6 +455,8 @@ def test_wrong_caches_are_named() -> None:
     with pytest.raises(ValueError, match="cache: expected 1 rows, as input_ids has, got 2"):
         MODEL.stream_tokens(one([1]), cache=KVCache(MODEL.config, 2, 100))
     cache = KVCache(MODEL.config, 1, 100)
+    with pytest.raises(ValueError, match="cache_dtype: expected .*float32, as cache has, got torch.int8"):
+        MODEL.stream_tokens(one([1]), cache=cache, cache_dtype=torch.int8)
     cache.length = 2
     with pytest.raises(ValueError, match="cache: expected fewer tokens than the 2 of input_ids, got 2"):
         MODEL.stream_tokens(one([1, 2]), cache=cache)
