@@ -27,10 +27,10 @@ from bitnet_ops.fused_layers import FusedLayers
 from bitnet_ops.sparsity import LayerSparsity, layouts_for, measure_sparsity
 
 THREADS = sorted({1, torch.get_num_threads()})
-CONTEXTS = (128, 512, 2048, 4000)
+CONTEXTS = (128, 512, 4000)
 CACHES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 STEPS = 16
-ROUNDS = 9
+ROUNDS = 7
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,12 @@ def run_steps(model: BitNet, cache: KVCache, context: int) -> None:
     """Decodes `STEPS` tokens behind the context."""
     cache.length = context
     steps = model.stream_tokens(
-        prompt(context + 1), cache=cache, max_new_tokens=STEPS, do_sample=False, eos_token_id=()
+        prompt(context + 1),
+        cache=cache,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=(),
+        prompt_lookup_num_tokens=0,  # a token at a time: random weights soon repeat themselves
     )
     assert sum(1 for _ in steps) == STEPS
 
