@@ -455,7 +455,7 @@ def test_wrong_caches_are_named() -> None:
     with pytest.raises(ValueError, match="cache: expected 1 rows, as input_ids has, got 2"):
         MODEL.stream_tokens(one([1]), cache=KVCache(MODEL.config, 2, 100))
     cache = KVCache(MODEL.config, 1, 100)
-    with pytest.raises(ValueError, match="cache_dtype: expected .*float32, as cache has, got torch.int8"):
+    with pytest.raises(ValueError, match=r"cache_dtype: expected .*float32, as cache has, got torch.int8"):
         MODEL.stream_tokens(one([1]), cache=cache, cache_dtype=torch.int8)
     cache.length = 2
     with pytest.raises(ValueError, match="cache: expected fewer tokens than the 2 of input_ids, got 2"):
