@@ -303,11 +303,11 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
         "codes alone",
     ),
     (
-        lambda: ops.lm_head_top_k(X[:, :16], X[:, :16], 1, *COPY),
+        lambda: ops.lm_head_top_k(torch.zeros(2, 65), torch.zeros(2, 65), 1, *COPY),
         "lm_head_top_k",
         "codes",
-        "uint8 [1, 1, 256]",
-        "uint8 [1, 2, 256]",
+        f"uint8 {list(ops.screen_lm_head(torch.zeros(2, 65))[0].shape)}",
+        f"uint8 {list(COPY[0].shape)}",
     ),
     (
         lambda: ops.lm_head_top_k(X, X, 1, COPY[0], COPY[1][:2]),

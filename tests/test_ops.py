@@ -352,6 +352,10 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
     def grad(tensor: Tensor) -> Tensor:
         return tensor.clone().requires_grad_()
 
+    # Blocks of 64 keys, 12 wide; rows of values 16 wide; with int8 spans of 256 of both.
+    cache_shapes = dict.fromkeys((torch.float32, torch.bfloat16), ((2, 2, 1, 12, 64), (2, 2, 64, 16)))
+    cache_shapes[torch.int8] = ((2, 2, 1, 4096), (2, 2, 1, 4096))
+
     return {
         "quantize_activations": (namespace.quantize_activations.default, (x,)),
         "pack_ternary": (namespace.pack_ternary.default, (random_ternary(33, 50),)),
@@ -413,8 +417,8 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
                 namespace.cached_attention.default,
                 (
                     *(q, k, v, cos, sin, torch.tensor([3, -2])),
-                    *(torch.zeros(shape, dtype=dtype) for shape in ((2, 2, 1, 12, 64), (2, 2, 64, 16))),
-                    *(torch.ones(2, 2, 64) if dtype == torch.int8 else None for _ in range(2)),
+                    *(torch.zeros(shape, dtype=dtype) for shape in cache_shapes[dtype]),
+                    *(torch.ones(2, 2, 256) if dtype == torch.int8 else None for _ in range(2)),
                 ),
             )
             for dtype in (torch.float32, torch.bfloat16, torch.int8)
