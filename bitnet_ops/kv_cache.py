@@ -103,7 +103,8 @@ class KVCache:
             layers = torch.empty(config.num_hidden_layers, *heads, *shape, dtype=dtype, device=device)
             return list(layers.unbind())
 
-        key_shape, value_shape = (parts, config.head_dim, part), (parts * part, width)
+        key_shape: tuple[int, ...] = (parts, config.head_dim, part)
+        value_shape: tuple[int, ...] = (parts * part, width)
         if int8:
             key_shape = value_shape = (parts, part * width)
         self.keys = per_layer(*key_shape, dtype=self.dtype)
