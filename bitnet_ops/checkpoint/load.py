@@ -17,14 +17,10 @@ from ..model import BitNet, RMSNorm
 from .config_json import parse_config
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json
-from .head_copy import stored_head, stored_names
+from .head_copy import CHUNK_ROWS, stored_head, stored_names
 from .hf import PublishedProjections
 from .packed import CONFIG_FILE, QUANT_METHOD, PackedProjections
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
-
-CHUNK_ROWS = 1024
-"""Rows of the embedding matrix that are looked at together; a few MB of temporaries at 2560 columns."""
-
 
 TIED_HEAD = "lm_head.weight"
 
