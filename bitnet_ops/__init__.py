@@ -13,7 +13,7 @@ from bitnet_ops.checkpoint import CheckpointError, from_pretrained, save_pretrai
 from bitnet_ops.config import BitNetConfig
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
 from bitnet_ops.kv_cache import KVCache
-from bitnet_ops.linear import BitLinear, BitLinearQAT, best_layout, pack, repack
+from bitnet_ops.linear import BitLinear, BitLinearQAT, best_layout
 from bitnet_ops.model import BitNet
 from bitnet_ops.ops import (
     lm_head,
@@ -26,6 +26,7 @@ from bitnet_ops.ops import (
     unpack_ternary,
 )
 from bitnet_ops.packing import packed_shape
+from bitnet_ops.replace import pack, repack, replace_linear
 
 __version__ = version("bitnet_ops")
 
@@ -51,6 +52,7 @@ __all__ = [
     "quantize_activations",
     "repack",
     "repack_ternary",
+    "replace_linear",
     "rms_norm",
     "save_pretrained",
     "supported_isas",

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, packing, reference
-from .huge_pages import HugePages
 from .isa import isa
 
 
@@ -147,7 +146,17 @@ class BitLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, *, layout: str = "tile16", activation_bits: int = 8
     ) -> "BitLinear":
-        """Quantises the float weights of a linear layer (absmean, see `reference.quantize_weight`)."""
+        """Quantises the float weights of a linear layer (absmean, see `reference.quantize_weight`).
+
+        Raises:
+            ValueError: the weight is spread over processes (a DTensor), or an option is unknown.
+        """
+        if hasattr(linear.weight, "full_tensor"):  # a DTensor; its class takes a second to import
+            raise ValueError(
+                "BitLinear.from_linear: linear.weight: expected all of it in this process, got a DTensor; "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True "
+                "gathers a model"
+            )
         w, scale = reference.quantize_weight(linear.weight.detach())
         layer = cls.from_ternary(w, scale, linear.bias, layout=layout, activation_bits=activation_bits)
         return layer.train(linear.training)
@@ -241,6 +250,16 @@ class BitLinearQAT(nn.Linear):
     quantised operands are exact in bfloat16 too, the result is rounded once more.
     """
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "BitLinearQAT":
+        """Trains on from a float layer: the new layer holds the same parameters, not copies."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)  # nn.Linear's would fill a weight with random numbers that nobody wants
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear.bias)
+        return layer.train(linear.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features] in the dtype of ``x``."""
         y: Tensor = _StraightThroughLinear.apply(x, self.weight)
@@ -291,42 +310,3 @@ def best_layout() -> str:
     AVX-512 VBMI; elsewhere "tile16".
     """
     return "tile16_base3" if "tile16_base3" in native_layouts() else "tile16"
-
-
-def repack(model: nn.Module, layout: str | None = None) -> nn.Module:
-    """Stores the weights of every `BitLinear` of a model in another layout, in place.
-
-    Args:
-        model: any module.
-        layout: one of `packing.LAYOUTS`; None for `best_layout`. Layers with group scales keep ``tile16``.
-
-    Returns:
-        The model, with the same outputs.
-    """
-    memory = HugePages()
-    for module in model.modules():
-        if isinstance(module, BitLinear) and module.group_size == 0:
-            before = module.packed_weight
-            module.repack(layout or best_layout())
-            if module.packed_weight is not before and before.device.type == "cpu":
-                module.packed_weight = memory.copy(module.packed_weight)
-    return model
-
-
-def pack(model: nn.Module) -> nn.Module:
-    """Turns every `BitLinearQAT` of a trained model into a packed `BitLinear`, in place.
-
-    Returns:
-        The model (a new layer, if ``model`` itself is a `BitLinearQAT`), with the same outputs and the
-        float master weights gone. A layer that is used in several places stays one layer.
-    """
-    if isinstance(model, BitLinearQAT):
-        return BitLinear.from_linear(model)
-    packed: dict[nn.Module, BitLinear] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, BitLinearQAT):
-                if child not in packed:
-                    packed[child] = BitLinear.from_linear(child)
-                setattr(parent, name, packed[child])
-    return model

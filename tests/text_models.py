@@ -3,8 +3,8 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from bitnet_ops import BitLinearQAT, pack
 from bitnet_ops.config import BitNetConfig
-from bitnet_ops.linear import BitLinearQAT, pack
 from bitnet_ops.model import BitNet
 
 CORPUS = [

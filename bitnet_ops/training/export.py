@@ -6,7 +6,7 @@ import torch
 
 from ..checkpoint import save_pretrained
 from ..config import BitNetConfig
-from ..linear import pack
+from ..replace import pack
 from .card import model_card
 from .corpus import Corpus
 from .loop import HeldOut, TrainOptions, TrainResult, evaluate
