@@ -1,0 +1,143 @@
+"""Causal attention, with and without a cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._registry import OPS, check_device, fake_kernel, use_on_accelerators
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None
+) -> Tensor:
+    """Causal self-attention with rotary positions, and several query heads to a key-value head.
+
+    ``y[t] = softmax over s <= t of (rotate(q[t]) . rotate(k[s]) / sqrt(head_dim)) @ v[s]`` (arXiv:1706.03762,
+    2104.09864, 2305.13245), where query head h reads key-value head ``h // (heads / kv_heads)``. Needs no
+    memory for the scores.
+
+    The result of a token is the same bits with and without padding before its sequence, and the same that
+    `cached_attention` gives with a float32 cache, however the tokens are cut into calls. Scores that are NaN
+    or plus infinity make a NaN of the tokens that see them, and of no other.
+
+    Gradients with respect to ``q``, ``k`` and ``v`` are those of ``reference.attention``.
+
+    Args:
+        q: float [B, T, heads * head_dim].
+        k: float [B, T, kv_heads * head_dim].
+        v: like ``k``.
+        cos: float32 [positions, head_dim / 2], at least T rows; see ``reference.rotary_embedding``.
+        sin: likewise.
+        start: int64 [B], at most 0: the position of each sequence's first token. Tokens at negative positions
+            are padding: no token sees them, and their result is 0. None for a batch without padding.
+
+    Returns:
+        float32 [B, T, heads * head_dim].
+
+    Raises:
+        RuntimeError: if dtypes, shapes or positions do not fit together.
+
+    Example:
+        >>> q, k, v = torch.randn(1, 10, 8 * 64), torch.randn(1, 10, 2 * 64), torch.randn(1, 10, 2 * 64)
+        >>> cos, sin = reference.rotary_embedding(torch.arange(10), 64, 10000.0)
+        >>> attention(q, k, v, cos, sin).shape
+        torch.Size([1, 10, 512])
+    """
+    result: Tensor = OPS.attention.default(q.float(), k.float(), v.float(), cos, sin, start)
+    return result
+
+
+@fake_kernel("attention")
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None) -> Tensor:
+    check_device("attention", q, k=k, v=v, cos=cos, sin=sin, start=start)
+    return q.new_empty(q.shape)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _attention_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, *constants = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        y = reference.attention(*leaves, *constants)
+        gradients = torch.autograd.grad(y, leaves, grad_y)
+    return *gradients, None, None, None
+
+
+torch.library.register_autograd("bitnet_ops::attention", _attention_backward, setup_context=_attention_setup)
+
+
+use_on_accelerators("attention", reference.attention)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Tensor:
+    """`attention` to the tokens of a cache as well, which the new ones are written to first.
+
+    Has no gradients. `bitnet_ops.KVCache` makes the tensors and keeps count.
+
+    Args:
+        q: as for `attention`.
+        k: as for `attention`; stored rotated, in the dtype of ``keys``.
+        v: as for `attention`.
+        cos: as for `attention`, with a row for every position.
+        sin: likewise.
+        start: int64 [B], the position of each sequence's first new token; the cache holds those before it.
+            Tokens at negative positions are padding, and are not stored.
+        keys: float32 or bfloat16 [B, kv_heads, blocks, head_dim, 64], changed in place: position p is column
+            p % 64 of block p // 64. Or int8 [B, kv_heads, spans, 256 * width], where width is head_dim
+            rounded up to 16; csrc/kernels/attention_int8.h draws a span of 256 positions.
+        values: same dtype, [B, kv_heads, blocks * 64, width], and for int8 as ``keys``; changed in place.
+        key_scale: float32 [B, kv_heads, spans * 256] where the cache is int8, else None; changed in place.
+            Each head's vector is rounded as by `quantize_activations`, queries and weights to 16 bits.
+        value_scale: likewise.
+
+    Returns:
+        float32 [B, T, heads * head_dim].
+
+    Raises:
+        RuntimeError: if dtypes, shapes or positions do not fit together.
+
+    Example:
+        >>> cache = KVCache(config, batch_size=1, capacity=64)
+        >>> stored = cache.keys[0], cache.values[0]
+        >>> y = cached_attention(q, k, v, cache.cos, cache.sin, torch.tensor([0]), *stored)
+    """
+    result: Tensor = OPS.cached_attention.default(
+        q.float(), k.float(), v.float(), cos, sin, start, keys, values, key_scale, value_scale
+    )
+    return result
+
+
+@fake_kernel("cached_attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Tensor:
+    check_device("cached_attention", q, k=k, v=v, cos=cos, sin=sin, start=start, keys=keys, values=values)
+    return q.new_empty(q.shape)
+
+
+use_on_accelerators("cached_attention", reference.cached_attention)

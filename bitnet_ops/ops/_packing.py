@@ -1,0 +1,95 @@
+"""Ternary matrices to packed ones and back, in the layouts of ``bitnet_ops.packing``."""
+
+import torch
+from torch import Tensor
+
+from .. import packing
+from ._registry import OPS, fake_kernel
+
+
+def pack_ternary(w: Tensor, layout: str = "tile16") -> Tensor:
+    """Packs a ternary matrix, in a layout that ``bitnet_ops.packing`` draws.
+
+    Args:
+        w: int8 [N, K], values -1, 0 and 1, on the CPU; K at most 2^18, with layout "column" 2^16.
+        layout: "tile16" (2 bits a weight), "tile16_base3" (1.6 bits), "row" or "column" (2 bits; they skip
+            what is not needed, see ``ternary_linear``).
+
+    Returns:
+        uint8 of shape ``packing.packed_shape(N, K, layout)``, for tile16 [ceil(N / 16), ceil(K / 16), 64].
+
+    Raises:
+        RuntimeError: if ``w`` is no such tensor or holds another value, or for an unknown layout.
+
+    Example:
+        >>> pack_ternary(torch.zeros(32, 64, dtype=torch.int8)).shape
+        torch.Size([2, 4, 64])
+    """
+    result: Tensor = OPS.pack_ternary.default(w, layout)
+    return result
+
+
+@fake_kernel("pack_ternary")
+def _(w: Tensor, layout: str = "tile16") -> Tensor:
+    return w.new_empty(packing.packed_shape(w.shape[0], w.shape[1], layout), dtype=torch.uint8)
+
+
+def unpack_ternary(packed: Tensor, out_features: int, in_features: int, layout: str = "tile16") -> Tensor:
+    """Inverse of ``pack_ternary``.
+
+    Args:
+        packed: uint8 of shape ``packing.packed_shape(N, K, layout)``, on the CPU.
+        out_features: N.
+        in_features: K.
+        layout: as in ``pack_ternary``.
+
+    Returns:
+        int8 [N, K], values -1, 0 and 1.
+
+    Raises:
+        RuntimeError: if the shape does not fit, or a byte holds a code that stands for no weight.
+
+    Example:
+        >>> w = torch.tensor([[-1, 0, 1]], dtype=torch.int8)
+        >>> unpack_ternary(pack_ternary(w), 1, 3)
+        tensor([[-1,  0,  1]], dtype=torch.int8)
+    """
+    result: Tensor = OPS.unpack_ternary.default(packed, out_features, in_features, layout)
+    return result
+
+
+@fake_kernel("unpack_ternary")
+def _(packed: Tensor, out_features: int, in_features: int, layout: str = "tile16") -> Tensor:
+    return packed.new_empty((out_features, in_features), dtype=torch.int8)
+
+
+def repack_ternary(packed: Tensor, out_features: int, in_features: int, layout: str, wanted: str) -> Tensor:
+    """Brings packed weights from one layout into another.
+
+    Args:
+        packed: uint8 of shape ``packing.packed_shape(N, K, layout)``, on the CPU.
+        out_features: N.
+        in_features: K.
+        layout: of ``packed``, as in ``pack_ternary``.
+        wanted: of the result.
+
+    Returns:
+        uint8 of shape ``packing.packed_shape(N, K, wanted)``: what ``pack_ternary(w, wanted)`` gives for
+        ``w = unpack_ternary(packed, N, K, layout)``, without that matrix in between and without its check of
+        the codes.
+
+    Raises:
+        RuntimeError: if the shape does not fit, or for an unknown layout.
+
+    Example:
+        >>> w = torch.tensor([[-1, 0, 1]], dtype=torch.int8)
+        >>> repack_ternary(pack_ternary(w), 1, 3, "tile16", "row").shape
+        torch.Size([1, 1, 64])
+    """
+    result: Tensor = OPS.repack_ternary.default(packed, out_features, in_features, layout, wanted)
+    return result
+
+
+@fake_kernel("repack_ternary")
+def _(packed: Tensor, out_features: int, in_features: int, layout: str, wanted: str) -> Tensor:
+    return packed.new_empty(packing.packed_shape(out_features, in_features, wanted))

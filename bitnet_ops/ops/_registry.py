@@ -1,0 +1,35 @@
+"""What the families of operators share: the namespace, and how a shape or another device is registered."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import isa  # noqa: F401  loads the library, which registers the operators
+
+OPS = torch.ops.bitnet_ops
+
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+
+def fake_kernel(operator: str) -> Callable[[_Kernel], _Kernel]:
+    """Registers an operator's shapes and dtypes without data, for torch.compile and meta tensors."""
+    decorator: Callable[[_Kernel], _Kernel] = torch.library.register_fake(f"bitnet_ops::{operator}")
+    return decorator
+
+
+def check_device(operator: str, first: Tensor, **others: Tensor | None) -> None:
+    """Refuses a meta tensor beside a real one: the result would be memory that nobody wrote."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise RuntimeError(
+                f"bitnet_ops::{operator}: argument '{name}': expected a tensor on {first.device}, "
+                f"got one on {tensor.device}"
+            )
+
+
+def use_on_accelerators(operator: str, reference: Callable[..., Any]) -> None:
+    """Registers the reference for GPUs, where there are no kernels, so that a model trains there too."""
+    for backend in ("CUDA", "MPS", "XPU"):
+        torch.library.impl(f"bitnet_ops::{operator}", backend)(reference)
