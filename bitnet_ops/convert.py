@@ -69,18 +69,19 @@ def convert(source: Path, target: Path, text: Path | None, layout: str | None) -
 
     with expected_errors():
         model = from_pretrained(source)
+        projections = {
+            name: module for name, module in model.named_modules() if isinstance(module, BitLinear)
+        }
         if layout is None:
             sparsity = measure_sparsity(model, sample(model, text))
             layouts = layouts_for(model, sparsity)
             show(sparsity)
         else:
-            layouts = {
-                name: layout for name, module in model.named_modules() if isinstance(module, BitLinear)
-            }
+            layouts = dict.fromkeys(projections, layout)
         for name, wanted in tqdm(
             layouts.items(), desc="converting", unit="matrix", disable=None, leave=False
         ):
-            model.get_submodule(name).repack(wanted)
+            projections[name].repack(wanted)
         model.save_pretrained(target)
         counts = ", ".join(f"{count} in {name}" for name, count in Counter(layouts.values()).most_common())
         size = sum(file.stat().st_size for file in target.glob("*.safetensors"))

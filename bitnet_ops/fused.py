@@ -6,6 +6,7 @@ values.
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,11 @@ from .norm import RMSNorm
 
 def norm_linears(norm: nn.Module, projections: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """``[projection(norm(x)) for projection in projections]``."""
-    if _fusible(norm, projections, x) and len({projection.layout for projection in projections}) == 1:
+    if (
+        _runs_fused(norm, x)
+        and _are_fusible(projections)
+        and len({projection.layout for projection in projections}) == 1
+    ):
         return ops.norm_linears(
             x,
             norm.weight,
@@ -36,7 +41,7 @@ def norm_linear_add(
     norm: nn.Module, projection: nn.Module, x: Tensor, residual: Tensor, dropout: nn.Module
 ) -> Tensor:
     """``residual + dropout(projection(norm(x)))``."""
-    if _fusible(norm, [projection], x) and x.dtype == residual.dtype:
+    if _runs_fused(norm, x) and is_fusible(projection) and x.dtype == residual.dtype:
         return ops.norm_linear_add(
             x,
             norm.weight,
@@ -46,12 +51,13 @@ def norm_linear_add(
             projection.layout,
             residual,
         )
-    return residual + dropout(projection(norm(x)))
+    y: Tensor = residual + dropout(projection(norm(x)))
+    return y
 
 
 def norm_squared_relu_glu(norm: nn.Module, gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
     """``relu(gate(n))^2 * up(n)`` with ``n = norm(x)``."""
-    if _fusible(norm, [gate, up], x):
+    if _runs_fused(norm, x) and is_fusible(gate) and is_fusible(up):
         return ops.norm_squared_relu_glu(
             x,
             norm.weight,
@@ -64,10 +70,11 @@ def norm_squared_relu_glu(norm: nn.Module, gate: nn.Module, up: nn.Module, x: Te
             up.layout,
         )
     n = norm(x)
-    return F.relu(gate(n)).square() * up(n)
+    y: Tensor = F.relu(gate(n)).square() * up(n)
+    return y
 
 
-def is_fusible_norm(norm: nn.Module) -> bool:
+def is_fusible_norm(norm: nn.Module) -> TypeGuard[RMSNorm]:
     """Whether operators can do what the norm does, and nobody watches it."""
     return (
         type(norm) is RMSNorm
@@ -78,7 +85,7 @@ def is_fusible_norm(norm: nn.Module) -> bool:
     )
 
 
-def is_fusible(projection: nn.Module) -> bool:
+def is_fusible(projection: nn.Module) -> TypeGuard[BitLinear]:
     """Whether operators can do what the projection does, and nobody watches it."""
     return (
         type(projection) is BitLinear
@@ -90,8 +97,13 @@ def is_fusible(projection: nn.Module) -> bool:
     )
 
 
-def _fusible(norm: nn.Module, projections: Sequence[nn.Module], x: Tensor) -> bool:
-    if not x.is_cpu or not is_fusible_norm(norm) or not all(map(is_fusible, projections)):
+def _are_fusible(projections: Sequence[nn.Module]) -> TypeGuard[Sequence[BitLinear]]:
+    return all(map(is_fusible, projections))
+
+
+def _runs_fused(norm: nn.Module, x: Tensor) -> TypeGuard[RMSNorm]:
+    """Whether an operator may begin with this norm: it gives no gradients."""
+    if not x.is_cpu or not is_fusible_norm(norm):
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad))
 

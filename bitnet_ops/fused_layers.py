@@ -55,15 +55,19 @@ class FusedLayers:
         )
         if not self._fusible:
             return
-        norms = [layer.get_submodule(name) for layer in layers for name in NORMS]
-        projections = [layer.get_submodule(name) for layer in layers for name in PROJECTIONS]
-        self._norm_weights = [norm.weight for norm in norms]
+        all_norms = [layer.get_submodule(name) for layer in layers for name in NORMS]
+        all_projections = [layer.get_submodule(name) for layer in layers for name in PROJECTIONS]
+        norms = [norm for norm in all_norms if is_fusible_norm(norm)]
+        projections = [projection for projection in all_projections if is_fusible(projection)]
         self._fusible = (
             not any(module.training for module in modules)
+            and len(norms) == len(all_norms)
+            and len(projections) == len(all_projections)
             and len({norm.eps for norm in norms}) == 1
-            and all(is_fusible_norm(norm) for norm in norms)
-            and all(is_fusible(projection) for projection in projections)
         )
+        if not self._fusible:
+            return
+        self._norm_weights: list[Tensor] = [norm.weight for norm in norms]
         self._arguments = (
             self._norm_weights,
             norms[0].eps,
@@ -86,10 +90,11 @@ class FusedLayers:
 
     def __call__(self, x: Tensor, cache: KVCache, start: Tensor) -> Tensor:
         """Runs the layers on x, float32 [B, T, hidden_size]; ``start`` as in `ops.cached_attention`."""
-        stored = [cache.keys, cache.values]
-        if cache.dtype == torch.int8:
-            stored += [cache.key_scales, cache.value_scales]
-        stored = [tensors[: self._layers] for tensors in stored]  # a user may have taken layers away
+        stored = [
+            # A user may have taken layers away; scales are None where the cache is not int8.
+            [tensor for tensor in tensors[: self._layers] if tensor is not None]
+            for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+        ]
         return ops.decoder_layers(x, *self._arguments, cache.cos, cache.sin, start, *stored)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:

@@ -230,7 +230,7 @@ class BitLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "BitLinear":
         # model.to(torch.bfloat16) must not round the scales: they are numbers of the format, not activations.
         kept = {"weight_scale": self.weight_scale, "bias": self.bias}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
             if before is not None and after.dtype != before.dtype:
@@ -262,7 +262,7 @@ class BitLinearQAT(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features] in the dtype of ``x``."""
-        y: Tensor = _StraightThroughLinear.apply(x, self.weight)
+        y: Tensor = _StraightThroughLinear.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return y if self.bias is None else (y.float() + self.bias).to(y.dtype)
 
 

@@ -98,7 +98,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], start: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, self.dropout, rotation, start, cache)
-        return self.mlp(x, self.post_attention_layernorm, self.dropout)
+        y: Tensor = self.mlp(x, self.post_attention_layernorm, self.dropout)
+        return y
 
 
 class Decoder(nn.Module):
@@ -133,14 +134,15 @@ class Decoder(nn.Module):
             rotation, start = (cache.cos, cache.sin), cache.length - cache.padding
         x = self.dropout(self.embed_tokens(input_ids).float())
         fused = None if cache is None or torch.compiler.is_compiling() else self._fuse()
-        if fused is not None and fused.applies(x):
+        if cache is not None and start is not None and fused is not None and fused.applies(x):
             x = fused(x, cache, start)
         else:
             for layer in self.layers:
                 x = layer(x, rotation, start, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x)
+        hidden: Tensor = self.norm(x)
+        return hidden
 
     def _fuse(self) -> FusedLayers:
         """All layers as one operator, collected anew when one of them has changed."""
@@ -235,7 +237,8 @@ class BitNet(GenerationMixin, nn.Module):
             cache.reserve(cache.length + input_ids.shape[1])
         if attention_mask is not None and not torch.compiler.is_compiling():
             check_left_padding(attention_mask, cache)
-        return self.model(input_ids, attention_mask, cache)
+        hidden: Tensor = self.model(input_ids, attention_mask, cache)
+        return hidden
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes a packed model to a folder; see `bitnet_ops.checkpoint.save_pretrained`."""

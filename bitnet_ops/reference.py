@@ -347,16 +347,17 @@ def int8_spans(x: Tensor, transposed: bool = False) -> Tensor:
     Returns:
         int8 [..., spans, 256 * width].
     """
-    spans = x.unflatten(-2, (-1, KEYS_IN_SPAN))
+    spans: Tensor = x.unflatten(-2, (-1, KEYS_IN_SPAN))
     spans = spans.mT if transposed else spans
-    return spans.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 16)).transpose(-3, -2).flatten(-4)
+    tiles: Tensor = spans.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 16)).transpose(-3, -2)
+    return tiles.flatten(-4)
 
 
 def int8_rows(spans: Tensor, transposed: bool = False) -> Tensor:
     """The inverse of `int8_spans`."""
     columns = KEYS_IN_SPAN if transposed else spans.shape[-1] // KEYS_IN_SPAN
     tiles = spans.unflatten(-1, (-1, columns // 4, 16, 4)).transpose(-3, -2)  # [..., tile, row, four, j]
-    rows = tiles.flatten(-2).flatten(-3, -2)
+    rows: Tensor = tiles.flatten(-2).flatten(-3, -2)
     return (rows.mT if transposed else rows).flatten(-3, -2)
 
 

@@ -55,9 +55,9 @@ def measure_sparsity(model: BitNet, input_ids: Tensor) -> list[LayerSparsity]:
     handles = []
     for layer, count in zip(model.model.layers, counts, strict=True):
         # A hook also makes the model take the steps one by one, so that these values exist.
-        gate = layer.mlp.gate_proj.register_forward_hook(partial(_count_open, count))
-        down = layer.mlp.down_proj.register_forward_pre_hook(partial(_count_used, count))
-        handles += [gate, down]
+        gate, down = (layer.get_submodule(f"mlp.{name}") for name in ("gate_proj", "down_proj"))
+        handles.append(gate.register_forward_hook(partial(_count_open, count)))
+        handles.append(down.register_forward_pre_hook(partial(_count_used, count)))
     try:
         model.hidden_states(input_ids)
     finally:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from ..config import BitNetConfig
 from ..huge_pages import HugePages
 from ..linear import BitLinear
-from ..model import BitNet, RMSNorm
+from ..model import BitNet
+from ..norm import RMSNorm
 from .config_json import parse_config
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json
@@ -144,8 +145,10 @@ def _load_weights(model: BitNet, files: TensorFiles, projections: ProjectionRead
             weight = f"{name}.weight"
             files.expect(weight, FLOAT_DTYPES, tuple(module.weight.shape))
             used.append(weight)
-            load = _load_norm if isinstance(module, RMSNorm) else _load_matrix
-            steps.append(partial(load, files, memory, weight, module))
+            if isinstance(module, RMSNorm):
+                steps.append(partial(_load_norm, files, weight, module))
+            else:
+                steps.append(partial(_load_matrix, files, memory, weight, module))
     if model.config.tie_word_embeddings and TIED_HEAD in files.tensors:
         files.expect(TIED_HEAD, FLOAT_DTYPES, tuple(model.head_weight.shape))
         used.append(TIED_HEAD)
@@ -172,7 +175,7 @@ def _load_projection(
     )
 
 
-def _load_norm(files: TensorFiles, memory: HugePages, name: str, module: RMSNorm) -> None:
+def _load_norm(files: TensorFiles, name: str, module: RMSNorm) -> None:
     weight = files.read(name).float()
     _check_finite(files, name, weight)
     module.weight = nn.Parameter(weight)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import isa  # noqa: F401  loads the library, which registers the operators
+import bitnet_ops.isa  # noqa: F401  loads the library, which registers the operators
 
 OPS = torch.ops.bitnet_ops
 

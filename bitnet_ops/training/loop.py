@@ -71,7 +71,7 @@ class TrainOptions:
         if self.autocast is not None:
             return self.autocast
         if self.device.startswith("cuda"):
-            return torch.cuda.is_bf16_supported()
+            return bool(torch.cuda.is_bf16_supported())
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
