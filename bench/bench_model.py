@@ -13,13 +13,12 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from measure import Work, limit_columns, limits, measure, spread
+from model_2b4t import filled_cache, prompt
 
 import bitnet_ops
 from bitnet_ops import BitLinear, BitNet, KVCache, ops
@@ -31,47 +30,6 @@ CONTEXTS = (128, 512, 4000)
 CACHES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 STEPS = 16
 ROUNDS = 7
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The synthetic checkpoint in the layouts of this machine."""
-    path = tmp_path_factory.mktemp("2b4t")
-    script = Path(__file__).with_name("make_synthetic_checkpoint.py")
-    subprocess.run([sys.executable, script, path / "published", "--tokenizer"], check=True)
-    bitnet_ops.from_pretrained(path / "published").save_pretrained(path / "packed")
-    for file in (path / "published").iterdir():  # a gigabyte
-        file.unlink()
-    return path / "packed"
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> BitNet:
-    """Loaded once."""
-    return bitnet_ops.from_pretrained(folder)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@cache
-def prompt(tokens: int) -> torch.Tensor:
-    """Ids [1, tokens], the same in every run."""
-    return torch.randint(100_000, (1, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def filled_cache(model: BitNet, context: int, dtype: torch.dtype) -> KVCache:
-    """As if ``context`` tokens had been read: what they were does not matter to the time."""
-    cache = KVCache(model.config, 1, context + STEPS + 1, dtype=dtype)
-    for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
-        for tensor in tensors:
-            if tensor is not None:
-                tensor.fill_(1)
-    return cache
 
 
 def run_steps(model: BitNet, cache: KVCache, context: int) -> None:
@@ -118,7 +76,7 @@ def time_steps(
 ) -> dict[str, float | str]:
     """Times decoding; the columns of the result."""
     torch.set_num_threads(threads)
-    cache = filled_cache(model, context, CACHES[dtype])
+    cache = filled_cache(model, 1, context + STEPS, CACHES[dtype])
     work = Work(STEPS * step_bytes(model, context, cache, sparsity))
     isa = bitnet_ops.isa()
     rounds = measure(benchmark, lambda: run_steps(model, cache, context), limits(isa, threads), ROUNDS)
@@ -211,7 +169,7 @@ def bench_profile(benchmark, model: BitNet, monkeypatch: pytest.MonkeyPatch, thr
     """Times each operator of a decoded token, the layers one by one."""
     torch.set_num_threads(threads)
     monkeypatch.setattr(FusedLayers, "applies", lambda self, x: False)
-    cache = filled_cache(model, 128, torch.float32)
+    cache = filled_cache(model, 1, 128 + STEPS)
     run_steps(model, cache, 128)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         benchmark.pedantic(run_steps, (model, cache, 128), rounds=ROUNDS)

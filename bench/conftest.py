@@ -1,13 +1,36 @@
-"""Facts about the machine for every benchmark run, and the tables of the run at its end."""
+"""Facts about the machine for every benchmark run, the tables of the run at its end, and the 2B4T model."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from model_2b4t import make_packed
 from report import report
 
 import bitnet_ops
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The synthetic 2B4T in the layouts of this machine."""
+    return make_packed(tmp_path_factory.mktemp("2b4t"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> bitnet_ops.BitNet:
+    """The same, loaded once a file, because some change it."""
+    return bitnet_ops.from_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Ends what a benchmark set."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
