@@ -15,7 +15,7 @@ from statistics import median
 
 LONGEST_MATCH = 3
 """Tokens that are compared to find a place. A place that proves right is kept, so that in a long repetition
-nothing depends on this; from 2 to 8 the gain on texts of all kinds was the same (bench/LOG.md)."""
+little depends on this; on texts of several kinds more gained nothing (bench/LOG.md)."""
 
 TOKEN_BITS = 32
 """Enough for every vocabulary."""
@@ -27,8 +27,8 @@ MOST_TRIALS = 32.0
 """Experience is halved when it reaches this, because a text may begin or cease to repeat itself."""
 
 FIRST_SLOPE = 0.4
-"""Time of a drafted token as a share of a pass without a draft, until it has been measured: that of a single
-thread on which instructions are the limit (bench/LOG.md), elsewhere it is less."""
+"""Time of a drafted token as a share of a pass without a draft, until it has been measured: what it takes where
+instructions are the limit, twice what was seen here (bench/LOG.md), so that the first drafts are short."""
 
 LEAST_SLOPE = 0.01
 """The same where the clock cannot tell: a drafted token is not free."""
