@@ -9,6 +9,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch  # noqa: F401
 
+from bitnet_ops.accelerate import accelerate
 from bitnet_ops.checkpoint import CheckpointError, from_pretrained, save_pretrained
 from bitnet_ops.config import BitNetConfig
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
@@ -41,6 +42,7 @@ __all__ = [
     "BitNetConfig",
     "CheckpointError",
     "KVCache",
+    "accelerate",
     "best_layout",
     "from_pretrained",
     "isa",

@@ -5,8 +5,8 @@ bound on what rounding can do. Notation: u = 2^-24 is the unit roundoff of float
 any order errs by at most n u sum |terms| (to first order); K is the length of the reduced axis.
 
 End to end no such bound exists, because a last bit can flip an int8 rounding and the flip grows
-(DESIGN.md, section 3). There both are compared with the same model in float64, written out below from
-the formulas: our mean error is at most twice that of transformers in float32.
+(DESIGN.md, section 3). There both are compared with the same model in float64, written out in their_models.py
+from the formulas: our mean error is at most twice that of transformers in float32.
 """
 
 from collections.abc import Iterator
@@ -15,28 +15,25 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny_checkpoints import Sizes, Weights, pack_rows, published_tensors, write_folder
 from torch import Tensor, nn
 
-from bitnet_ops import BitLinear, BitNet, KVCache, reference
+from bitnet_ops import BitLinear, KVCache, reference
 from bitnet_ops.checkpoint import from_pretrained, hf
 from bitnet_ops.reference import rotary_embedding
 
-transformers = pytest.importorskip("transformers")
-from transformers import BitNetConfig as TheirConfig  # noqa: E402
-from transformers import BitNetForCausalLM, BitNetQuantConfig  # noqa: E402
-from transformers.integrations.bitnet import (  # noqa: E402
-    VALUES_PER_ITEM,
-    AutoBitLinear,
-    pack_weights,
-    replace_with_bitnet_linear,
-    unpack_weights,
+pytest.importorskip("transformers")
+from their_models import (
+    FORMATS,
+    Pair,
+    U,
+    assert_within,
+    exact_logits,
+    linear_bound,
+    make_pair,
+    median_error,
 )
-
-U = 2.0**-24
-
-FORMATS = ("autobitlinear", "bitlinear", "online")
+from transformers.integrations.bitnet import pack_weights, unpack_weights
 
 SIZES = (
     Sizes(vocab=97, hidden=24, intermediate=36, heads=3, kv_heads=3),
@@ -59,77 +56,6 @@ def eager() -> Iterator[None]:
         yield
 
 
-@dataclass
-class Pair:
-    """The same checkpoint in both implementations, float32, and what it was made from."""
-
-    sizes: Sizes
-    weights: Weights
-    ours: BitNet
-    theirs: nn.Module
-
-
-def make_pair(folder: Path, sizes: Sizes, form: str, seed: int = 0) -> Pair:
-    """Writes a random checkpoint, loads it with `from_pretrained`, and fills transformers' model from it.
-
-    Their loader needs the accelerate package; the modules, the packing and the unpacking are theirs.
-    """
-    weights = Weights.random(sizes, seed)
-    if form == "online":
-        masters = {
-            name: torch.randn(w.shape, generator=torch.Generator().manual_seed(seed))
-            * weights.scale[name].float()
-            for name, w in weights.ternary.items()
-        }
-        for name, master in masters.items():
-            weights.ternary[name], scale = reference.quantize_weight(master)
-            weights.scale[name] = scale.reshape(1)
-        tensors = weights.floats | {f"{name}.weight": master for name, master in masters.items()}
-    else:
-        tensors = published_tensors(weights, reciprocal=form == "bitlinear")
-        for name, w in weights.ternary.items():
-            tensors[f"{name}.weight"] = pack_weights(w.clone())  # it changes its argument
-    quantization = BitNetQuantConfig(
-        linear_class="bitlinear" if form == "bitlinear" else "autobitlinear",
-        quantization_mode="online" if form == "online" else "offline",
-    )
-    published = {
-        "quant_method": "bitnet",
-        "linear_class": quantization.linear_class,
-        "quantization_mode": quantization.quantization_mode,
-    }
-    write_folder(folder, sizes.config(quantization_config=published), tensors)
-    theirs = BitNetForCausalLM(
-        TheirConfig(
-            vocab_size=sizes.vocab,
-            hidden_size=sizes.hidden,
-            intermediate_size=sizes.intermediate,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            num_key_value_heads=sizes.kv_heads,
-            max_position_embeddings=64,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            attn_implementation="eager",
-        )
-    )
-    theirs = replace_with_bitnet_linear(theirs, ["lm_head"], quantization)
-    state = {
-        name: tensor if tensor.dtype == torch.uint8 else tensor.float() for name, tensor in tensors.items()
-    }
-    for name, module in theirs.named_modules():
-        if isinstance(module, AutoBitLinear) and form == "autobitlinear":
-            assert state[f"{name}.weight"].shape[0] * VALUES_PER_ITEM == module.out_features
-            state[f"{name}.weight"] = unpack_weights(state[f"{name}.weight"], dtype=torch.float32)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    theirs.load_state_dict(state, assign=True)
-    theirs.eval().requires_grad_(False)
-    return Pair(sizes, weights, from_pretrained(folder), theirs)
-
-
 @pytest.fixture(params=FORMATS)
 def form(request: pytest.FixtureRequest) -> str:
     """How the checkpoint stores its projections."""
@@ -140,32 +66,6 @@ def form(request: pytest.FixtureRequest) -> str:
 def pair(request: pytest.FixtureRequest, tmp_path: Path, form: str) -> Pair:
     """A model of each size in each format."""
     return make_pair(tmp_path, request.param, form)
-
-
-def assert_within(ours: Tensor, theirs: Tensor, bound: Tensor | float, what: str) -> None:
-    """|ours - theirs| <= bound, element by element."""
-    excess = (ours.double() - theirs.double()).abs() - bound
-    assert (excess <= 0).all(), f"{what}: {excess.max():.3g} above the bound"
-
-
-def linear_bound(x: Tensor, layer: BitLinear) -> Tensor:
-    """How far two correct float32 BitLinears may lie apart on the same input, [..., N] float64.
-
-    The int8 codes q are equal: both compute round(x * (127 / max |x|)) in the same order. The integer sum
-    is exact here; there, the terms q / s * w * weight_scale carry the roundings of 127 / max (none: the same
-    number), q / s, of 1 / mean and w / (1 / mean) (master weights), of the product with the scale, and those
-    of a sum of K: at most K + 6 in all. Ours carry those of 1 / s, the product of the scales, its own
-    reciprocal ("bitlinear") and the last product: at most 4. All are relative to sum |q w| * x_scale * scale.
-    """
-    q, x_scale = reference.quantize_activations(x)
-    magnitude = q.double().abs() @ layer.unpack().double().abs().T
-    return (
-        (layer.in_features + 10)
-        * U
-        * magnitude
-        * x_scale.double().unsqueeze(-1)
-        * layer.weight_scale.double()
-    )
 
 
 def test_their_packing_is_what_we_unpack() -> None:
@@ -315,56 +215,6 @@ def test_head(pair: Pair) -> None:
     assert_within(reference.lm_head(x, pair.ours.head_weight), pair.theirs.lm_head(x), bound, "head")
 
 
-def exact_logits(pair: Pair, ids: Tensor) -> Tensor:
-    """The model in float64 (DESIGN.md, section 1), [T] to [T, V]; it shares nothing with either side."""
-    sizes, weights = pair.sizes, pair.weights
-    floats = {name: tensor.double() for name, tensor in weights.floats.items()}
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * floats[f"{name}.weight"]
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        s = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
-        return (
-            (x * s).round().clamp(-128, 127)
-            / s
-            @ weights.ternary[name].double().T
-            * weights.scale[name].double()
-        )
-
-    time = torch.arange(len(ids), dtype=torch.float64)
-    half = sizes.head_dim // 2
-    angle = time[:, None] / 10000.0 ** (torch.arange(half, dtype=torch.float64) / half)
-    turn = torch.polar(torch.ones_like(angle), angle)
-
-    def rotate(
-        x: Tensor,
-    ) -> Tensor:  # [T, heads, d]: the pair (i, i + d/2) is a complex number that is turned
-        turned = torch.complex(x[..., :half], x[..., half:]) * turn[:, None]
-        return torch.cat((turned.real, turned.imag), -1)
-
-    x = floats["model.embed_tokens.weight"][ids]
-    for layer in range(sizes.layers):
-        at = f"model.layers.{layer}"
-        n = norm(x, f"{at}.input_layernorm")
-        q, k, v = (
-            linear(n, f"{at}.self_attn.{name}").unflatten(-1, (-1, sizes.head_dim))
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        q, k = rotate(q), rotate(k)
-        out = []
-        for head in range(sizes.heads):
-            group = head * sizes.kv_heads // sizes.heads
-            scores = q[:, head] @ k[:, group].T / sizes.head_dim**0.5
-            scores = scores.masked_fill(time[None] > time[:, None], -torch.inf)
-            out.append(scores.softmax(-1) @ v[:, group])
-        x = x + linear(norm(torch.cat(out, -1), f"{at}.self_attn.attn_sub_norm"), f"{at}.self_attn.o_proj")
-        m = norm(x, f"{at}.post_attention_layernorm")
-        y = F.relu(linear(m, f"{at}.mlp.gate_proj")).square() * linear(m, f"{at}.mlp.up_proj")
-        x = x + linear(norm(y, f"{at}.mlp.ffn_sub_norm"), f"{at}.mlp.down_proj")
-    return norm(x, "model.norm") @ floats["model.embed_tokens.weight"].T
-
-
 @dataclass
 class Judged:
     """A deeper model in one format, prompts, and what float64 says about them."""
@@ -439,11 +289,6 @@ def test_a_batch_of_unequal_prompts_end_to_end(judged: list[Judged]) -> None:
 
 def prompts(pair: Pair, count: int) -> Tensor:
     return torch.randint(pair.sizes.vocab, (count, LENGTH), generator=torch.Generator().manual_seed(3))
-
-
-def median_error(logits: Tensor, exact: Tensor) -> Tensor:
-    """Of the sequences' mean errors the median: that of a sequence where no rounding flipped."""
-    return (logits - exact).abs().mean((1, 2)).median()
 
 
 def test_every_size_without_flips(pair: Pair) -> None:
