@@ -1,4 +1,4 @@
-"""BitNet b1.58 2B4T against Llama 3.2 1B at its own shape: prefill, decode, peak memory.
+"""BitNet b1.58 2B4T against Llama 3.2 1B in several number formats: prefill, decode, peak memory.
 
     pytest bench/bench_models.py --benchmark-only
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_2b4t import prompt
 from probes import read_bandwidth
 from subjects import SUBJECTS, Subject
 
@@ -35,22 +36,17 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def prompt() -> torch.Tensor:
-    """Ids [1, PROMPT_TOKENS], the same in every run."""
-    return torch.randint(1000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
-
-
 def put(benchmark, model: str, **columns: float) -> None:
     """Names the row and the columns of the table that a result belongs to."""
     benchmark.extra_info |= {"table": TABLE, "row": {"model": model}, **columns}
 
 
-@pytest.mark.benchmark(group="prefill 128")
-def bench_prefill(benchmark, subject: Subject) -> None:
+@pytest.mark.benchmark(group="prefill")
+@pytest.mark.parametrize(("tokens", "rounds"), [(PROMPT_TOKENS, ROUNDS), (4 * PROMPT_TOKENS, 3)])
+def bench_prefill(benchmark, subject: Subject, tokens: int, rounds: int) -> None:
     """Reads a prompt."""
-    benchmark.pedantic(subject.prefill, (prompt(),), rounds=ROUNDS, warmup_rounds=1)
-    rate = PROMPT_TOKENS / benchmark.stats.stats.median
-    put(benchmark, subject.name, **{f"prefill {PROMPT_TOKENS}, tok/s": rate})
+    benchmark.pedantic(subject.prefill, (prompt(tokens),), rounds=rounds, warmup_rounds=1)
+    put(benchmark, subject.name, **{f"prefill {tokens}, tok/s": tokens / benchmark.stats.stats.median})
 
 
 @pytest.mark.benchmark(group="decode")
@@ -61,7 +57,9 @@ def bench_decode(benchmark, subject: Subject) -> None:
         for _ in range(DECODED_TOKENS):
             ids = subject.step(ids, cache)
 
-    benchmark.pedantic(decode, setup=lambda: (subject.prefill(prompt()), {}), rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(
+        decode, setup=lambda: (subject.prefill(prompt(PROMPT_TOKENS)), {}), rounds=ROUNDS, warmup_rounds=1
+    )
     rate = DECODED_TOKENS / benchmark.stats.stats.median
     bandwidth = statistics.median(read_bandwidth(torch.get_num_threads()) for _ in range(ROUNDS))
     columns = {

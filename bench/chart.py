@@ -1,5 +1,6 @@
-"""Draws tokens per second against threads and context from the JSON of bench_model.py.
+"""Draws bitnet_ops beside other models, and by threads and context, from the JSON of a benchmark run.
 
+pytest bench/bench_model.py bench/bench_models.py --benchmark-only --benchmark-json=model.json
 python bench/chart.py model.json bench/speed.png
 """
 
@@ -12,6 +13,8 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
+MODELS = "BitNet b1.58 2B4T and Llama 3.2 1B"
+BARS = ("decode, tok/s", "prefill 128, tok/s", "peak memory, GB")
 DECODE, PROMPT = "2B4T, decode:", "2B4T, reading a prompt:"
 
 
@@ -22,11 +25,29 @@ def main() -> None:
     parser.add_argument("image", type=Path, help="PNG file to write")
     arguments = parser.parse_args()
     rows = [one["extra_info"] for one in json.loads(arguments.results.read_text())["benchmarks"]]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), constrained_layout=True)
+    figure = plt.figure(figsize=(9, 6.5), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    models = [row for row in rows if row.get("table", "").startswith(MODELS)]
+    for axis, column in zip(upper.subplots(1, 3, sharey=True), BARS, strict=True):
+        bars(axis, column, {row["row"]["model"]: row[column] for row in models if column in row})
+    left, right = lower.subplots(1, 2)
     context_axis(left, [row for row in rows if row.get("table") == DECODE])
     threads_axis(right, rows)
-    figure.suptitle("BitNet b1.58 2B4T with bitnet_ops, tokens per second")
+    lower.suptitle("BitNet b1.58 2B4T with bitnet_ops, tokens per second", fontsize="medium")
     figure.savefig(arguments.image, dpi=110)
+
+
+def bars(axis: plt.Axes, column: str, values: dict[str, float]) -> None:
+    """One column of the comparison, the first model on top and in another colour."""
+    names = [name.replace(", transformers", "").replace(", torchao", ",\n") for name in values]
+    colors = ["tab:orange" if "bitnet_ops" in name else "tab:gray" for name in names]
+    axis.barh(names, list(values.values()), color=colors)
+    axis.bar_label(axis.containers[0], fmt="%.3g", fontsize="x-small", padding=2)
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize="x-small")
+    axis.set(xticks=[])
+    axis.set_title(column, fontsize="small")
+    axis.margins(x=0.2)
 
 
 def context_axis(axis: plt.Axes, rows: list[dict]) -> None:

@@ -44,7 +44,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints what README.md would show."""
+    """Prints the tables."""
     session = config._benchmarksession
     rows = [benchmark.extra_info for benchmark in session.benchmarks]
     if any("table" in row for row in rows):

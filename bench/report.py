@@ -1,8 +1,9 @@
-"""Turns the JSON of a benchmark run into the tables of README.md.
+"""Turns the JSON of a benchmark run into tables.
 
     pytest bench/ --benchmark-only --benchmark-json=results.json
-    python bench/report.py results.json                  # prints the tables
-    python bench/report.py results.json --into README.md   # writes them between the marks
+    python bench/report.py results.json                            # prints the tables
+    python bench/report.py results.json --into bench/RESULTS.md    # writes them between the marks
+    python bench/report.py results.json --only "Llama" --into README.md
 
 Benchmarks put what belongs into a table in `extra_info`: the key "table" names it, "row" holds the columns
 that tell its rows apart, and the other keys are columns of results. Equal rows are merged, so several
@@ -25,9 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="file that --benchmark-json wrote")
     parser.add_argument("--into", type=Path, help=f"file to replace the text between {BEGIN} and {END} in")
+    parser.add_argument("--only", default="", metavar="TEXT", help="tables whose title contains it")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
-    text = report([one["extra_info"] for one in results["benchmarks"]], results["machine_info"])
+    rows = [one["extra_info"] for one in results["benchmarks"]]
+    text = report([row for row in rows if arguments.only in row.get("table", "")], results["machine_info"])
     if arguments.into is None:
         print(text)
         return

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache, ops, repack
 
@@ -67,8 +67,13 @@ def bitnet_2b4t() -> Subject:
     return Subject("BitNet b1.58 2B4T, bitnet_ops", prefill, step, sum(tensor.nbytes for tensor in read))
 
 
-def llama_3_2_1b(dtype: torch.dtype) -> Subject:
-    """Llama 3.2 1B in transformers, in its published shape, with random weights."""
+def llama_3_2_1b(dtype: torch.dtype, weight_bits: int = 0) -> Subject:
+    """Llama 3.2 1B in transformers, in its published shape, with random weights.
+
+    Args:
+        dtype: of weights and activations.
+        weight_bits: 8 or 4 to quantise the weights of all linear layers, head included, with torchao.
+    """
     import transformers
 
     config = transformers.LlamaConfig(
@@ -95,9 +100,13 @@ def llama_3_2_1b(dtype: torch.dtype) -> Subject:
     # to_empty left the rotary frequencies, a buffer, unset.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.eval()
+    if weight_bits:
+        quantize_weights(model, weight_bits)
 
     def prefill(ids: Tensor) -> tuple[Tensor, object]:
-        output = model(ids, use_cache=True, logits_to_keep=1)
+        # Where layers are compiled, for single tokens: prompts are slower by it.
+        with torch.compiler.set_stance("force_eager"):
+            output = model(ids, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
 
     def step(ids: Tensor, cache: object) -> Tensor:
@@ -105,7 +114,25 @@ def llama_3_2_1b(dtype: torch.dtype) -> Subject:
         return logits[:, -1].argmax(-1, keepdim=True)
 
     name = f"Llama 3.2 1B {str(dtype).removeprefix('torch.')}, transformers"
-    return Subject(name, prefill, step, sum(p.nbytes for p in model.parameters()))
+    if not weight_bits:
+        return Subject(name, prefill, step, sum(p.nbytes for p in model.parameters()))
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    read = sum(getattr(w, part).nbytes for w in linears for part in w.tensor_data_names)
+    return Subject(f"{name}, torchao int{weight_bits} weights", prefill, step, read)
+
+
+def quantize_weights(model: nn.Module, bits: int) -> None:
+    """Weight-only quantisation by torchao, in the way that is fastest on a CPU."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    if bits == 4:
+        quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=32))  # a kernel of torch
+        return
+    quantize_(model, Int8WeightOnlyConfig())
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.compile(dynamic=False)  # without it every call makes a float copy of the weight
 
 
 def fill(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
@@ -122,4 +149,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "bitnet": bitnet_2b4t,
     "llama-bf16": lambda: llama_3_2_1b(torch.bfloat16),
     "llama-fp16": lambda: llama_3_2_1b(torch.float16),
+    "llama-fp32": lambda: llama_3_2_1b(torch.float32),
+    "llama-int8": lambda: llama_3_2_1b(torch.bfloat16, weight_bits=8),
+    "llama-int4": lambda: llama_3_2_1b(torch.bfloat16, weight_bits=4),
 }
