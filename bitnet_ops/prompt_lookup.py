@@ -27,8 +27,8 @@ MOST_TRIALS = 32.0
 """Experience is halved when it reaches this, because a text may begin or cease to repeat itself."""
 
 FIRST_SLOPE = 0.4
-"""Time of a drafted token as a share of a pass without a draft, until it has been measured: what it takes where
-instructions are the limit, twice what was seen here (bench/LOG.md), so that the first drafts are short."""
+"""Time of a drafted token as a share of a pass without a draft, until it has been measured: what it takes
+where instructions are the limit, twice what was seen here (bench/LOG.md), so that first drafts are short."""
 
 LEAST_SLOPE = 0.01
 """The same where the clock cannot tell: a drafted token is not free."""
