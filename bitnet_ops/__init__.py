@@ -27,6 +27,7 @@ from bitnet_ops.ops import (
     unpack_ternary,
 )
 from bitnet_ops.packing import packed_shape
+from bitnet_ops.perplexity import TextLoss, perplexity
 from bitnet_ops.replace import pack, repack, replace_linear
 
 __version__ = version("bitnet_ops")
@@ -42,6 +43,7 @@ __all__ = [
     "BitNetConfig",
     "CheckpointError",
     "KVCache",
+    "TextLoss",
     "accelerate",
     "best_layout",
     "from_pretrained",
@@ -51,6 +53,7 @@ __all__ = [
     "pack",
     "pack_ternary",
     "packed_shape",
+    "perplexity",
     "quantize_activations",
     "repack",
     "repack_ternary",

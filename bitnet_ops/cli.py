@@ -18,7 +18,9 @@ import click
 
 from . import DEFAULT_MODEL
 from .cli_errors import expected_errors
+from .cli_options import MODEL_OPTION, THREADS_OPTION, load_model
 from .convert import convert
+from .eval_command import evaluate
 from .training.command import train
 
 if TYPE_CHECKING:
@@ -29,17 +31,6 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 200
 """Length of a text on the command line: about a screenful, and Ctrl-C ends it earlier."""
-
-MODEL_OPTION = click.option(
-    "--model",
-    "folder",
-    metavar="FOLDER",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Checkpoint folder.  [default: the small model that ships with bitnet-ops]",
-)
-THREADS_OPTION = click.option(
-    "--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads.  [default: as torch chooses]"
-)
 
 
 def generation_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -130,6 +121,7 @@ def commands() -> None:
       bitnet-ops chat --model bitnet-b1.58-2B-4T
       bitnet-ops train --text novel.txt --out novel-model
       bitnet-ops convert bitnet-b1.58-2B-4T bitnet-here
+      bitnet-ops eval --model bitnet-here --text novel.txt
       bitnet-ops info
 
     `bitnet-ops COMMAND --help` says more.
@@ -283,6 +275,7 @@ def info(folder: Path | None, threads: int | None) -> None:
 
 commands.add_command(train)
 commands.add_command(convert)
+commands.add_command(evaluate)
 
 
 def model_facts(model: BitNet) -> dict[str, str]:
@@ -311,19 +304,6 @@ def model_facts(model: BitNet) -> dict[str, str]:
         "tokenizer": "none" if model.tokenizer is None else f"{model.tokenizer.get_vocab_size()} entries",
         "chat template": "no" if model.chat_template is None else "yes",
     }
-
-
-def load_model(folder: Path | None, threads: int | None) -> BitNet:
-    """Loads the model of a command, and sets the number of threads."""
-    import torch
-
-    from .checkpoint import from_pretrained
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if folder is None and not DEFAULT_MODEL.is_dir():
-        raise click.ClickException("this installation has no default model; name a folder with --model")
-    return from_pretrained(folder or DEFAULT_MODEL)
 
 
 def show(pieces: Iterator[str]) -> None:

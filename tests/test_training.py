@@ -193,7 +193,7 @@ def test_evaluate_scores_every_token_once(corpus):
     # With no attention to look back, the context does not matter, and windows must give the same mean.
     for layer in model.model.layers:
         nn.init.zeros_(layer.self_attn.attn_sub_norm.weight)
-    short = evaluate(model, corpus.test, sequence_length=10, batch_size=3)
+    short = evaluate(model, corpus.test, sequence_length=10)
     long = evaluate(model, corpus.test, sequence_length=len(ids))
     assert short.nats_per_token == pytest.approx(long.nats_per_token, rel=1e-5)
 

@@ -76,10 +76,7 @@ def read_corpus(
     Raises:
         ValueError: the file is no UTF-8 text, or too short to hold anything out.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got a byte that is none at {error.start}") from None
+    text = read_text(path)
     chapters = split_chapters(normalise(text, keep_lines=keep_lines), chapter_pattern)
     parts = hold_out(chapters, held_out, seed)
     if not all(parts):
@@ -89,6 +86,18 @@ def read_corpus(
         )
     tokenizer = train_tokenizer(parts[0], vocab_size)
     return Corpus(tokenizer, *(Split(part, encode(tokenizer, part)) for part in parts))
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got a byte that is none at {error.start}") from None
 
 
 def normalise(text: str, *, keep_lines: bool) -> str:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..config import BitNetConfig
 from ..linear import BitLinearQAT
 from ..model import BitNet
+from ..perplexity import TextLoss, sum_of_losses
 from .corpus import Corpus, Split
 
 CHECKPOINT = "checkpoint.pt"
@@ -190,37 +191,21 @@ def train(
     return TrainResult(model.eval(), state.best_step, state.seconds)
 
 
-def evaluate(model: BitNet, split: Split, sequence_length: int, batch_size: int = 8) -> HeldOut:
-    """Mean cross-entropy over a split, every token once, with dropout off.
+def evaluate(model: BitNet, split: Split, sequence_length: int) -> HeldOut:
+    """Mean cross-entropy over a split, every token once, with dropout off (`perplexity.sum_of_losses`).
 
-    Windows of ``sequence_length`` start every half window and score their second half (the first window
-    scores all), so a token is predicted from at least half a window of context.
+    Windows of ``sequence_length`` start every half window, so a token is predicted from at least half a
+    window of context.
 
     Args:
         model: float or packed; its mode is restored afterwards.
         split: the text.
         sequence_length: tokens in a window.
-        batch_size: windows at a time.
     """
-    length = min(sequence_length, len(split.ids) - 1)
-    ends = torch.arange(length, len(split.ids), max(length // 2, 1))
-    if ends[-1] < len(split.ids) - 1:
-        ends = torch.cat((ends, torch.tensor([len(split.ids) - 1])))
-    fresh = torch.cat((torch.tensor([length]), ends.diff()))  # tokens that a window is the first to score
-    device = model.head_weight.device
-    training = model.training
-    model.eval()
-    total = 0.0
-    with torch.inference_mode():
-        for some_ends, some_fresh in zip(ends.split(batch_size), fresh.split(batch_size), strict=True):
-            windows = split.ids[some_ends.unsqueeze(1) + torch.arange(-length, 1)].to(device)
-            logits = model(windows[:, :-1]).float()
-            losses = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
-            scored = torch.arange(length) >= length - some_fresh.unsqueeze(1)
-            total += losses[scored.to(device)].sum().item()
-    model.train(training)
-    nats = total / int(fresh.sum())
-    return HeldOut(nats, total / math.log(2) / split.size_bytes)
+    nats = sum_of_losses(model, split.ids, sequence_length, max(1, sequence_length // 2))
+    loss = TextLoss(nats, len(split.ids) - 1, split.size_bytes)
+    assert loss.bits_per_byte is not None  # it has a size
+    return HeldOut(loss.nats_per_token, loss.bits_per_byte)
 
 
 def schedule(progress: float, options: TrainOptions) -> float:
