@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from text_models import tiny_model
 
-from bitnet_ops import __version__, cli, decoding, isa
+from bitnet_ops import __version__, cli, cli_options, decoding, isa
 from bitnet_ops.checkpoint import from_pretrained
 from bitnet_ops.cli import commands
 from bitnet_ops.prompt_lookup import PromptLookup
@@ -249,7 +249,8 @@ def test_info(folder: Path) -> None:
 
 
 def test_info_without_any_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "DEFAULT_MODEL", tmp_path / "none")
+    for module in (cli, cli_options):
+        monkeypatch.setattr(module, "DEFAULT_MODEL", tmp_path / "none")
     result = run("info")
     assert result.exit_code == 0
     assert "none: the package came without one" in result.stdout
