@@ -63,8 +63,12 @@ class GenerationMixin(nn.Module):
     ) -> ScreenedHead | None:
         """The head as `generate` uses it, made at the first call and anew when the weights have changed.
 
-        None where it does not apply: `certified_head` says so, in training mode, or on another device.
-        The arguments are for a loader, which may have the copy stored; see `ScreenedHead`.
+        Args:
+            copy: the copy's tensors, from a loader that has them stored; see `ScreenedHead`.
+            done: called with rows of the table that have been read.
+
+        Returns:
+            None where it does not apply: `certified_head` says so, in training mode, or on another device.
         """
         weight = self.head_weight
         wanted = self.certified_head

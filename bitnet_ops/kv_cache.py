@@ -67,7 +67,11 @@ class KVCache:
         return self.cos.shape[0]
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for ``tokens`` tokens in all, those already there included."""
+        """Makes room for tokens to come; what the cache holds stays.
+
+        Args:
+            tokens: how many a row is to hold in all, those already there included.
+        """
         if tokens > self.capacity:
             old = self._tensors()
             self._allocate(max(tokens, 2 * self.capacity))
@@ -78,6 +82,16 @@ class KVCache:
         """Stores one layer's new keys and values and attends to all so far: `ops.cached_attention`.
 
         ``length`` moves only when the model has run through all layers.
+
+        Args:
+            layer: its number.
+            q: as for `ops.cached_attention`, like the following.
+            k: likewise.
+            v: likewise.
+            start: likewise.
+
+        Returns:
+            float32 [B, T, heads * head_dim].
         """
         return ops.cached_attention(
             q, k, v, self.cos, self.sin, start,

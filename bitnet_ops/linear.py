@@ -148,6 +148,14 @@ class BitLinear(nn.Module):
     ) -> "BitLinear":
         """Quantises the float weights of a linear layer (absmean, see `reference.quantize_weight`).
 
+        Args:
+            linear: stays as it is; its bias, if any, is copied to float32.
+            layout: how the weights are stored.
+            activation_bits: 8 or 16.
+
+        Returns:
+            A layer in the mode of ``linear``, training or not.
+
         Raises:
             ValueError: the weight is spread over processes (a DTensor), or an option is unknown.
         """
@@ -252,7 +260,11 @@ class BitLinearQAT(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "BitLinearQAT":
-        """Trains on from a float layer: the new layer holds the same parameters, not copies."""
+        """Trains on from a float layer: the new layer holds the same parameters, not copies.
+
+        Args:
+            linear: with a weight [out_features, in_features] and a bias or none; any float dtype and device.
+        """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)  # nn.Linear's would fill a weight with random numbers that nobody wants
         layer.in_features, layer.out_features = linear.in_features, linear.out_features

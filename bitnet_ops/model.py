@@ -225,7 +225,19 @@ class BitNet(GenerationMixin, nn.Module):
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """What the head turns into scores, float32 [B, T, hidden_size]; arguments as for the model itself."""
+        """What the head turns into scores.
+
+        Args:
+            input_ids: as for the model itself.
+            attention_mask: likewise.
+            cache: likewise.
+
+        Returns:
+            float32 [B, T, hidden_size].
+
+        Raises:
+            ValueError: as for the model itself.
+        """
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: expected shape [batch, tokens], got {list(input_ids.shape)}")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:

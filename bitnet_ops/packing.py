@@ -91,7 +91,16 @@ def zero_byte(layout: str) -> int:
 
 
 def padded_size(out_features: int, in_features: int, layout: str) -> tuple[int, int]:
-    """Rows and columns of a matrix with its padding."""
+    """Rows and columns of a matrix with its padding.
+
+    Args:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        layout: one of `LAYOUTS`.
+
+    Raises:
+        ValueError: for an unknown layout.
+    """
     first, second, _ = packed_shape(out_features, in_features, layout)
     if layout == "row":
         return first, second * CHUNK_INPUTS
@@ -122,6 +131,9 @@ def pack(w: Tensor, layout: str = "tile16") -> Tensor:
 
     Returns:
         uint8 of shape ``packed_shape(N, K, layout)``.
+
+    Raises:
+        ValueError: for an unknown layout.
     """
     out_features, in_features = w.shape
     shape = packed_shape(out_features, in_features, layout)

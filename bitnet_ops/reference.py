@@ -226,7 +226,17 @@ def lm_head_top_k(
 def top_k(
     logits: Tensor, k: int, temperature: float = 1.0, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The second half of ``lm_head_top_k``, for logits that are there."""
+    """The second half of ``lm_head_top_k``, for logits that are there.
+
+    Args:
+        logits: float32 [..., V].
+        k: how many.
+        temperature: as for ``lm_head_top_k``.
+        noise: likewise.
+
+    Returns:
+        ``(logits, ids)``: float32 and int64 [..., min(k, V)], best first.
+    """
     scores = logits if noise is None else logits.double() / temperature + noise
     ids = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return logits.gather(-1, ids), ids
@@ -354,7 +364,15 @@ def int8_spans(x: Tensor, transposed: bool = False) -> Tensor:
 
 
 def int8_rows(spans: Tensor, transposed: bool = False) -> Tensor:
-    """The inverse of `int8_spans`."""
+    """The inverse of `int8_spans`.
+
+    Args:
+        spans: int8 [..., spans, 256 * width].
+        transposed: as for `int8_spans`.
+
+    Returns:
+        int8 [..., 256 * spans, width].
+    """
     columns = KEYS_IN_SPAN if transposed else spans.shape[-1] // KEYS_IN_SPAN
     tiles = spans.unflatten(-1, (-1, columns // 4, 16, 4)).transpose(-3, -2)  # [..., tile, row, four, j]
     rows: Tensor = tiles.flatten(-2).flatten(-3, -2)
