@@ -191,10 +191,9 @@ tokens, dtype = int(sys.argv[2]), getattr(torch, sys.argv[3])
 ids = torch.randint(100_000, (1, tokens))
 model.generate(ids[:, :2], max_new_tokens=1, do_sample=False)  # what is made once
 cache = bitnet_ops.KVCache(model.config, 1, tokens, dtype=dtype)
-for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
-    for tensor in tensors:
-        if tensor is not None:
-            tensor.fill_(0)  # so that its pages are there
+for tensor in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
+    if tensor is not None:
+        tensor.fill_(0)  # so that its pages are there
 before = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 next(model.stream_tokens(ids, cache=cache, max_new_tokens=1, do_sample=False))

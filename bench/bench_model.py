@@ -22,7 +22,7 @@ from model_2b4t import filled_cache, prompt
 
 import bitnet_ops
 from bitnet_ops import BitLinear, BitNet, KVCache, ops
-from bitnet_ops.fused_layers import FusedLayers
+from bitnet_ops.fused_layers import LayerArguments
 from bitnet_ops.sparsity import LayerSparsity, layouts_for, measure_sparsity
 
 THREADS = sorted({1, torch.get_num_threads()})
@@ -168,7 +168,7 @@ def bench_load(benchmark, folder: Path) -> None:
 def bench_profile(benchmark, model: BitNet, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     """Times each operator of a decoded token, the layers one by one."""
     torch.set_num_threads(threads)
-    monkeypatch.setattr(FusedLayers, "applies", lambda self, x: False)
+    monkeypatch.setattr(LayerArguments, "apply_to", lambda self, x: False)
     cache = filled_cache(model, 1, 128 + STEPS)
     run_steps(model, cache, 128)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

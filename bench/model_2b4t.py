@@ -30,8 +30,7 @@ def prompt(tokens: int, rows: int = 1) -> torch.Tensor:
 def filled_cache(model: BitNet, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> KVCache:
     """As if it had been used: what the tokens were does not matter to the time."""
     cache = KVCache(model.config, rows, tokens + 1, dtype=dtype)
-    for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
-        for tensor in tensors:
-            if tensor is not None:
-                tensor.fill_(1)
+    for tensor in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
+        if tensor is not None:
+            tensor.fill_(1)
     return cache

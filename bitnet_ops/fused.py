@@ -81,7 +81,7 @@ def is_fusible_norm(norm: nn.Module) -> TypeGuard[RMSNorm]:
         and not norm.training
         and norm.weight.dtype == torch.float32
         and norm.weight.device.type == "cpu"
-        and not _hooked(norm)
+        and not is_observed(norm)
     )
 
 
@@ -93,7 +93,7 @@ def is_fusible(projection: nn.Module) -> TypeGuard[BitLinear]:
         and projection.activation_bits == 8
         and projection.group_size == 0
         and projection.packed_weight.device.type == "cpu"
-        and not _hooked(projection)
+        and not is_observed(projection)
     )
 
 
@@ -108,5 +108,6 @@ def _runs_fused(norm: nn.Module, x: Tensor) -> TypeGuard[RMSNorm]:
     return not (torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad))
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks, or a method put in the place of forward, see what the module gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__

@@ -2,7 +2,8 @@
 
 What a decoded token costs beside reading weights is Python: five calls a layer, with the caches of the
 processor full of weights, are several milliseconds. So the arguments of `ops.decoder_layers` are collected
-once and used as long as the modules they come from are untouched.
+once and used as long as the modules they come from are untouched. Under torch.compile they are collected
+while the program is traced, and it is the compiler's guards that see a change.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .fused import is_fusible, is_fusible_norm
+from .fused import is_fusible, is_fusible_norm, is_observed
 from .linear import BitLinear
 from .norm import RMSNorm
 
@@ -31,71 +32,75 @@ PROJECTIONS = (
 """The modules of a layer in the order of the operator's arguments."""
 
 
+class LayerArguments(NamedTuple):
+    """The arguments of `ops.decoder_layers` that come from the layers."""
+
+    norm_weight: list[Tensor]
+    eps: float
+    packed: list[Tensor]
+    weight_scale: list[Tensor]
+    layouts: list[str]
+
+    def apply_to(self, x: Tensor) -> bool:
+        """Whether the operator gives what the layers would."""
+        if not x.is_cpu:
+            return False
+        return not torch.is_grad_enabled() or not (
+            x.requires_grad or any(weight.requires_grad for weight in self.norm_weight)
+        )
+
+    def run(self, x: Tensor, cache: KVCache, start: Tensor) -> Tensor:
+        """Runs the layers on x, float32 [B, T, hidden_size]; ``start`` as in `ops.cached_attention`."""
+        return ops.decoder_layers(
+            x, *self, cache.cos, cache.sin, start,
+            cache.keys, cache.values, cache.key_scales, cache.value_scales,
+        )  # fmt: skip
+
+
+def layer_arguments(layers: nn.ModuleList, known: tuple[type[nn.Module], ...]) -> LayerArguments | None:
+    """Collects them; None where the layers do something else than the operator, or are watched by hooks.
+
+    Args:
+        layers: of the decoder.
+        known: the modules that do what the operator does.
+    """
+    modules = list(layers.modules())
+    if len(layers) == 0 or any(type(m) not in known or m.training or is_observed(m) for m in modules):
+        return None
+    all_norms = [layer.get_submodule(name) for layer in layers for name in NORMS]
+    all_projections = [layer.get_submodule(name) for layer in layers for name in PROJECTIONS]
+    norms = [norm for norm in all_norms if is_fusible_norm(norm)]
+    projections = [projection for projection in all_projections if is_fusible(projection)]
+    if len(norms) < len(all_norms) or len(projections) < len(all_projections):
+        return None
+    if len({norm.eps for norm in norms}) > 1:
+        return None
+    return LayerArguments(
+        [norm.weight for norm in norms],
+        norms[0].eps,
+        [projection.packed_weight for projection in projections],
+        [projection.weight_scale for projection in projections],
+        [projection.layout for projection in projections],
+    )
+
+
 class FusedLayers:
-    """The arguments of `ops.decoder_layers` that come from the layers.
+    """`layer_arguments`, and whether they still are what they were.
 
     Example:
         >>> fused = FusedLayers(decoder.layers, FUSIBLE)
-        >>> if fused.applies(x):
-        ...     x = fused(x, cache, start)  # what the layers would give, bit for bit
+        >>> if fused.is_current() and fused.arguments is not None and fused.arguments.apply_to(x):
+        ...     x = fused.arguments.run(x, cache, start)  # what the layers would give, bit for bit
     """
 
     def __init__(self, layers: nn.ModuleList, known: tuple[type[nn.Module], ...]) -> None:
-        """Collects them.
-
-        Args:
-            layers: of the decoder.
-            known: the modules that do what the operator does.
-        """
+        """Collects them."""
         self._watch = _Watch(layers)
-        self._layers = len(layers)
-        modules = list(layers.modules())
-        self._fusible = (
-            len(layers) > 0 and not self._watch.observed and all(type(m) in known for m in modules)
-        )
-        if not self._fusible:
-            return
-        all_norms = [layer.get_submodule(name) for layer in layers for name in NORMS]
-        all_projections = [layer.get_submodule(name) for layer in layers for name in PROJECTIONS]
-        norms = [norm for norm in all_norms if is_fusible_norm(norm)]
-        projections = [projection for projection in all_projections if is_fusible(projection)]
-        self._fusible = (
-            not any(module.training for module in modules)
-            and len(norms) == len(all_norms)
-            and len(projections) == len(all_projections)
-            and len({norm.eps for norm in norms}) == 1
-        )
-        if not self._fusible:
-            return
-        self._norm_weights: list[Tensor] = [norm.weight for norm in norms]
-        self._arguments = (
-            self._norm_weights,
-            norms[0].eps,
-            [projection.packed_weight for projection in projections],
-            [projection.weight_scale for projection in projections],
-            [projection.layout for projection in projections],
-        )
+        self.arguments = layer_arguments(layers, known)
 
     def is_current(self) -> bool:
         """Whether the layers still are what they were: modules, tensors, options, hooks."""
         return self._watch.is_current()
-
-    def applies(self, x: Tensor) -> bool:
-        """Whether the operator gives what the layers would."""
-        if not self._fusible or not x.is_cpu:
-            return False
-        return not torch.is_grad_enabled() or not (
-            x.requires_grad or any(weight.requires_grad for weight in self._norm_weights)
-        )
-
-    def __call__(self, x: Tensor, cache: KVCache, start: Tensor) -> Tensor:
-        """Runs the layers on x, float32 [B, T, hidden_size]; ``start`` as in `ops.cached_attention`."""
-        stored = [
-            # A user may have taken layers away; scales are None where the cache is not int8.
-            [tensor for tensor in tensors[: self._layers] if tensor is not None]
-            for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-        ]
-        return ops.decoder_layers(x, *self._arguments, cache.cos, cache.sin, start, *stored)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """None: a copy of a model collects its own."""
@@ -118,16 +123,16 @@ class _Watch:
         self._empty = [table for table in tables if not table]
         self._tables = [table for table in tables if table]
         self._state = list(self._look())
-        self._was_observed = self.observed
+        self._was_observed = self._observed
 
     @property
-    def observed(self) -> bool:
-        """Whether hooks, or a method put in the place of forward, see what a module gives."""
+    def _observed(self) -> bool:
+        """`is_observed` of any module."""
         return any(self._hooks) or any("forward" in d for d in self._dicts)
 
     def is_current(self) -> bool:
         """Whether nothing has changed since the beginning."""
-        if any(self._empty) or self.observed != self._was_observed:
+        if any(self._empty) or self._observed != self._was_observed:
             return False
         state = list(self._look())
         return len(state) == len(self._state) and all(map(is_, state, self._state))

@@ -19,10 +19,10 @@ class KVCache:
     padding tokens is stored at position t - p.
 
     Attributes:
-        keys: per layer, in ``dtype``, rotated, [batch, kv_heads, capacity / 64, head_dim, 64]; with int8
-            [batch, kv_heads, capacity / 256, 256 * width], width being head_dim rounded up to 16.
-        values: per layer, in ``dtype``, [batch, kv_heads, capacity, width]; with int8 as keys.
-        key_scales: per layer, None or with int8 float32 [batch, kv_heads, capacity].
+        keys: in ``dtype``, rotated, [layers, batch, kv_heads, capacity / 64, head_dim, 64]; with int8
+            [layers, batch, kv_heads, capacity / 256, 256 * width], width being head_dim rounded up to 16.
+        values: in ``dtype``, [layers, batch, kv_heads, capacity, width]; with int8 as keys.
+        key_scales: None, or with int8 float32 [layers, batch, kv_heads, capacity].
         value_scales: likewise.
         length: tokens seen so far, padding included, the same for every row.
         padding: int64 [batch], how many of them are padding.
@@ -76,7 +76,7 @@ class KVCache:
             old = self._tensors()
             self._allocate(max(tokens, 2 * self.capacity))
             for new, kept in zip(self._tensors(), old, strict=True):
-                new[:, :, : kept.shape[2]] = kept
+                new[:, :, :, : kept.shape[3]] = kept
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
         """Stores one layer's new keys and values and attends to all so far: `ops.cached_attention`.
@@ -94,13 +94,12 @@ class KVCache:
             float32 [B, T, heads * head_dim].
         """
         return ops.cached_attention(
-            q, k, v, self.cos, self.sin, start,
-            self.keys[layer], self.values[layer], self.key_scales[layer], self.value_scales[layer],
-        )  # fmt: skip
+            q, k, v, self.cos, self.sin, start, *(tensor[layer] for tensor in self._tensors())
+        )
 
     def _tensors(self) -> list[Tensor]:
-        per_layer = (*self.keys, *self.values, *self.key_scales, *self.value_scales)
-        return [tensor for tensor in per_layer if tensor is not None]
+        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def _allocate(self, capacity: int) -> None:
         config, device = self.config, self.padding.device
@@ -110,23 +109,19 @@ class KVCache:
         heads = (self.batch_size, config.num_key_value_heads)
         width = -(-config.head_dim // 16) * 16
 
-        def per_layer(*shape: int, dtype: torch.dtype) -> list[Tensor]:
+        def allocate(*shape: int, dtype: torch.dtype) -> Tensor:
             # One allocation for all layers: the system hands such a large one out and takes it back by
             # itself. Among the activations of a prompt, caches of single layers leave gaps in the heap that
             # nothing fits into, 250 MB of them for 4096 tokens of 2B4T.
-            layers = torch.empty(config.num_hidden_layers, *heads, *shape, dtype=dtype, device=device)
-            return list(layers.unbind())
+            return torch.empty(config.num_hidden_layers, *heads, *shape, dtype=dtype, device=device)
 
         key_shape: tuple[int, ...] = (parts, config.head_dim, part)
         value_shape: tuple[int, ...] = (parts * part, width)
         if int8:
             key_shape = value_shape = (parts, part * width)
-        self.keys = per_layer(*key_shape, dtype=self.dtype)
-        self.values = per_layer(*value_shape, dtype=self.dtype)
-        self.key_scales: list[Tensor | None] = [None] * config.num_hidden_layers
-        self.value_scales: list[Tensor | None] = [None] * config.num_hidden_layers
-        if int8:
-            self.key_scales = list(per_layer(parts * part, dtype=torch.float32))
-            self.value_scales = list(per_layer(parts * part, dtype=torch.float32))
+        self.keys = allocate(*key_shape, dtype=self.dtype)
+        self.values = allocate(*value_shape, dtype=self.dtype)
+        self.key_scales = allocate(parts * part, dtype=torch.float32) if int8 else None
+        self.value_scales = allocate(parts * part, dtype=torch.float32) if int8 else None
         positions = torch.arange(parts * part, device=device)
         self.cos, self.sin = reference.rotary_embedding(positions, config.head_dim, config.rope_theta)

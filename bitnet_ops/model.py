@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import ops, reference
 from .config import BitNetConfig
 from .fused import norm_linear_add, norm_linears, norm_squared_relu_glu
-from .fused_layers import FusedLayers
+from .fused_layers import FusedLayers, LayerArguments, layer_arguments
 from .generate import GenerationMixin
 from .kv_cache import KVCache
 from .linear import BitLinear
@@ -133,9 +133,9 @@ class Decoder(nn.Module):
                 cache.padding += padding
             rotation, start = (cache.cos, cache.sin), cache.length - cache.padding
         x = self.dropout(self.embed_tokens(input_ids).float())
-        fused = None if cache is None or torch.compiler.is_compiling() else self._fuse()
-        if cache is not None and start is not None and fused is not None and fused.applies(x):
-            x = fused(x, cache, start)
+        fused = None if cache is None else self._fuse()
+        if cache is not None and start is not None and fused is not None and fused.apply_to(x):
+            x = fused.run(x, cache, start)
         else:
             for layer in self.layers:
                 x = layer(x, rotation, start, cache)
@@ -144,11 +144,13 @@ class Decoder(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def _fuse(self) -> FusedLayers:
-        """All layers as one operator, collected anew when one of them has changed."""
+    def _fuse(self) -> LayerArguments | None:
+        """All layers as one operator, collected anew when one of them has changed; None where it is none."""
+        if torch.compiler.is_compiling():
+            return layer_arguments(self.layers, FUSIBLE)
         if self._fused_layers is None or not self._fused_layers.is_current():
             self._fused_layers = FusedLayers(self.layers, FUSIBLE)
-        return self._fused_layers
+        return self._fused_layers.arguments
 
 
 FUSIBLE = (nn.ModuleList, DecoderLayer, Attention, FeedForward, RMSNorm, BitLinear, nn.Dropout)

@@ -4,8 +4,6 @@
 
 #include "decoder_ops.h"
 
-#include <optional>
-
 #include "attention_ops.h"
 #include "fused_ops.h"
 
@@ -22,23 +20,32 @@ void check_count(const char* argument, size_t given, size_t expected) {
   }
 }
 
+// Fewer layers than the cache has room for are fine: a user may have taken some away.
+void check_layers(const char* argument, const Tensor& tensor, size_t layers) {
+  if (tensor.dim() == 0 || tensor.size(0) < static_cast<int64_t>(layers)) {
+    refuse("decoder_layers", argument, "a tensor [layers, ...] for at least " + std::to_string(layers) + " layers",
+           describe(tensor));
+  }
+}
+
 }  // namespace
 
 Tensor decoder_layers(const Tensor& x_any, const std::vector<Tensor>& norm_weight, double eps,
                       const std::vector<Tensor>& packed, const std::vector<Tensor>& weight_scale,
                       const std::vector<std::string>& layouts, const Tensor& cos, const Tensor& sin,
-                      const Tensor& start, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                      const std::vector<Tensor>& key_scale, const std::vector<Tensor>& value_scale) {
-  const size_t layers = keys.size();
-  if (layers == 0) refuse("decoder_layers", "keys", "a tensor for each layer", "an empty list");
+                      const Tensor& start, const Tensor& keys, const Tensor& values,
+                      const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
+  const size_t layers = norm_weight.size() / kNorms;
+  if (layers == 0) refuse("decoder_layers", "norm_weight", "four tensors for each layer", "fewer");
   if (dtype_code(x_any) != codes().float32) refuse("decoder_layers", "x", "a tensor float32", describe(x_any));
   check_count("norm_weight", norm_weight.size(), layers * kNorms);
   check_count("packed", packed.size(), layers * kProjections);
   check_count("weight_scale", weight_scale.size(), layers * kProjections);
   check_count("layouts", layouts.size(), layers * kProjections);
-  check_count("values", values.size(), layers);
-  check_count("value_scale", value_scale.size(), key_scale.size());
-  if (!key_scale.empty()) check_count("key_scale", key_scale.size(), layers);
+  check_layers("keys", keys, layers);
+  check_layers("values", values, layers);
+  if (key_scale.has_value()) check_layers("key_scale", *key_scale, layers);
+  if (value_scale.has_value()) check_layers("value_scale", *value_scale, layers);
   for (const Tensor& scale : weight_scale) {
     if (scale.dim() != 1) refuse("decoder_layers", "weight_scale", "tensors float32 [out_features]", describe(scale));
   }
@@ -62,11 +69,12 @@ Tensor decoder_layers(const Tensor& x_any, const std::vector<Tensor>& norm_weigh
     } else {
       for (size_t i = kQ; i <= kV; ++i) qkv.push_back(project(i, i + 1)[0]);
     }
-    const auto scale_of = [layer](const std::vector<Tensor>& scales) {
-      return scales.empty() ? std::nullopt : std::optional<Tensor>(scales[layer]);
+    const auto of_layer = [layer](const Tensor& all) { return select(all, 0, static_cast<int64_t>(layer)); };
+    const auto scale_of_layer = [&](const std::optional<Tensor>& all) {
+      return all.has_value() ? std::optional<Tensor>(of_layer(*all)) : std::nullopt;
     };
-    const Tensor attended = cached_attention(qkv[kQ], qkv[kK], qkv[kV], cos, sin, start, keys[layer], values[layer],
-                                             scale_of(key_scale), scale_of(value_scale));
+    const Tensor attended = cached_attention(qkv[kQ], qkv[kK], qkv[kV], cos, sin, start, of_layer(keys), of_layer(values),
+                                             scale_of_layer(key_scale), scale_of_layer(value_scale));
     x = norm_linear_add(attended, norm[kAttnSub], eps, weight[kO], scale[kO], layout[kO], x);
     const Tensor gated = norm_squared_relu_glu(x, norm[kPostAttention], eps, weight[kGate], scale[kGate], layout[kGate],
                                                weight[kUp], scale[kUp], layout[kUp]);

@@ -135,8 +135,8 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
       "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
   m.def(
       "decoder_layers(Tensor x, Tensor[] norm_weight, float eps, Tensor[] packed, Tensor[] weight_scale, "
-      "str[] layouts, Tensor cos, Tensor sin, Tensor start, Tensor(a!)[] keys, Tensor(b!)[] values, "
-      "Tensor(c!)[] key_scale, Tensor(d!)[] value_scale) -> Tensor");
+      "str[] layouts, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, Tensor(b!) values, "
+      "Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {

@@ -11,8 +11,9 @@ from tiny_checkpoints import Sizes, tiny_folder
 from torch import Tensor, nn
 
 from bitnet_ops import BitNet, KVCache, from_pretrained, ops
-from bitnet_ops.fused_layers import FusedLayers
+from bitnet_ops.fused_layers import LayerArguments, layer_arguments
 from bitnet_ops.linear import BitLinear
+from bitnet_ops.model import FUSIBLE
 
 LAYOUTS = {"q_proj": "tile16_base3", "up_proj": "row", "down_proj": "column"}
 
@@ -53,7 +54,7 @@ def states(model: BitNet, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def one_by_one(model: BitNet, dtype: torch.dtype = torch.float32) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FusedLayers, "applies", lambda self, x: False)
+        patch.setattr(LayerArguments, "apply_to", lambda self, x: False)
         return states(model, dtype)
 
 
@@ -162,9 +163,11 @@ def test_a_copy_has_its_own_layers(model: BitNet, copied: Callable[[BitNet], Bit
 
 
 def test_gradients_go_through_the_layers(model: BitNet, calls: list[int]) -> None:
-    weight = model.model.layers[0].input_layernorm.weight.requires_grad_()
+    model.model.layers[0].input_layernorm.weight.requires_grad_()
     # No gradients flow through a cache; what matters is that the operator, which has none at all, keeps out.
-    assert not FusedLayers(model.model.layers, (type(weight),)).applies(torch.zeros(1, 1, 64))
+    arguments = layer_arguments(model.model.layers, FUSIBLE)
+    assert arguments is not None
+    assert not arguments.apply_to(torch.zeros(1, 1, 64))
     states(model)
     assert not calls
     with torch.no_grad():
@@ -174,14 +177,15 @@ def test_gradients_go_through_the_layers(model: BitNet, calls: list[int]) -> Non
 
 def arguments(model: BitNet) -> list[object]:
     cache = KVCache(model.config, 1, 64)
-    fused = FusedLayers(model.model.layers, tuple({type(module) for module in model.modules()}))
+    collected = layer_arguments(model.model.layers, FUSIBLE)
+    assert collected is not None
     start = torch.tensor([0])
-    return [torch.randn(1, 2, 64), *fused._arguments, cache.cos, cache.sin, start, cache.keys, cache.values]
+    return [torch.randn(1, 2, 64), *collected, cache.cos, cache.sin, start, cache.keys, cache.values]
 
 
 @pytest.mark.parametrize(
     ("place", "name"),
-    [(1, "norm_weight"), (3, "packed"), (4, "weight_scale"), (5, "layouts"), (10, "values")],
+    [(1, "norm_weight"), (3, "packed"), (4, "weight_scale"), (5, "layouts")],
 )
 def test_a_list_of_the_wrong_length(model: BitNet, place: int, name: str) -> None:
     given = arguments(model)
@@ -194,9 +198,16 @@ def test_a_list_of_the_wrong_length(model: BitNet, place: int, name: str) -> Non
 def test_wrong_arguments(model: BitNet) -> None:
     given = arguments(model)
     with pytest.raises(
-        RuntimeError, match="decoder_layers: argument 'keys': expected a tensor for each layer"
+        RuntimeError, match="decoder_layers: argument 'norm_weight': expected four tensors for each layer"
     ):
-        ops.decoder_layers(*given[:9], [], [])  # type: ignore[arg-type]
+        ops.decoder_layers(given[0], [], *given[2:])  # type: ignore[arg-type]
+    for place, name in ((9, "keys"), (10, "values")):
+        short = [*given[:place], given[place][1:], *given[place + 1 :]]  # type: ignore[index]
+        with pytest.raises(
+            RuntimeError,
+            match=f"decoder_layers: argument '{name}': expected a tensor .layers, .* for at least 2 layers",
+        ):
+            ops.decoder_layers(*short)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="decoder_layers: argument 'x': expected a tensor float32"):
         ops.decoder_layers(given[0].double(), *given[1:])  # type: ignore
     given[4] = [scale.unsqueeze(0) for scale in given[4]]  # type: ignore

@@ -179,10 +179,10 @@ def decoder_layers(
     cos: Tensor,
     sin: Tensor,
     start: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_scale: Sequence[Tensor] = (),
-    value_scale: Sequence[Tensor] = (),
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
     """The layers of a BitNet decoder over a cache, one after another.
 
@@ -203,12 +203,13 @@ def decoder_layers(
         packed: seven a layer: q, k, v, o, gate, up, down; each as in `ternary_linear`.
         weight_scale: float32 [out_features], seven a layer.
         layouts: seven a layer.
-        cos: as in `cached_attention`, like the following; the lists have one tensor a layer.
+        cos: as in `cached_attention`.
         sin: likewise.
         start: likewise.
-        keys: likewise; changed in place.
+        keys: as in `cached_attention` with an axis in front, the layers, of which there may be more; changed
+            in place.
         values: likewise; changed in place.
-        key_scale: likewise, empty where the cache is not int8; changed in place.
+        key_scale: likewise, None where the cache is not int8; changed in place.
         value_scale: likewise; changed in place.
 
     Returns:
@@ -246,9 +247,10 @@ def _(
     cos: Tensor,
     sin: Tensor,
     start: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    key_scale: list[Tensor],
-    value_scale: list[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
+    check_device("decoder_layers", x, cos=cos, sin=sin, start=start, keys=keys, values=values)
     return x.new_empty(x.shape)
