@@ -41,7 +41,7 @@ def norm_linear_add(
     norm: nn.Module, projection: nn.Module, x: Tensor, residual: Tensor, dropout: nn.Module
 ) -> Tensor:
     """``residual + dropout(projection(norm(x)))``."""
-    if _runs_fused(norm, x) and is_fusible(projection) and x.dtype == residual.dtype:
+    if _runs_fused(norm, x, residual) and is_fusible(projection) and x.dtype == residual.dtype:
         return ops.norm_linear_add(
             x,
             norm.weight,
@@ -101,11 +101,13 @@ def _are_fusible(projections: Sequence[nn.Module]) -> TypeGuard[Sequence[BitLine
     return all(map(is_fusible, projections))
 
 
-def _runs_fused(norm: nn.Module, x: Tensor) -> TypeGuard[RMSNorm]:
+def _runs_fused(norm: nn.Module, *inputs: Tensor) -> TypeGuard[RMSNorm]:
     """Whether an operator may begin with this norm: it gives no gradients."""
-    if not x.is_cpu or not is_fusible_norm(norm):
+    if not all(x.is_cpu for x in inputs) or not is_fusible_norm(norm):
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad))
+    return not (
+        torch.is_grad_enabled() and (norm.weight.requires_grad or any(x.requires_grad for x in inputs))
+    )
 
 
 def is_observed(module: nn.Module) -> bool:

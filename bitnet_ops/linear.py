@@ -169,6 +169,11 @@ class BitLinear(nn.Module):
         layer = cls.from_ternary(w, scale, linear.bias, layout=layout, activation_bits=activation_bits)
         return layer.train(linear.training)
 
+    @property
+    def qweight(self) -> Tensor:
+        """``packed_weight``, under the name by which peft finds the device of a quantised layer."""
+        return self.packed_weight
+
     def unpack(self) -> Tensor:
         """The ternary weights, int8 [out_features, in_features]."""
         return ops.unpack_ternary(self.packed_weight, self.out_features, self.in_features, self.layout)

@@ -220,7 +220,8 @@ class BitNet(GenerationMixin, nn.Module):
             ValueError: shapes that do not fit, or padding behind a token.
         """
         hidden = self.hidden_states(input_ids, attention_mask, cache)[:, -logits_to_keep:]
-        if self.training:
+        # What is trained is float32; a published table in bfloat16 is frozen, below adapters for instance.
+        if self.training and self.head_weight.dtype == hidden.dtype:
             return F.linear(hidden, self.head_weight).float()
         return ops.lm_head(hidden, self.head_weight)
 

@@ -1,45 +1,32 @@
 """replace_linear: any model trains ternary, packs, saves and loads; what cannot be replaced is told."""
 
+import runpy
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from bitnet_ops import BitLinear, BitLinearQAT, pack, packing, replace_linear
 
-
-class Block(nn.Module):
-    """A pre-norm transformer block whose projections are all nn.Linear."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+EXAMPLE = str(Path(__file__).parent.parent / "examples/vision_transformer.py")
+_names = runpy.run_path(EXAMPLE)
+VisionTransformer, stripes = _names["VisionTransformer"], _names["stripes"]
 
 
-class VisionTransformer(nn.Module):
-    def __init__(self, width: int = 48, depth: int = 2, classes: int = 4) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, kernel_size=4, stride=4)
-        self.position = nn.Parameter(torch.randn(1, 16, width) / 10)
-        self.blocks = nn.Sequential(*(Block(width, heads=3) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    """Products this small lose more to handing out work than they gain."""
+    torch.set_num_threads(1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2) + self.position
-        return self.head(self.norm(self.blocks(x)).mean(1))
+
+def vision_transformer() -> nn.Module:
+    return VisionTransformer(width=48, depth=2, heads=3)
 
 
 def mlp() -> nn.Sequential:
@@ -48,24 +35,12 @@ def mlp() -> nn.Sequential:
     )
 
 
-def stripes(count: int) -> tuple[Tensor, Tensor]:
-    """Noisy 16 x 16 images of stripes: vertical or horizontal, narrow or wide."""
-    labels = torch.randint(4, (count,))
-    x = torch.arange(16)
-    wide = (x // 4 % 2).float() * 2 - 1
-    narrow = (x // 2 % 2).float() * 2 - 1
-    rows = torch.stack([wide, narrow])[labels % 2]
-    images = torch.where((labels < 2)[:, None, None], rows[:, None, :], rows[:, :, None])
-    return (images + torch.randn(count, 16, 16)).unsqueeze(1), labels
-
-
 def all_but_the_last(name: str, layer: nn.Module) -> bool:
     return layer.out_features != 4
 
 
-@pytest.mark.parametrize("make", [VisionTransformer, mlp])
-def test_train_pack_save_load(make: Callable[[], nn.Module], threads: None) -> None:
-    torch.set_num_threads(1)
+@pytest.mark.parametrize("make", [vision_transformer, mlp])
+def test_train_pack_save_load(make: Callable[[], nn.Module]) -> None:
     model = replace_linear(make(), BitLinearQAT, filter=all_but_the_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
@@ -82,7 +57,7 @@ def test_train_pack_save_load(make: Callable[[], nn.Module], threads: None) -> N
         assert (scores.argmax(1) == labels).float().mean() > 0.9
         pack(model)
         ternary = [module for module in model.modules() if isinstance(module, BitLinear)]
-        assert len(ternary) == (8 if make is VisionTransformer else 2)
+        assert len(ternary) == (8 if make is vision_transformer else 2)
         assert not any(isinstance(module, BitLinearQAT) for module in model.modules())
         assert torch.equal(model(images), scores)
 
@@ -264,3 +239,12 @@ def test_every_layout_is_an_option() -> None:
         fresh.load_state_dict(model.state_dict())
         results.append(replace_linear(fresh, BitLinear, layout=layout, activation_bits=16)(images))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [EXAMPLE, "--steps", "2"])
+    runpy.run_path(EXAMPLE, run_name="__main__")
+    *_, trained, packed, loaded = capsys.readouterr().out.splitlines()
+    right = [line.split()[1] for line in (trained, packed, loaded)]
+    assert right[0] == right[1] == right[2]
+    assert Path("vision_transformer.pt").exists()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._registry import OPS, check_device, fake_kernel, use_on_accelerators
+from ._registry import OPS, check_device, fake_kernel, use_on_accelerators, without_gradient
 
 
 def attention(
@@ -117,8 +117,18 @@ def cached_attention(
         >>> stored = cache.keys[0], cache.values[0]
         >>> y = cached_attention(q, k, v, cache.cos, cache.sin, torch.tensor([0]), *stored)
     """
-    result: Tensor = OPS.cached_attention.default(
-        q.float(), k.float(), v.float(), cos, sin, start, keys, values, key_scale, value_scale
+    result: Tensor = without_gradient(
+        OPS.cached_attention.default,
+        q.float(),
+        k.float(),
+        v.float(),
+        cos,
+        sin,
+        start,
+        keys,
+        values,
+        key_scale,
+        value_scale,
     )
     return result
 

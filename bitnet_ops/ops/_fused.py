@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._registry import OPS, check_device, fake_kernel
+from ._registry import OPS, check_device, fake_kernel, without_gradient
 
 
 def norm_linears(
@@ -18,7 +18,7 @@ def norm_linears(
 ) -> list[Tensor]:
     """``rms_norm``, then ``ternary_linear`` with each of several matrices: the same bits in one call.
 
-    Inference only: it has no gradient.
+    Inference only: it has no gradient, and going back through it is an error.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], on the CPU.
@@ -35,8 +35,8 @@ def norm_linears(
     Raises:
         RuntimeError: if dtypes or shapes do not fit together.
     """
-    result: list[Tensor] = OPS.norm_linears.default(
-        x, norm_weight, eps, packed, weight_scale, out_features, layout
+    result: list[Tensor] = without_gradient(
+        OPS.norm_linears.default, x, norm_weight, eps, packed, weight_scale, out_features, layout
     )
     return result
 
@@ -82,7 +82,9 @@ def norm_linear_add(
     Raises:
         RuntimeError: if dtypes or shapes do not fit together.
     """
-    result: Tensor = OPS.norm_linear_add.default(x, norm_weight, eps, packed, weight_scale, layout, residual)
+    result: Tensor = without_gradient(
+        OPS.norm_linear_add.default, x, norm_weight, eps, packed, weight_scale, layout, residual
+    )
     return result
 
 
@@ -139,8 +141,17 @@ def norm_squared_relu_glu(
     Raises:
         RuntimeError: if dtypes or shapes do not fit together.
     """
-    result: Tensor = OPS.norm_squared_relu_glu.default(
-        x, norm_weight, eps, gate, gate_scale, gate_layout, up, up_scale, up_layout
+    result: Tensor = without_gradient(
+        OPS.norm_squared_relu_glu.default,
+        x,
+        norm_weight,
+        eps,
+        gate,
+        gate_scale,
+        gate_layout,
+        up,
+        up_scale,
+        up_layout,
     )
     return result
 
@@ -218,7 +229,8 @@ def decoder_layers(
     Raises:
         RuntimeError: if numbers of tensors, dtypes or shapes do not fit together.
     """
-    result: Tensor = OPS.decoder_layers.default(
+    result: Tensor = without_gradient(
+        OPS.decoder_layers.default,
         x,
         norm_weight,
         eps,

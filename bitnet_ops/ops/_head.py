@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._registry import OPS, check_device, fake_kernel, use_on_accelerators
+from ._registry import OPS, check_device, fake_kernel, use_on_accelerators, without_gradient
 
 
 def lm_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ def lm_head_top_k(
         >>> lm_head_top_k(torch.tensor([1.0, 2.0]), weight, 2)
         (tensor([3., 3.]), tensor([0, 2]), tensor(3))
     """
-    result: tuple[Tensor, Tensor, Tensor] = OPS.lm_head_top_k.default(
-        x, weight, k, codes, bounds, temperature, noise
+    result: tuple[Tensor, Tensor, Tensor] = without_gradient(
+        OPS.lm_head_top_k.default, x, weight, k, codes, bounds, temperature, noise
     )
     return result
 

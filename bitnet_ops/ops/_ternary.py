@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ._packing import unpack_ternary
-from ._registry import OPS, check_device, fake_kernel, use_on_accelerators
+from ._registry import OPS, check_device, fake_kernel, use_on_accelerators, without_gradient
 
 
 def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         >>> quantize_activations(torch.tensor([[0.5, -1.0, 0.25]]))
         (tensor([[  64, -127,   32]], dtype=torch.int8), tensor([0.0079]))
     """
-    result: tuple[Tensor, Tensor] = OPS.quantize_activations.default(x, bits)
+    result: tuple[Tensor, Tensor] = without_gradient(OPS.quantize_activations.default, x, bits)
     return result
 
 
