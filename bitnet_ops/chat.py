@@ -198,13 +198,13 @@ class ChatSession(Conversation):
         self.template = model.chat_template
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation, up to where the model's next turn begins."""
         special = {
             "bos_token": self._token(self.model.config.bos_token_id),
             "eos_token": self._token(next(iter(self.model.config.eos_token_ids), None)),
         }
-        return render_chat(self.template, messages, add_generation_prompt=True, **special)
+        return render_chat(self.template, messages, add_generation_prompt=add_generation_prompt, **special)
 
     def reply(self, text: str, **arguments: Unpack[GenerationArguments]) -> Generator[str, None, None]:
         """Says something and gives the answer as it appears.
