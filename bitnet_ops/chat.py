@@ -199,7 +199,12 @@ class ChatSession(Conversation):
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, up to where the model's next turn begins."""
+        """The text of a conversation.
+
+        Args:
+            messages: the turns.
+            add_generation_prompt: go on to where the model's next turn begins.
+        """
         special = {
             "bos_token": self._token(self.model.config.bos_token_id),
             "eos_token": self._token(next(iter(self.model.config.eos_token_ids), None)),
