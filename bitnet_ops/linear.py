@@ -159,12 +159,7 @@ class BitLinear(nn.Module):
         Raises:
             ValueError: the weight is spread over processes (a DTensor), or an option is unknown.
         """
-        if hasattr(linear.weight, "full_tensor"):  # a DTensor; its class takes a second to import
-            raise ValueError(
-                "BitLinear.from_linear: linear.weight: expected all of it in this process, got a DTensor; "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True "
-                "gathers a model"
-            )
+        refuse_a_part(linear)
         w, scale = reference.quantize_weight(linear.weight.detach())
         layer = cls.from_ternary(w, scale, linear.bias, layout=layout, activation_bits=activation_bits)
         return layer.train(linear.training)
@@ -312,6 +307,15 @@ class _StraightThroughLinear(torch.autograd.Function):
                 rows = (grad_y.float() * x_scale.unsqueeze(-1)).reshape(-1, w.shape[0]).to(dtype)
                 grad_weight = (rows.T @ q.reshape(-1, w.shape[1]).to(dtype)).to(ctx.weight_dtype)
         return grad_x, grad_weight
+
+
+def refuse_a_part(linear: nn.Linear) -> None:
+    """Raises ValueError where other processes hold parts of the weight."""
+    if hasattr(linear.weight, "full_tensor"):  # a DTensor; its class takes a second to import
+        raise ValueError(
+            "linear.weight: expected all of it in this process, got a DTensor; with full_state_dict=True "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict gathers a model"
+        )
 
 
 def native_layouts() -> tuple[str, ...]:

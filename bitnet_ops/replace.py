@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .huge_pages import HugePages
-from .linear import BitLinear, BitLinearQAT, best_layout
+from .linear import BitLinear, BitLinearQAT, best_layout, refuse_a_part
 
 LayerFilter = Callable[[str, nn.Module], bool]
 """Chooses layers by their qualified name ("" for the model itself) and the module."""
@@ -45,7 +45,8 @@ def replace_linear(
 
     Raises:
         TypeError: ``target`` is another class.
-        ValueError: no layer was chosen, or one has hooks or parametrizations, which would be lost.
+        ValueError: no layer was chosen, or one has hooks or parametrizations, which would be lost, or is
+            spread over processes.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -137,7 +138,8 @@ def _is_known(module: nn.Linear) -> bool:
     return type(module) is nn.Linear or isinstance(module, BitLinearQAT)
 
 
-def _refuse_what_would_be_lost(name: str, module: nn.Module) -> None:
+def _refuse_what_would_be_lost(name: str, module: nn.Linear) -> None:
+    refuse_a_part(module)
     hooks = (
         module._forward_pre_hooks,
         module._forward_hooks,
