@@ -22,7 +22,7 @@ from .linear import BitLinear
 from .norm import RMSNorm
 
 if TYPE_CHECKING:
-    from .kv_cache import KVCache
+    from .kv_cache import CacheTensors
 
 NORMS = ("input_layernorm", "self_attn.attn_sub_norm", "post_attention_layernorm", "mlp.ffn_sub_norm")
 PROJECTIONS = (
@@ -49,7 +49,7 @@ class LayerArguments(NamedTuple):
             x.requires_grad or any(weight.requires_grad for weight in self.norm_weight)
         )
 
-    def run(self, x: Tensor, cache: KVCache, start: Tensor) -> Tensor:
+    def run(self, x: Tensor, cache: CacheTensors, start: Tensor) -> Tensor:
         """Runs the layers on x, float32 [B, T, hidden_size]; ``start`` as in `ops.cached_attention`."""
         return ops.decoder_layers(
             x, *self, cache.cos, cache.sin, start,

@@ -9,7 +9,48 @@ from .config import BitNetConfig
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
-class KVCache:
+class CacheTensors:
+    """What a cache is made of, without a count of tokens: `KVCache` says what each tensor is."""
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        key_scales: Tensor | None,
+        value_scales: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        self.keys = keys
+        self.values = values
+        self.key_scales = key_scales
+        self.value_scales = value_scales
+        self.cos = cos
+        self.sin = sin
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+        """Stores one layer's new keys and values and attends to all so far: `ops.cached_attention`.
+
+        Args:
+            layer: its number.
+            q: as for `ops.cached_attention`, like the following.
+            k: likewise.
+            v: likewise.
+            start: likewise.
+
+        Returns:
+            float32 [B, T, heads * head_dim].
+        """
+        return ops.cached_attention(
+            q, k, v, self.cos, self.sin, start, *(tensor[layer] for tensor in self._stored())
+        )
+
+    def _stored(self) -> list[Tensor]:
+        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
+        return [tensor for tensor in tensors if tensor is not None]
+
+
+class KVCache(CacheTensors):
     """Keys and values per layer, which the model fills and reads in place.
 
     ``model(input_ids, cache=cache)`` adds the new tokens to the ``length`` tokens already there. Where they
@@ -73,33 +114,10 @@ class KVCache:
             tokens: how many a row is to hold in all, those already there included.
         """
         if tokens > self.capacity:
-            old = self._tensors()
+            old = self._stored()
             self._allocate(max(tokens, 2 * self.capacity))
-            for new, kept in zip(self._tensors(), old, strict=True):
+            for new, kept in zip(self._stored(), old, strict=True):
                 new[:, :, :, : kept.shape[3]] = kept
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
-        """Stores one layer's new keys and values and attends to all so far: `ops.cached_attention`.
-
-        ``length`` moves only when the model has run through all layers.
-
-        Args:
-            layer: its number.
-            q: as for `ops.cached_attention`, like the following.
-            k: likewise.
-            v: likewise.
-            start: likewise.
-
-        Returns:
-            float32 [B, T, heads * head_dim].
-        """
-        return ops.cached_attention(
-            q, k, v, self.cos, self.sin, start, *(tensor[layer] for tensor in self._tensors())
-        )
-
-    def _tensors(self) -> list[Tensor]:
-        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
-        return [tensor for tensor in tensors if tensor is not None]
 
     def _allocate(self, capacity: int) -> None:
         config, device = self.config, self.padding.device
@@ -119,9 +137,11 @@ class KVCache:
         value_shape: tuple[int, ...] = (parts * part, width)
         if int8:
             key_shape = value_shape = (parts, part * width)
-        self.keys = allocate(*key_shape, dtype=self.dtype)
-        self.values = allocate(*value_shape, dtype=self.dtype)
-        self.key_scales = allocate(parts * part, dtype=torch.float32) if int8 else None
-        self.value_scales = allocate(parts * part, dtype=torch.float32) if int8 else None
         positions = torch.arange(parts * part, device=device)
-        self.cos, self.sin = reference.rotary_embedding(positions, config.head_dim, config.rope_theta)
+        super().__init__(
+            allocate(*key_shape, dtype=self.dtype),
+            allocate(*value_shape, dtype=self.dtype),
+            allocate(parts * part, dtype=torch.float32) if int8 else None,
+            allocate(parts * part, dtype=torch.float32) if int8 else None,
+            *reference.rotary_embedding(positions, config.head_dim, config.rope_theta),
+        )

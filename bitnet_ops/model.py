@@ -21,7 +21,7 @@ from .config import BitNetConfig
 from .fused import norm_linear_add, norm_linears, norm_squared_relu_glu
 from .fused_layers import FusedLayers, LayerArguments, layer_arguments
 from .generate import GenerationMixin
-from .kv_cache import KVCache
+from .kv_cache import CacheTensors, KVCache
 from .linear import BitLinear
 from .norm import RMSNorm
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         dropout: nn.Dropout,
         rotation: tuple[Tensor, Tensor],
         start: Tensor | None,
-        cache: KVCache | None,
+        cache: CacheTensors | None,
     ) -> Tensor:
         """``x + dropout(attention(norm(x)))``."""
         q, k, v = norm_linears(norm, (self.q_proj, self.k_proj, self.v_proj), x)
@@ -95,7 +95,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], start: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], start: Tensor | None, cache: CacheTensors | None
     ) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, self.dropout, rotation, start, cache)
         y: Tensor = self.mlp(x, self.post_attention_layernorm, self.dropout)
@@ -127,11 +127,24 @@ class Decoder(nn.Module):
         if cache is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
             rotation = reference.rotary_embedding(positions, self.config.head_dim, self.config.rope_theta)
-            start = None if padding is None else -padding
-        else:
-            if padding is not None:
-                cache.padding += padding
-            rotation, start = (cache.cos, cache.sin), cache.length - cache.padding
+            return self._run(input_ids, rotation, None if padding is None else -padding, None)
+        if padding is not None:
+            cache.padding += padding
+        hidden = self.step(input_ids, cache.length - cache.padding, cache)
+        cache.length += input_ids.shape[1]
+        return hidden
+
+    def step(self, input_ids: Tensor, start: Tensor, cache: CacheTensors) -> Tensor:
+        """The forward pass over a cache as a function of tensors; ``start`` as in `ops.cached_attention`."""
+        return self._run(input_ids, (cache.cos, cache.sin), start, cache)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        start: Tensor | None,
+        cache: CacheTensors | None,
+    ) -> Tensor:
         x = self.dropout(self.embed_tokens(input_ids).float())
         fused = None if cache is None else self._fuse()
         if cache is not None and start is not None and fused is not None and fused.apply_to(x):
@@ -139,8 +152,6 @@ class Decoder(nn.Module):
         else:
             for layer in self.layers:
                 x = layer(x, rotation, start, cache)
-        if cache is not None:
-            cache.length += input_ids.shape[1]
         hidden: Tensor = self.norm(x)
         return hidden
 

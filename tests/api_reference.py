@@ -27,6 +27,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "bitnet_ops.sparsity": None,
     "bitnet_ops.lora": ("adapt_packed_layers",),
     "bitnet_ops.generate": ("TextStream", "Streamer"),  # the methods of its mixin are shown with BitNet
+    "bitnet_ops.export": None,
     "bitnet_ops.chat": ("ChatSession", "Continuation", "render_chat"),
     "bitnet_ops.reference": None,
 }
