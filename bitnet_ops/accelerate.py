@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import reference
 from .checkpoint.hf import unpack_quarters
-from .huge_pages import HugePages
+from .huge_pages import HugePages, give_back_freed_memory
 from .linear import BitLinear, best_layout
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -93,6 +93,7 @@ def accelerate(model: ModelT) -> ModelT:
             return layer  # type: ignore[return-value]
         for name in names:
             model.set_submodule(name, layer)
+    give_back_freed_memory()
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return model

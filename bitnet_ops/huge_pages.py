@@ -5,6 +5,7 @@ bus to finding out where each page lies (bench/LOG.md). Most matrices are no lar
 many share a region.
 """
 
+import ctypes
 import math
 import mmap
 
@@ -42,6 +43,17 @@ class HugePages:
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor."""
         return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+def give_back_freed_memory() -> None:
+    """Hands memory that was freed, and that the C library keeps for later, back to the system.
+
+    Tensors of some megabytes come from the C library's heap once larger ones have been freed; what they leave
+    there counts as the program's until then.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def _region(room: int) -> mmap.mmap | bytearray:

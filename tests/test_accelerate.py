@@ -6,13 +6,16 @@ there both are compared with float64.
 """
 
 import copy
+import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import Sizes, Weights, published_tensors, write_folder
+from tiny_checkpoints import Sizes, Weights, published_tensors, tiny_folder, write_folder
 from torch import nn
 
 import bitnet_ops
@@ -325,3 +328,14 @@ def test_zero_scale_of_a_packed_layer() -> None:
 def test_cannot_be_saved_as_if_it_were_theirs(trained, tmp_path) -> None:
     with pytest.raises(NotImplementedError, match=r"bitnet_ops.accelerate has changed"):
         trained.save_pretrained(tmp_path)
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    example = Path(__file__).parent.parent / "examples" / "accelerate_transformers.py"
+    folder = tiny_folder(tmp_path / "model")
+    command = [sys.executable, example, folder, "--eager", "--prompt-tokens", "4", "--new-tokens", "3"]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert re.fullmatch(
+        r"transformers: .* tokens/s, .* GB\naccelerate: .* s\naccelerated: .* tokens/s, .* GB\n", run.stdout
+    )
