@@ -1,13 +1,15 @@
 """The kernels without Python or torch: a C++ program compares every table with scalar, bit for bit.
 
 It also runs the AVX-VNNI kernel on CPUs that only have AVX-512 VNNI (the one instruction they lack is
-emulated), all of it under the address and undefined-behaviour sanitizers, and the NEON kernels on other
+replaced by its other encoding), all of it under the address and undefined-behaviour sanitizers, and the NEON kernels on other
 CPUs, cross-compiled, in QEMU.
 """
 
+import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 BASELINE = ["-std=c++17", "-fno-math-errno", "-ffp-contract=off"]  # as in setup.py
 BUILDS = {
     "optimised": ["-O3"],
-    "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 
 WARNINGS = {
@@ -42,13 +44,21 @@ NEON_ISAS = set(EMULATED_CPUS["max"])
 
 def build(compiler: str, flags: list[str], architecture: str, program: Path) -> None:
     csrc = ROOT / "csrc"
-    torch_free = [csrc / "dispatch.cpp", csrc / "cpu_features.cpp", *sorted((csrc / "layouts").glob("*.cpp"))]
+    torch_free = [csrc / "dispatch.cpp", csrc / "cpu_features.cpp", *(csrc / "layouts").glob("*.cpp")]
     prefixes = ("scalar", KERNEL_PREFIX.get(architecture, "scalar"))
     kernels = [file for file in (csrc / "kernels").glob("*.cpp") if file.name.startswith(prefixes)]
-    sources = [ROOT / "tests/kernels/kernel_test.cpp", *torch_free, *kernels]
-    command = [compiler, *BASELINE, *flags, "-o", str(program), *map(str, sources)]
-    compiled = subprocess.run(command, capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr[-4000:]
+    sources = [*(ROOT / "tests/kernels").glob("*.cpp"), *torch_free, *kernels]
+    objects = [program.with_name(f"{source.stem}.o") for source in sources]
+
+    def execute(*arguments: str | Path) -> None:
+        command = [compiler, *BASELINE, *flags, *map(str, arguments)]
+        compiled = subprocess.run(command, capture_output=True, text=True)
+        assert compiled.returncode == 0, compiled.stderr[-4000:]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # largest first: no core waits for the last one
+        by_size = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
+        list(pool.map(lambda pair: execute("-c", pair[0], "-o", pair[1]), by_size))
+    execute(*objects, "-o", program)
 
 
 def run(command: list[str], timeout: float) -> dict[str, str]:
@@ -71,8 +81,8 @@ def test_every_kernel_equals_scalar(compiler: str, flags: str, tmp_path: Path) -
     assert outcome.keys() == set(bitnet_ops.known_isas())
     for name in bitnet_ops.supported_isas():
         assert "comparisons, 0 differences" in outcome[name]
-    if "avx2" in bitnet_ops.supported_isas():
-        assert "comparisons, 0 differences" in outcome["avx_vnni"]  # natively or emulated
+    if "avx512_vnni" in bitnet_ops.supported_isas():
+        assert "comparisons, 0 differences" in outcome["avx_vnni"]  # natively or in the other encoding
 
 
 @pytest.fixture(scope="module")
