@@ -164,7 +164,7 @@ def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
         ``(codes, bounds)``: uint8 [ceil(V / 16), bytes of 16 rows], the factors and then ``q + 32``; and
         float32 [3, 16 * ceil(V / 16)], of each row ``scale``, ``|Q| + |residual|`` and ``|residual| + gamma *
         (|Q| + |residual|)``, where ``Q = scale * factor * q`` and gamma is the relative error of two float32
-        sums.
+        sums and of a bound's evaluation.
     """
     vocabulary, in_features = weight.shape
     wide = torch.nn.functional.pad(weight.float(), (0, -in_features % 64, 0, -vocabulary % 16))
@@ -191,9 +191,9 @@ def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     norm = (step.double()[:, :, None] * q).flatten(1).norm(dim=1)
     residual = (grouped.double() - step.double()[:, :, None] * q).flatten(1).norm(dim=1)
     additions = 2 * step.shape[1] + 7
-    gamma = additions * 2.0**-24 / (1 - additions * 2.0**-24)
+    gamma = additions * 2.0**-24 / (1 - additions * 2.0**-24) + 2.0**-22
     bounds = torch.stack((norm + residual, residual + gamma * (norm + residual) + 2.0**-100))
-    bounds = torch.where(finite, bounds, torch.inf).float()
+    bounds = torch.where(finite & (bounds[0] < 2.0**60), bounds, torch.inf).float()
 
     # [tile, group * 16 + row]
     factors = factor.to(torch.uint8).unflatten(0, (-1, 16)).transpose(1, 2).flatten(1)

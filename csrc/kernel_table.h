@@ -181,6 +181,13 @@ constexpr int64_t kMaxScreenFeatures = int64_t{1} << 16;
 // More than what underflow can take from a logit, for norms up to 1; far below any logit that matters.
 constexpr double kUnderflow = 0x1p-100;
 
+// Rows of larger norms could overflow a sum of float32 (2^128) with a token of that norm: they are never screened out.
+// Nor are tokens of larger norms screened.
+constexpr double kLargestNorm = 0x1p60;
+
+// What a bound is made of is rounded up by so much: several times what evaluating it in float32 may take from it.
+constexpr double kBoundRounding = 1.0 + 0x1p-20;
+
 // The copy of a table in six bits, and what its rows lose in it.
 struct ScreenTable {
   const void* weight;  // [vocabulary][in_features], contiguous
@@ -189,15 +196,15 @@ struct ScreenTable {
   int64_t vocabulary;
   uint8_t* codes;   // [tiles][screen_tile_bytes]
   float* scale;     // [tiles * kTileRows] each, and so:
-  float* norm;      // infinite for a row that is not finite
-  float* residual;
+  float* norm;
+  float* residual;  // infinite for a row that is not finite or too large
 };
 
 // What the bounds need of one token.
 struct ScreenedToken {
-  double scale;  // h is about scale * (256 * hi + lo)
-  double norm;   // at least ||h||
-  double error;  // at least ||h - scale * (256 * hi + lo)||, underflow included
+  float scale;  // h is about scale * (256 * hi + lo)
+  float error;  // at least ||h - scale * (256 * hi + lo)||, underflow included
+  float reach;  // at least ||h|| + error, below kLargestNorm
 };
 
 struct Screen {
@@ -213,7 +220,7 @@ struct Screen {
   int64_t tokens;
   int64_t vocabulary;
   float* upper;        // [tokens][vocabulary], at least the logit that `logits` would give
-  float* approximate;  // likewise, the logit but for the error; where nothing is known, infinite and minus infinite
+  float* approximate;  // likewise, the logit but for the error; where nothing is known, infinite (or NaN) and NaN
 };
 
 struct KernelTable {

@@ -438,7 +438,7 @@ struct QuantizedTokens {
   const int8_t* q;
   std::vector<int32_t> group_sum;  // [tokens][groups]
   std::vector<ScreenedToken> tokens;
-  bool finite = true;
+  bool in_range = true;
 
   QuantizedTokens(const KernelTable& table, const Logits& logits)
       : q_stride(padded_in_features(logits.in_features)),
@@ -456,22 +456,22 @@ struct QuantizedTokens {
       float scale;
       int32_t unused_sums[2];
       table.quantize_row_16(x, DType::kFloat32, logits.in_features, hi, lo, q_stride, &scale, unused_sums);
-      token.scale = scale;
       double square = 0.0;
       double error_square = 0.0;
       for (int64_t k = 0; k < logits.in_features; ++k) {
         const int32_t number = 256 * hi[k] + lo[k];
         sums[k / kScreenGroup] += number;
         const double value = x[k];
-        const double error = value - token.scale * number;  // the product is exact
+        const double error = value - static_cast<double>(scale) * number;  // the product is exact
         square += value * value;
         error_square += error * error;
       }
       // 2^16 additions in float64 are off by 2^-37 at most; a difference by 2^-53 of `value`.
       constexpr double kSumRounding = 1.0 + 0x1p-30;
-      token.norm = std::sqrt(square) * kSumRounding;
-      token.error = std::sqrt(error_square) * kSumRounding + 0x1p-50 * token.norm + kUnderflow;
-      finite = finite && std::isfinite(token.norm) && std::isfinite(token.error);
+      const double norm = std::sqrt(square) * kSumRounding;
+      const double error = std::sqrt(error_square) * kSumRounding + 0x1p-50 * norm + kUnderflow;
+      token = {scale, static_cast<float>(error * kBoundRounding), static_cast<float>((norm + error) * kBoundRounding)};
+      in_range = in_range && norm + error < kLargestNorm;  // false for NaN
     }
   }
 };
@@ -707,7 +707,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x_any, const Tens
                 vocabulary,
                 upper,
                 upper + results};
-      if (quantized->finite) search.screen = &screen;
+      if (quantized->in_range) search.screen = &screen;
     }
     search.run(mutable_data<float>(best) + token * k, mutable_data<int64_t>(ids) + token * k,
                mutable_data<int64_t>(rescored) + token);

@@ -253,13 +253,13 @@ def test_the_copy_equals_the_reference_and_its_bounds_hold(
     assert torch.equal(bounds[0], expected_bounds[0])
     real = unpacked(codes, bounds, *weight.shape)
     residual = (weight.double() - real).norm(dim=1)
-    gamma = (2 * -(-weight.shape[1] // 64) + 7) * 2.0**-24
+    gamma = (2 * -(-weight.shape[1] // 64) + 7) * 2.0**-24 + 2.0**-22
     assert (bounds[1, rows].double() >= real.norm(dim=1) + residual).all()
     assert (bounds[1, rows].double() >= weight.double().norm(dim=1)).all()
     assert (bounds[2, rows].double() >= residual + gamma * weight.double().norm(dim=1) + 2.0**-100).all()
-    # But not by much: 2^-12 for the sums, 2^-20 for the rest, and 2^-50 steps of the copy. Beyond 2^120, and
+    # But not by much: 2^-12 for the sums, 2^-20 for the rest, and 2^-50 steps of the copy. Beyond 2^60, and
     # for rows of elements below 2^-100 (by their largest element), they are no estimates.
-    usual = (weight.abs().amax(dim=1) >= 2.0**-100) & (expected_bounds[1, rows] < 2.0**118)
+    usual = (weight.abs().amax(dim=1) >= 2.0**-100) & (expected_bounds[1, rows] < 2.0**59)
     slack = 1 + 2.0**-11
     limit = expected_bounds[1:, rows][:, usual] * slack + bounds[0, rows][usual] * 2.0**-49
     assert (bounds[1:, rows][:, usual] <= limit).all()

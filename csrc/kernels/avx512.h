@@ -388,20 +388,9 @@ struct Avx512Sums {
   static constexpr int32_t kExcess = Codes::kZero;
   static constexpr int kRows = 12;  // as many chains, which cover the latency of vpdpbusd
 
-  template <int P>
-  static __m512i code(SignedCodes, const uint8_t* block) {
-    return _mm512_xor_si512(load64(block + P * kBlockBytes), _mm512_set1_epi8(-128));
-  }
-  template <int P>
-  static __m512i code(SixBitCodes, const uint8_t* block) {
-    // 16-bit shifts move bits across bytes, but only into places that the masks clear.
-    if constexpr (P < 3) return _mm512_and_si512(load64(block + P * kBlockBytes), _mm512_set1_epi8(0x3f));
-    const __m512i low_u8x64 = _mm512_and_si512(_mm512_srli_epi16(load64(block), 6), _mm512_set1_epi8(0x03));
-    const __m512i middle_u8x64 =
-        _mm512_and_si512(_mm512_srli_epi16(load64(block + kBlockBytes), 4), _mm512_set1_epi8(0x0c));
-    const __m512i high_u8x64 =
-        _mm512_and_si512(_mm512_srli_epi16(load64(block + 2 * kBlockBytes), 2), _mm512_set1_epi8(0x30));
-    return _mm512_or_si512(_mm512_or_si512(low_u8x64, middle_u8x64), high_u8x64);
+  template <int P, class Codes>
+  static __m512i code(Codes codes, const uint8_t* block) {
+    return reinterpret_cast<__m512i>(CodesIn<64>::line<P>(codes, block));
   }
 
   template <class Codes, int ROWS>

@@ -138,16 +138,8 @@ inline int8x16_t number_of(SignedCodes, const uint8_t* quarter) {
   return vreinterpretq_s8_u8(vld1q_u8(quarter + P * kBlockBytes));
 }
 template <int P>
-inline int8x16_t number_of(SixBitCodes, const uint8_t* quarter) {
-  uint8x16_t code_u8x16 = vld1q_u8(quarter + P % 3 * kBlockBytes);
-  if constexpr (P < 3) {
-    code_u8x16 = vandq_u8(code_u8x16, vdupq_n_u8(0x3f));
-  } else {
-    const uint8x16_t middle_u8x16 = vandq_u8(vshrq_n_u8(vld1q_u8(quarter + kBlockBytes), 4), vdupq_n_u8(0x0c));
-    const uint8x16_t high_u8x16 = vandq_u8(vshrq_n_u8(vld1q_u8(quarter + 2 * kBlockBytes), 2), vdupq_n_u8(0x30));
-    code_u8x16 = vorrq_u8(vorrq_u8(vshrq_n_u8(code_u8x16, 6), middle_u8x16), high_u8x16);
-  }
-  return vsubq_s8(vreinterpretq_s8_u8(code_u8x16), vdupq_n_s8(SixBitCodes::kZero));
+inline int8x16_t number_of(SixBitCodes codes, const uint8_t* quarter) {
+  return vsubq_s8(reinterpret_cast<int8x16_t>(CodesIn<16>::line<P>(codes, quarter)), vdupq_n_s8(SixBitCodes::kZero));
 }
 
 }  // namespace

@@ -19,18 +19,23 @@
 //
 //     |logit - E.h|  <=  gamma(G + 6) ||E|| ||h||,   ||E|| <= ||Q|| + ||rho||,   ||t p|| <= ||h|| + ||delta||
 //
-// as long as nothing overflows or underflows. Overflow: see kLargestScreened. Underflow, with flush-to-zero
+// as long as nothing overflows or underflows. Overflow: see kLargestNorm. Underflow, with flush-to-zero
 // and denormals-are-zero in the worst case: each of the K + 64 additions then loses at most 2^-126, and
 // an element of E or h that counts as zero at most 2^-126 times its partner, which makes
 // 2^-126 sqrt(K) (||E|| + ||h||) a sum. All of it, and the like in rho and delta, is below
-// 2^-126 * 4 K (1 + ||E|| + ||h||) <= kUnderflow (1 + ||E|| + ||h||) for K <= 2^16.
+// 2^-126 * 4 K (1 + ||E|| + ||h||) <= 2^-8 kUnderflow (1 + ||E|| + ||h||) for K <= 2^16.
 //
-// Kept per row:     scale s,  norm >= ||Q|| + ||rho||,  residual >= ||rho|| + gamma(2 G + 7) norm + kUnderflow
-// Made per token:   scale t,  norm H >= ||h||,  error D >= ||delta|| + kUnderflow
-// Bound:            |logit - s t sum|  <=  residual (H + D) + norm D + kUnderflow
+// Kept per row:     scale s,  norm N >= ||Q|| + ||rho||,  residual R >= ||rho|| + (gamma(2 G + 7) + 4 u) N + kUnderflow
+// Made per token:   scale t,  error D >= ||delta|| + kUnderflow,  reach H >= ||h|| + D
+// Bound:            |logit - s t sum|  <=  R H + N D + kUnderflow       (gamma(a) + gamma(b) <= gamma(a + b))
 //
-// (gamma(a) + gamma(b) <= gamma(a + b).) The bound itself is evaluated in float64, in a dozen operations, and rounded
-// to float32: kBoundRounding and kResultRounding are thousands of times what these roundings amount to.
+// where 4 u N H is for its evaluation, which is in float32: (s sum) t is two products, the bound two fused
+// multiply-adds, and an addition joins them. Of s t sum that takes at most 3.1 u |s t sum| <= 4 u N H, and of the bound
+// 3.1 u of itself, for which R, N, D and H are made larger by kBoundRounding, 16 u, each. Again underflow: `sum` is an
+// integer and s >= 2^-112 or 0, so the first product is normal or 0; the second and the addition lose 2^-126 each; and
+// an N that counts as zero loses 2^-126 D, far below the kUnderflow H in R H.
+// Rows that are not finite or too large: R is infinite and H > 0, so the upper bound is infinite or, if (s sum) t
+// is minus infinite or NaN, NaN, which bounds nothing either. Such tokens are not screened.
 //
 // Why six bits: on Gaussian rows of 2560, the hardest case, the bound is 1.2 of the logits' standard deviations. As
 // the k-th best logit is known exactly before rows are dropped, some 130 rows of 128256 survive for the best
@@ -45,11 +50,8 @@
 namespace bitnet_ops {
 namespace {
 
-constexpr double kBoundRounding = 1.0 + 0x1p-20;
-constexpr double kResultRounding = 0x1p-22;  // twice float32's 2^-24 on approximation and bound, and more
-
-// Rows and tokens of larger norms could overflow a sum of float32 (2^128); they are never screened out.
-constexpr double kLargestScreened = 0x1p120;
+// Of (s sum) t, and of adding the bound to it: 4 u.
+constexpr double kEvaluationRounding = 0x1p-22;
 
 // Rows of smaller elements are kept as zeros with a residual: the inverse of a scale could overflow.
 constexpr float kSmallestQuantized = 0x1p-100f;
@@ -67,19 +69,20 @@ struct ScreenDriver {
   // Upper bounds of the logits of 16 rows, or fewer at the end of the vocabulary, and the logits but for the error.
   static void store_bounds(const Screen& p, const float* sum, int64_t token, int64_t row) {
     const ScreenedToken& h = p.token[token];
+    const F32 token_scale = Isa::set1(h.scale);
+    const F32 reach = Isa::set1(h.reach);
+    const F32 error = Isa::set1(h.error);
     alignas(64) float upper[kTileRows];
     alignas(64) float approximate[kTileRows];
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      const double scale = p.scale[row + i];
-      const double norm = p.norm[row + i];
-      const double residual = p.residual[row + i];
-      const double product = scale * h.scale * sum[i];
-      const double bound = (residual * (h.norm + h.error) + norm * h.error + kUnderflow) * kBoundRounding +
-                           __builtin_fabs(product) * kResultRounding;
-      // Written so that a NaN, from a row or a token that is not finite, bounds nothing either.
-      const bool screened = norm * (h.norm + h.error) < kLargestScreened;
-      upper[i] = screened ? static_cast<float>(product + bound) : __builtin_inff();
-      approximate[i] = screened ? static_cast<float>(product) : -__builtin_inff();
+    for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) {
+      // In this order, because scale * token_scale alone may underflow.
+      const F32 product = Isa::mul(Isa::mul(Isa::load(p.scale + row + i), Isa::load(sum + i)), token_scale);
+      const F32 of_token = Isa::fma(Isa::load(p.norm + row + i), error, Isa::set1(static_cast<float>(kUnderflow)));
+      const F32 bound = Isa::fma(Isa::load(p.residual + row + i), reach, of_token);
+      const F32 high = Isa::add(product, bound);
+      Isa::store(upper + i, high);
+      // About `product`, but NaN where the bound is infinite.
+      Isa::store(approximate + i, Isa::fma(bound, Isa::set1(-1.0f), high));
     }
     const int64_t left = p.vocabulary - row;
     const size_t bytes = static_cast<size_t>(left < kTileRows ? left : kTileRows) * sizeof(float);
@@ -161,12 +164,13 @@ struct ScreenRows {
     const double gamma = n * 0x1p-24 / (1.0 - n * 0x1p-24);
     p.scale[row] = scale;
     p.norm[row] = rounded_up(norm);
-    p.residual[row] = rounded_up(rho + gamma * norm + kUnderflow);
+    const double residual = rho + (gamma + kEvaluationRounding) * norm + kUnderflow;
+    p.residual[row] = norm < kLargestNorm ? rounded_up(residual) : kInfinity;
   }
 
-  // Of a positive number; beyond kLargestScreened the value does not matter.
+  // Beyond kLargestNorm the value does not matter.
   static float rounded_up(double value) {
-    return value < kLargestScreened ? static_cast<float>(value * kBoundRounding) : __builtin_inff();
+    return value < kLargestNorm ? static_cast<float>(value * kBoundRounding) : kInfinity;
   }
 
   // The smallest scale of 16 significant bits, so that a product with m is exact, whose largest number reaches absmax.

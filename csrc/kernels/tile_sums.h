@@ -39,6 +39,37 @@ struct SixBitCodes {
   static constexpr int64_t kLines = 3;
 };
 
+// Line p of the codes of some rows of a block, in vectors of any width: four bytes are a row.
+template <int BYTES>
+struct CodesIn {
+  typedef uint64_t Words __attribute__((vector_size(BYTES)));
+  static constexpr uint64_t kEachByte = 0x0101010101010101u;
+
+  // `rows` is the first byte of these rows in the block.
+  template <int P>
+  static Words line(SignedCodes, const uint8_t* rows) {
+    return load<P>(rows) ^ kEachByte * SignedCodes::kZero;
+  }
+  template <int P>
+  static Words line(SixBitCodes, const uint8_t* rows) {
+    if constexpr (P < SixBitCodes::kLines) {
+      return load<P>(rows) & kEachByte * 0x3f;
+    } else {
+      // Shifts move bits across bytes, but only into places that the masks clear.
+      return (load<0>(rows) >> 6 & kEachByte * 0x03) | (load<1>(rows) >> 4 & kEachByte * 0x0c) |
+             (load<2>(rows) >> 2 & kEachByte * 0x30);
+    }
+  }
+
+ private:
+  template <int P>
+  static Words load(const uint8_t* rows) {
+    Words words;
+    std::memcpy(&words, rows + P * kBlockBytes, sizeof words);
+    return words;
+  }
+};
+
 // How far ahead of a stream of codes memory is asked for, towards L2, and that for L1: two tokens then read it in
 // 0.65 of the time that one request towards L1 takes, 4 KB ahead. Requests stand between products: in bursts
 // they cost a tenth (bench/LOG.md).

@@ -137,20 +137,9 @@ inline __m256i codes_of(__m256i packed_u8x32, int p) {
 }
 
 // tile_sums.h: eight rows, inputs 4P .. 4P+3 of a block that begins 32 bytes earlier or here.
-template <int P>
-inline __m256i code_of(SignedCodes, const uint8_t* half) {
-  return _mm256_xor_si256(load32(half + P * kBlockBytes), _mm256_set1_epi8(-128));
-}
-template <int P>
-inline __m256i code_of(SixBitCodes, const uint8_t* half) {
-  // Shifts as in codes_of.
-  if constexpr (P < 3) return _mm256_and_si256(load32(half + P * kBlockBytes), _mm256_set1_epi8(0x3f));
-  const __m256i low_u8x32 = _mm256_and_si256(_mm256_srli_epi16(load32(half), 6), _mm256_set1_epi8(0x03));
-  const __m256i middle_u8x32 =
-      _mm256_and_si256(_mm256_srli_epi16(load32(half + kBlockBytes), 4), _mm256_set1_epi8(0x0c));
-  const __m256i high_u8x32 =
-      _mm256_and_si256(_mm256_srli_epi16(load32(half + 2 * kBlockBytes), 2), _mm256_set1_epi8(0x30));
-  return _mm256_or_si256(_mm256_or_si256(low_u8x32, middle_u8x32), high_u8x32);
+template <int P, class Codes>
+inline __m256i code_of(Codes codes, const uint8_t* half) {
+  return reinterpret_cast<__m256i>(CodesIn<32>::line<P>(codes, half));
 }
 
 // The inner loops of every layout. Dot provides

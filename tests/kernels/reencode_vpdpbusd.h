@@ -73,7 +73,8 @@ inline void write_jump(uint8_t* place, const uint8_t* target) {
 //     VEX    c4 | R X B mmmmm    | W vvvv L pp                  | 50 | modrm [sib] [disp]
 //     EVEX   62 | R X B R' 0 mmm | W vvvv 1 pp | z L'L b V' aaa | 50 | modrm [sib] [disp]
 //
-// with R, X, B, R', V' and vvvv inverted, mmm = 2, pp = 1, W = 0. A disp8 would count vectors in EVEX: it becomes disp32.
+// with R, X, B, R', V' and vvvv inverted, mmm = 2, pp = 1, W = 0. A disp8 would count vectors in EVEX: it becomes a
+// disp32.
 inline void reencode(uint8_t* code) {
   const bool vex3_0f38 = code[0] == 0xc4 && (code[1] & 0x1f) == 2;
   const bool w0_66 = (code[2] & 0x83) == 0x01;

@@ -35,7 +35,9 @@ struct ScreenedTokens {
       error_square += error * error;
     }
     const double norm = std::sqrt(square) * (1 + 1e-9);
-    tokens.push_back({scale, norm, std::sqrt(error_square) * (1 + 1e-9) + 1e-14 * norm + kUnderflow});
+    const double error = std::sqrt(error_square) * (1 + 1e-9) + 1e-14 * norm + kUnderflow;
+    tokens.push_back({scale, static_cast<float>(error * kBoundRounding),
+                      static_cast<float>((norm + error) * kBoundRounding)});
   }
 };
 
@@ -109,11 +111,10 @@ void test_screen(int64_t vocabulary, int64_t in_features, Random& random) {
     ++comparisons;
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t place = t * vocabulary + begin * kTileRows; place < (t + 1) * vocabulary; ++place) {
-        const double upper = result[1].upper.data[place];
+        const double upper = result[1].upper.data[place];  // infinite or NaN if nothing is known
         const double lower = 2.0 * result[1].approximate.data[place] - upper;  // as far on the other side, rounded
-        const double slack = std::fabs(lower) * 1e-6;
         const float logit = out.data[place];
-        if (logit > upper || logit < lower - slack) report("a logit beyond its bounds" + where);
+        if (logit > upper || logit < lower - std::fabs(upper) * 1e-6) report("a logit beyond its bounds" + where);
       }
     }
   }
@@ -137,10 +138,10 @@ void test_screen_overflow() {
       Buffer<float> bounds(3 * kTileRows);
       ScreenedTokens tokens(in_features, 1);
       std::memset(codes.data, byte, codes.count);
-      for (int64_t i = 0; i < kTileRows; ++i) bounds.data[i] = 1.0f;
+      for (int64_t i = 0; i < kTileRows; ++i) bounds.data[i] = 1.0f;  // scales; the bound is 0
       for (int64_t k = 0; k < in_features; ++k) tokens.q.data[k] = tokens.q.data[tokens.q_stride + k] = value;
       for (int64_t g = 0; g < groups; ++g) tokens.group_sum.data[g] = 64 * 257 * value;
-      tokens.tokens.push_back({1.0, 0.0, 0.0});
+      tokens.tokens.push_back({1.0f, 0.0f, 0.0f});
       ScreenResult result(kTileRows);
       result.run(*tested, codes, bounds, tokens, in_features, kTileRows, 0);
       // Three codes of four are 63 for 0x7f and 0xff, with the fourth 0x15 and 63; a factor is a signed byte.
