@@ -9,13 +9,12 @@ activations quantised inside.
 
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from matrices import CONFIG, SHAPES, Shape, all_layers, linear, more_than_caches_hold, random_packed
-from measure import Rounds, Work, limit_columns, limits, measure, median_ratio, seconds, spread
+from measure import Work, limit_columns, limits, measure, median_ratio, put, rate, seconds, spread
 from probes import INSTRUCTIONS, multiply_rate, read_bandwidth
 from torch import Tensor
 
@@ -70,22 +69,6 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 def _inference() -> Iterator[None]:
     with torch.inference_mode():
         yield
-
-
-def put(benchmark, table: str, row: dict[str, Any], rounds: Rounds, calls: int = 1, **columns: Any) -> None:
-    """Fills a row of a table with what all rows have, and with columns of its own."""
-    benchmark.extra_info |= {
-        "table": table,
-        "row": row,
-        "median, us": statistics.median(rounds["seconds"]) / calls * 1e6,
-        "spread": spread(rounds["seconds"]),
-        **columns,
-    }
-
-
-def rate(amount: float, rounds: Rounds) -> float:
-    """Thousand millions a second."""
-    return amount / statistics.median(rounds["seconds"]) / 1e9
 
 
 # ---- the limits ------------------------------------------------------------------------------------------

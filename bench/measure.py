@@ -59,6 +59,22 @@ def spread(values: Sequence[float]) -> str:
     return f"{(high - low) / middle:.0%}"
 
 
+def put(benchmark, table: str, row: dict[str, Any], rounds: Rounds, calls: int = 1, **columns: Any) -> None:
+    """Fills a row of a table with what all rows have, and with columns of its own."""
+    benchmark.extra_info |= {
+        "table": table,
+        "row": row,
+        "median, us": statistics.median(rounds["seconds"]) / calls * 1e6,
+        "spread": spread(rounds["seconds"]),
+        **columns,
+    }
+
+
+def rate(amount: float, rounds: Rounds) -> float:
+    """Thousand millions a second."""
+    return amount / statistics.median(rounds["seconds"]) / 1e9
+
+
 @dataclass(frozen=True)
 class Work:
     """What a round has to do at least, whatever the kernel.
