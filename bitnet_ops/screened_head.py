@@ -12,7 +12,7 @@ from .packing import TILE_ROWS
 LEAST_BYTES = 4 << 20
 """Smaller tables are computed whole by default: a copy saves under 0.05 ms a token there (bench/LOG.md)."""
 
-FORMAT = "6 bits, a factor for 64 inputs"
+FORMAT = "6 bits, a factor for 64 inputs, bounds to be evaluated in float32"
 """Of the copy, as csrc/kernels/screen.h draws it: stored copies of another are not used."""
 
 PIECE_ROWS = 4096  # a multiple of 16, the tile of the copy; 8 MB of codes at 2B4T's width

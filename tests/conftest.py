@@ -14,7 +14,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every instruction set of this architecture, and proves that it did."""
     name = request.param
     if name not in bitnet_ops.supported_isas():
-        pytest.skip(f"this CPU does not support {name} (tests/test_kernels.py emulates avx_vnni)")
+        pytest.skip(f"this CPU does not support {name} (tests/test_kernels.py runs avx_vnni, too)")
     with bitnet_ops.use_isa(name):
         assert bitnet_ops.isa() == name
         yield name
