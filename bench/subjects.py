@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache, ops, repack
+from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache, accelerate, ops, repack
 
 CONTEXT = 512
 """Tokens a cache has room for."""
@@ -46,8 +46,7 @@ def bitnet_2b4t() -> Subject:
             shape = (module.out_features, module.in_features)
             w = torch.randint(-1, 2, shape, dtype=torch.int8, generator=generator)
             module.packed_weight.copy_(ops.pack_ternary(w))
-            # Two thirds of the weights are not zero: this scale keeps the variance of the input.
-            module.weight_scale.fill_((1.5 / module.in_features) ** 0.5)
+            module.weight_scale.fill_(variance_scale(module.in_features))
     fill(model.parameters(), generator)
     model.eval()
 
@@ -103,6 +102,64 @@ def llama_3_2_1b(dtype: torch.dtype, weight_bits: int = 0) -> Subject:
     if weight_bits:
         quantize_weights(model, weight_bits)
 
+    name = f"Llama 3.2 1B {str(dtype).removeprefix('torch.')}, transformers"
+    if not weight_bits:
+        return in_transformers(name, model, sum(p.nbytes for p in model.parameters()))
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    read = sum(getattr(w, part).nbytes for w in linears for part in w.tensor_data_names)
+    return in_transformers(f"{name}, torchao int{weight_bits} weights", model, read)
+
+
+def transformers_bitnet(*, accelerated: bool) -> Subject:
+    """BitNet b1.58 2B4T in transformers' own modules, bfloat16, random weights; accelerated by us or not."""
+    import transformers
+    from transformers.integrations.bitnet import AutoBitLinear, replace_with_bitnet_linear
+
+    config = BitNetConfig()
+    with torch.device("meta"):
+        model = transformers.BitNetForCausalLM(
+            transformers.BitNetConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                num_key_value_heads=config.num_key_value_heads,
+                max_position_embeddings=config.max_position_embeddings,
+                rms_norm_eps=config.rms_norm_eps,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                tie_word_embeddings=True,
+            )
+        ).bfloat16()
+    quantization = transformers.BitNetQuantConfig(linear_class="autobitlinear", quantization_mode="offline")
+    model = replace_with_bitnet_linear(model, ["lm_head"], quantization).to_empty(device="cpu")
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    generator = torch.Generator().manual_seed(0)
+    fill(model.parameters(), generator)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, AutoBitLinear):
+                module.weight.copy_(
+                    torch.randint(-1, 2, module.weight.shape, dtype=torch.int8, generator=generator)
+                )
+                module.weight_scale.fill_(variance_scale(module.in_features))
+    model.eval()
+    name = "BitNet b1.58 2B4T bfloat16, transformers"
+    if accelerated:
+        accelerate(model)
+        name += ", accelerated"
+    return in_transformers(name, model, sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
+
+
+def variance_scale(in_features: int) -> float:
+    """Two thirds of random ternary weights are not zero: this scale keeps the variance of the input."""
+    return (1.5 / in_features) ** 0.5
+
+
+def in_transformers(name: str, model: nn.Module, weight_bytes: int) -> Subject:
+    """A model of transformers behind the two calls."""
+
     def prefill(ids: Tensor) -> tuple[Tensor, object]:
         # Where layers are compiled, for single tokens: prompts are slower by it.
         with torch.compiler.set_stance("force_eager"):
@@ -113,12 +170,7 @@ def llama_3_2_1b(dtype: torch.dtype, weight_bits: int = 0) -> Subject:
         logits = model(ids, past_key_values=cache, use_cache=True).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
-    name = f"Llama 3.2 1B {str(dtype).removeprefix('torch.')}, transformers"
-    if not weight_bits:
-        return Subject(name, prefill, step, sum(p.nbytes for p in model.parameters()))
-    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    read = sum(getattr(w, part).nbytes for w in linears for part in w.tensor_data_names)
-    return Subject(f"{name}, torchao int{weight_bits} weights", prefill, step, read)
+    return Subject(name, prefill, step, weight_bytes)
 
 
 def quantize_weights(model: nn.Module, bits: int) -> None:
@@ -147,6 +199,8 @@ def fill(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "bitnet": bitnet_2b4t,
+    "bitnet-transformers": lambda: transformers_bitnet(accelerated=False),
+    "bitnet-accelerated": lambda: transformers_bitnet(accelerated=True),
     "llama-bf16": lambda: llama_3_2_1b(torch.bfloat16),
     "llama-fp16": lambda: llama_3_2_1b(torch.float16),
     "llama-fp32": lambda: llama_3_2_1b(torch.float32),
