@@ -1,5 +1,6 @@
 """Ternary (1.58-bit) language models in PyTorch, on ordinary CPUs at the speed of the memory bus."""
 
+import os
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 with warnings.catch_warnings():
     # torch warns where NumPy is not installed; nothing here needs it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    import torch  # noqa: F401
+    import torch
 
 from bitnet_ops.accelerate import accelerate
 from bitnet_ops.checkpoint import CheckpointError, from_pretrained, save_pretrained
@@ -29,6 +30,11 @@ from bitnet_ops.ops import (
 from bitnet_ops.packing import packed_shape
 from bitnet_ops.perplexity import TextLoss, perplexity
 from bitnet_ops.replace import pack, repack, replace_linear
+
+if hasattr(os, "register_at_fork"):
+    # GNU OpenMP, which torch's wheels bring, waits for ever in a forked child for threads that only the
+    # parent has, as soon as torch splits an operator. One thread, as in a DataLoader's workers, needs none.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 __version__ = version("bitnet_ops")
 
