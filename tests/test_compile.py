@@ -5,14 +5,18 @@ into an operator, and what it fuses (rotation, squared ReLU, residual sums) roun
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import cycle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from text_models import tiny_model
 from torch import Tensor, nn
 
-from bitnet_ops.kv_cache import KVCache
-from bitnet_ops.linear import BitLinear
+from bitnet_ops.kv_cache import CACHE_DTYPES, KVCache
+from bitnet_ops.linear import BitLinear, BitLinearQAT
+from bitnet_ops.model import BitNet
 
 Forward = Callable[..., Tensor]
 
@@ -37,9 +41,15 @@ def random_ids(rows: int, length: int, seed: int) -> Tensor:
     return torch.randint(MODEL.config.vocab_size, (rows, length), generator=generator)
 
 
-def prefill_and_decode(forward: Forward, ids: Tensor, steps: int, mask: Tensor | None = None) -> list[Tensor]:
+def prefill_and_decode(
+    forward: Forward,
+    ids: Tensor,
+    steps: int,
+    mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
     """Scores of a prompt, and of the tokens of a greedy continuation one by one."""
-    cache = KVCache(MODEL.config, ids.shape[0], ids.shape[1] + steps)
+    cache = KVCache(MODEL.config, ids.shape[0], ids.shape[1] + steps, dtype=dtype)
     scores = [forward(ids, attention_mask=mask, cache=cache)]
     for _ in range(steps):
         scores.append(forward(scores[-1][:, -1:].argmax(-1), cache=cache))
@@ -77,7 +87,126 @@ def test_prefill_and_decode_give_the_bits_of_eager(padded: bool) -> None:
         assert all(map(torch.equal, ours, prefill_and_decode(model, ids, 4, mask)))
 
 
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("layouts", [("tile16",), ("tile16_base3", "row", "column")], ids=str)
+def test_every_cache_and_layout(dtype: torch.dtype, layouts: tuple[str, ...]) -> None:
+    """AOTAutograd decides here what is copied and what is changed in place; code is generated above."""
+    model = tiny_model(eos=None, layers=1)
+    projections = [module for module in model.modules() if isinstance(module, BitLinear)]
+    for projection, layout in zip(projections, cycle(layouts)):
+        projection.repack(layout)
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    ids = random_ids(2, 9, seed=9)
+    ours = prefill_and_decode(forward, ids, 3, dtype=dtype)
+    assert all(map(torch.equal, ours, prefill_and_decode(model, ids, 3, dtype=dtype)))
+
+
+def test_layers_are_one_operator() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Forward:
+        graphs.append(graph)
+        return graph.forward
+
+    forward = torch.compile(MODEL.forward, fullgraph=True, backend=backend)
+    forward(random_ids(1, 5, seed=5), cache=KVCache(MODEL.config, 1, 64))
+    targets = [node.target for node in graphs[0].graph.nodes]
+    assert targets.count(torch.ops.bitnet_ops.decoder_layers.default) == 1
+
+
+def negate_up(model: BitNet) -> None:
+    up = model.model.layers[1].mlp.up_proj
+    up.packed_weight = BitLinear.from_ternary(up.unpack().neg(), 1.0).packed_weight
+
+
+def another_layer_type(model: BitNet) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj = nn.Sequential(mlp.gate_proj, nn.Tanh())
+
+
+def one_layer_less(model: BitNet) -> None:
+    del model.model.layers[1]
+
+
+@pytest.mark.parametrize("change", [negate_up, another_layer_type, one_layer_less])
+def test_a_change_of_the_layers_is_seen(change: Callable[[BitNet], None]) -> None:
+    model = tiny_model(eos=None)
+    forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    ids = random_ids(1, 7, seed=7)
+    before = prefill_and_decode(forward, ids, 1)
+    change(model)
+    ours = prefill_and_decode(forward, ids, 1)
+    assert all(map(torch.equal, ours, prefill_and_decode(model, ids, 1)))
+    assert not torch.equal(ours[0], before[0])
+
+
+def train(steps: int, compiled: bool) -> list[float]:
+    """Losses of a few optimiser steps on the same text."""
+    torch.manual_seed(0)
+    model = BitNet(MODEL.config, BitLinearQAT).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01))
+
+    def loss_of(ids: Tensor) -> Tensor:
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    update = optimizer.step
+    if compiled:
+        loss_of = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+        update = torch.compile(update, backend="eager")
+    losses = []
+    for step in range(steps):
+        # The optimiser is compiled for making its state, and once more for all steps that find it made.
+        with no_compilation() if compiled and step > 1 else nullcontext():
+            loss = loss_of(random_ids(2, 8, seed=0))
+            loss.backward()
+            update()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def gradients(dtype: torch.dtype, compiled: bool) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    layer = BitLinearQAT(70, 33)
+    x = torch.randn(9, 70, dtype=dtype, requires_grad=True)
+    y = torch.compile(layer, fullgraph=True)(x) if compiled else layer(x)
+    y.backward(torch.randn_like(y))
+    return y.detach(), [t.grad for t in (x, layer.weight, layer.bias) if t.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bit_linear_qat(dtype: torch.dtype) -> None:
+    """The product is a sum of integers, so it has eager's bits if the quantised values have.
+
+    The scale of the weights is a mean, which the compiler may sum in another order: at most 2310 terms, so
+    a relative error of 2310 * 2^-24 on each side. It multiplies what comes out, and could turn a rounding
+    of a weight only at an exact tie, which these weights do not have. Gradients are products of 33, 70 and 9
+    terms whose order is free as well.
+    """
+    with torch.enable_grad():
+        y, grads = gradients(dtype, compiled=True)
+        expected, expected_grads = gradients(dtype, compiled=False)
+    assert len(grads) == len(expected_grads) == 3
+    scale_error = 2 * 2310 * 2.0**-24
+    for ours, theirs, terms in zip([y, *grads], [expected, *expected_grads], [1, 33, 9, 9], strict=True):
+        rounding = torch.finfo(ours.dtype).eps  # once to the dtype
+        bound = scale_error + 2 * terms * 2.0**-24 + rounding
+        assert (ours - theirs).abs().max() <= bound * theirs.abs().max() * terms**0.5
+
+
 # What is compiled again is decided before the back end sees it, so these tests do without one.
+
+
+def test_training_steps() -> None:
+    """One program for all steps, eager's bits until gradients are summed in another order, and it learns.
+
+    `test_bit_linear_qat` compares gradients.
+    """
+    with torch.enable_grad():
+        losses = train(5, compiled=True)
+        expected = train(1, compiled=False)
+    assert losses[0] == expected[0]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_prompts_of_any_length_and_all_their_tokens() -> None:
