@@ -19,8 +19,9 @@ def main() -> None:
     parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     arguments = parser.parse_args()
+    # Made outside: for weights that are made inside, or need no gradient, F.linear copies the head as a whole.
+    subject = SUBJECTS[arguments.subject]()
     with torch.inference_mode():
-        subject = SUBJECTS[arguments.subject]()
         ids, cache = subject.prefill(torch.randint(1000, (1, arguments.prompt_tokens)))
         for _ in range(4):
             ids = subject.step(ids, cache)
