@@ -21,8 +21,8 @@ from torch import Tensor
 
 import bitnet_ops
 from bitnet_ops import BitNet
-from bitnet_ops.generation_settings import DEFAULT_DRAFT_TOKENS
-from bitnet_ops.sampling import Sampler
+from bitnet_ops.generation.sampling import Sampler
+from bitnet_ops.generation.settings import DEFAULT_DRAFT_TOKENS
 from bitnet_ops.screened_head import ScreenedHead
 
 THREADS = sorted({1, torch.get_num_threads()})

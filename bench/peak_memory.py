@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     arguments = parser.parse_args()
-    # Made outside: for weights that are made inside, or need no gradient, F.linear copies the head as a whole.
+    # Made outside: of weights that are made inside, or need no gradient, F.linear copies the whole head.
     subject = SUBJECTS[arguments.subject]()
     with torch.inference_mode():
         ids, cache = subject.prefill(torch.randint(1000, (1, arguments.prompt_tokens)))

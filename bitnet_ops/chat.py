@@ -20,14 +20,14 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .generation.prompts import need_tokenizer
 from .kv_cache import KVCache
-from .prompts import need_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .generate import TextStream
-    from .generation_settings import GenerationArguments
+    from .generation.settings import GenerationArguments
     from .model import BitNet
 
 Message = Mapping[str, str]

@@ -26,7 +26,7 @@ from .training.command import train
 if TYPE_CHECKING:
     from .chat import ChatSession, Continuation
     from .generate import TextStream
-    from .generation_settings import GenerationArguments
+    from .generation.settings import GenerationArguments
     from .model import BitNet
 
 DEFAULT_NEW_TOKENS = 200

@@ -1,6 +1,6 @@
 """Text from a model: the decoding loop, whole (`generate`), token by token and as a stream of text.
 
-`GenerationMixin` gives `BitNet` its methods; the loop itself is `bitnet_ops.decoding`.
+`GenerationMixin` gives `BitNet` its methods; the loop itself is `bitnet_ops.generation.decoding`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .decoding import Request, decode, prepare
-from .generation_settings import GenerationArguments
+from .generation.decoding import Request, decode, prepare
+from .generation.prompts import encode_prompt, need_tokenizer, pad_left
+from .generation.settings import GenerationArguments
+from .generation.text_stream import IncrementalDecoder, StopStrings
 from .kv_cache import KVCache
-from .prompts import encode_prompt, need_tokenizer, pad_left
 from .screened_head import LEAST_BYTES, ScreenedHead
-from .text_stream import IncrementalDecoder, StopStrings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

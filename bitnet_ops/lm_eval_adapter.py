@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from .chat import ChatSession
 from .checkpoint import from_pretrained
+from .generation.prompts import encode_prompt, need_tokenizer, pad_left
 from .model import BitNet
 from .perplexity import token_losses
-from .prompts import encode_prompt, need_tokenizer, pad_left
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts of a request or None, and the ids of context and continuation."""

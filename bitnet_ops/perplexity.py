@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ops
-from .prompts import encode_prompt
+from .generation.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from .model import BitNet

@@ -129,7 +129,7 @@ def test_padding(pieces: list[int], dtype: torch.dtype | None) -> None:
 def test_generation_reads_a_prompt_in_pieces_of_any_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = IDS[:2, :150]
     whole = MODEL.generate(prompt, max_new_tokens=8)
-    monkeypatch.setattr("bitnet_ops.decoding.PREFILL_TOKENS", size)
+    monkeypatch.setattr("bitnet_ops.generation.decoding.PREFILL_TOKENS", size)
     assert torch.equal(MODEL.generate(prompt, max_new_tokens=8), whole)
 
 

@@ -17,10 +17,11 @@ import torch
 from click.testing import CliRunner, Result
 from text_models import tiny_model
 
-from bitnet_ops import __version__, cli, cli_options, decoding, isa
+from bitnet_ops import __version__, cli, cli_options, isa
 from bitnet_ops.checkpoint import from_pretrained
 from bitnet_ops.cli import commands
-from bitnet_ops.prompt_lookup import PromptLookup
+from bitnet_ops.generation import decoding
+from bitnet_ops.generation.prompt_lookup import PromptLookup
 
 PROGRAM = [sys.executable, "-m", "bitnet_ops"]
 

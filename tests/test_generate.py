@@ -9,8 +9,8 @@ import torch
 from text_models import CORPUS, assert_greedy, tiny_model
 from torch import Tensor
 
-from bitnet_ops import decoding
 from bitnet_ops.config import BitNetConfig
+from bitnet_ops.generation import decoding
 from bitnet_ops.kv_cache import KVCache
 from bitnet_ops.linear import BitLinearQAT
 from bitnet_ops.model import BitNet

@@ -14,9 +14,9 @@ import bitnet_ops
 from bitnet_ops import ops, reference
 from bitnet_ops.config import BitNetConfig
 from bitnet_ops.generate import GenerationMixin
+from bitnet_ops.generation.sampling import Sampler, SamplingConfig, top_k
 from bitnet_ops.linear import BitLinearQAT
 from bitnet_ops.model import BitNet
-from bitnet_ops.sampling import Sampler, SamplingConfig, top_k
 from bitnet_ops.screened_head import ScreenedHead
 
 

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from bitnet_ops.sampling import (
+from bitnet_ops.generation.sampling import (
     NUCLEUS,
     Sampler,
     SamplingConfig,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from text_models import CORPUS, EOS, byte_level_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bitnet_ops.text_stream import REPLACEMENT, IncrementalDecoder, StopStrings
+from bitnet_ops.generation.text_stream import REPLACEMENT, IncrementalDecoder, StopStrings
 
 BYTE_LEVEL = byte_level_tokenizer()
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .screened_head import ScreenedHead
+from .. import ops
+from ..screened_head import ScreenedHead
 
 NUCLEUS = 1024
 """Tokens that top-p is tried on before all are sorted, which takes as long as the rest of a decoded token."""

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .generation_settings import DEFAULT_NEW_TOKENS, GenerationArguments, GenerationSettings
-from .kv_cache import KVCache
-from .linear import BitLinearQAT
+from ..kv_cache import KVCache
+from ..linear import BitLinearQAT
+from ..screened_head import ScreenedHead
 from .prompt_lookup import PromptLookup
 from .prompts import check_attention_mask, check_input_ids, need_tokenizer
 from .sampling import Sampler
-from .screened_head import ScreenedHead
+from .settings import DEFAULT_NEW_TOKENS, GenerationArguments, GenerationSettings
 from .text_stream import IncrementalDecoder, StopStrings
 
 if TYPE_CHECKING:
-    from .generate import GenerationMixin
+    from ..generate import GenerationMixin
 
 PREFILL_TOKENS = 256
 """A longer prompt is read in pieces of so many tokens, all rows together, so that activations stay small (at
