@@ -18,6 +18,7 @@ SOURCES = [
     "csrc/ops.cpp",
     "csrc/attention_ops.cpp",
     "csrc/decoder_ops.cpp",
+    "csrc/gumbel_noise.cpp",
     "csrc/lm_head_ops.cpp",
     "csrc/fused_ops.cpp",
     "csrc/packing_ops.cpp",

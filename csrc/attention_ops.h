@@ -1,4 +1,4 @@
-// The attention operators; bitnet_ops/ops.py documents them.
+// The attention operators; bitnet_ops/ops/ documents them.
 #pragma once
 
 #include <optional>

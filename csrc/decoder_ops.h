@@ -1,4 +1,4 @@
-// All layers of a decoder in one call; bitnet_ops/ops.py documents it.
+// All layers of a decoder in one call; bitnet_ops/ops/ documents it.
 #pragma once
 
 #include <optional>

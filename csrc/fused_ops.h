@@ -1,4 +1,4 @@
-// Operators that do in one call what a decoder layer does in several; bitnet_ops/ops.py documents them. Each equals
+// Operators that do in one call what a decoder layer does in several; bitnet_ops/ops/ documents them. Each equals
 // the composition of its parts bit for bit: the same kernels in the same order, without the tensors between.
 #pragma once
 

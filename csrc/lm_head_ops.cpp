@@ -10,8 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <functional>
 #include <limits>
 #include <mutex>
 #include <string>
@@ -22,6 +20,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "best_scores.h"
 #include "dispatch.h"
 #include "scratch.h"
 
@@ -79,133 +78,6 @@ float* logits_scratch(const Logits& p) {
   static thread_local Scratch rows;
   return static_cast<float*>(rows.reserve(static_cast<size_t>(kLogitsScratchRows * p.x_stride) * sizeof(float)));
 }
-
-// ---- the k best -----------------------------------------------------------------------------------
-
-// Tokens are ranked by their logits, or, to sample, by logit / temperature + noise. Either grows with the logit,
-// also as it is rounded, so bounds of logits turn into bounds of scores.
-struct Score {
-  double temperature;
-  const float* noise;  // [vocabulary] or null
-
-  double operator()(float logit, int64_t id) const {
-    return noise == nullptr ? static_cast<double>(logit) : static_cast<double>(logit) / temperature + noise[id];
-  }
-
-  // Calls work(id) for the ids in [begin, end) whose score passes test(score, threshold). Few do, so 64 are looked
-  // at together first, in vectors. `threshold` is the score of some logit, hence exact as float without noise.
-  template <class Test, class Work>
-  void where(const float* logits, int64_t begin, int64_t end, double threshold, Test test, Work work) const {
-    if (noise == nullptr) {
-      const float narrow = static_cast<float>(threshold);
-      return scan(begin, end, [&](int64_t id) { return test(logits[id], narrow); }, work);
-    }
-    scan(begin, end, [&](int64_t id) { return test(logits[id] / temperature + noise[id], threshold); }, work);
-  }
-
- private:
-  template <class Passes, class Work>
-  static void scan(int64_t begin, int64_t end, Passes passes, Work work) {
-    for (; begin < end; begin += 64) {
-      const int64_t stop = std::min(begin + 64, end);
-      int any = 0;
-      for (int64_t id = begin; id < stop; ++id) any |= passes(id);
-      if (any == 0) continue;
-      for (int64_t id = begin; id < stop; ++id) {
-        if (passes(id)) work(id);
-      }
-    }
-  }
-};
-
-// Tests for Score::where. A NaN bounds nothing: it survives, and does not count as a score that is reached.
-constexpr auto kSurvives = [](auto score, auto threshold) { return !(score < threshold); };
-constexpr auto kIsBetter = [](auto score, auto threshold) { return score > threshold; };
-
-// The k-th largest of the numbers offered, NaN not counted.
-class KthLargest {
- public:
-  // `least` is known to be too small or equal.
-  KthLargest(int64_t k, double least) : k_(static_cast<size_t>(k)), threshold_(least) {}
-
-  void offer(double score) {
-    if (!(score > threshold_)) return;
-    best_.push_back(score);
-    // Twice as many as needed before they are sorted out: a constant number of steps for each.
-    if (best_.size() >= 2 * k_) shrink();
-  }
-
-  // `least` as long as there are not k.
-  double threshold() {
-    shrink();
-    return threshold_;
-  }
-
-  void merge(const KthLargest& other) {
-    for (const double score : other.best_) offer(score);
-  }
-
- private:
-  void shrink() {
-    if (best_.size() < k_) return;
-    std::nth_element(best_.begin(), best_.begin() + static_cast<int64_t>(k_) - 1, best_.end(), std::greater<double>());
-    best_.resize(k_);
-    threshold_ = best_[k_ - 1];
-  }
-
-  size_t k_;
-  double threshold_;
-  std::vector<double> best_;
-};
-
-struct Ranked {
-  double score;
-  float logit;
-  int32_t id;
-};
-
-// NaN comes first, as for torch.max, so that it does not go unnoticed; of equals the one with the smaller id.
-bool before(const Ranked& a, const Ranked& b) {
-  const bool a_nan = std::isnan(a.score);
-  const bool b_nan = std::isnan(b.score);
-  if (a_nan || b_nan) return a_nan == b_nan ? a.id < b.id : a_nan;
-  return a.score != b.score ? a.score > b.score : a.id < b.id;
-}
-
-// Collects the k first, in the order of `before`.
-class Best {
- public:
-  explicit Best(int64_t k) : k_(static_cast<size_t>(k)) {}
-
-  void offer(const Ranked& candidate) {
-    if (full_ && !before(candidate, last_)) return;
-    list_.push_back(candidate);
-    if (list_.size() >= 2 * k_) shrink();
-  }
-
-  void write(float* logits, int64_t* ids) {
-    std::sort(list_.begin(), list_.end(), before);
-    for (size_t i = 0; i < k_; ++i) {
-      logits[i] = list_[i].logit;
-      ids[i] = list_[i].id;
-    }
-  }
-
- private:
-  void shrink() {
-    std::nth_element(list_.begin(), list_.begin() + static_cast<int64_t>(k_) - 1, list_.end(), before);
-    list_.resize(k_);
-    last_ = list_[k_ - 1];
-    full_ = true;
-  }
-
-  size_t k_;
-  bool full_ = false;
-  Ranked last_{};
-  std::vector<Ranked> list_;
-};
-
-// ---- the screen -----------------------------------------------------------------------------------
 
 // A screened row costs 0.4 of one that is computed from bfloat16, and a survivor is read from here and there
 // rather than in a stream. So a screen that drops 70 % is well worth it. After every sixteenth of the table it is
@@ -512,74 +384,7 @@ void check_screen_features(const char* op, int64_t in_features) {
          std::to_string(in_features));
 }
 
-// ---- Gumbel noise ---------------------------------------------------------------------------------
-
-// ln(x) of a positive normal float: ln(m 2^e) = e ln 2 + 2 artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2)).
-// With |z| <= 0.1716 the series left out, 2 z^11 / 11, is below 2^-30 of the sum. Nothing but additions,
-// products and one division, each rounded as IEEE says, so that every CPU makes the same noise.
-inline float natural_log(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
-  const int32_t exponent = static_cast<int32_t>(bits - kSqrtHalf) >> 23;
-  const uint32_t mantissa = bits - (static_cast<uint32_t>(exponent) << 23);
-  float m;
-  std::memcpy(&m, &mantissa, sizeof m);
-  const float z = (m - 1.0f) / (m + 1.0f);
-  const float zz = z * z;
-  const float series = ((((1.0f / 9) * zz + 1.0f / 7) * zz + 1.0f / 5) * zz + 1.0f / 3) * zz;
-  return static_cast<float>(exponent) * 0.693147181f + 2.0f * (z + z * series);
-}
-
-// Number `index` of the stream of `seed`: SplitMix64 (Steele, Lea, Flood 2014), whose state is a counter.
-inline uint64_t random_bits(uint64_t seed, uint64_t index) {
-  uint64_t z = seed + (index + 1) * 0x9e3779b97f4a7c15u;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
-
-// -ln(-ln(u)) for u uniform in (0, 1). What wins is u next to 1, that is, a small e = -ln(u): there it comes from
-// w = 1 - u, which keeps its relative precision down to 2^-41: e = 2 artanh(w / (2 - w)) is natural_log's
-// series for m = 1 / (1 - w).
-inline float gumbel(uint64_t bits) {
-  constexpr float kSmall = 0.25f;
-  const float w = (static_cast<float>(static_cast<int64_t>(bits >> 24)) + 0.5f) * 0x1p-40f;  // (0, 1]
-  const float z = w / (2.0f - w);
-  const float zz = z * z;
-  const float series = ((((1.0f / 9) * zz + 1.0f / 7) * zz + 1.0f / 5) * zz + 1.0f / 3) * zz;
-  const float near_one = 2.0f * (z + z * series);
-  const float u = 1.0f - w;
-  const float elsewhere = -natural_log(u < 0x1p-24f ? 0x1p-24f : u);
-  return -natural_log(w < kSmall ? near_one : elsewhere);
-}
-
 }  // namespace
-
-Tensor gumbel_noise(const Tensor& seed_any, int64_t size) {
-  constexpr const char* kOp = "gumbel_noise";
-  if (!seed_any.is_cpu() || dtype_code(seed_any) != codes().int64) {
-    refuse(kOp, "seed", "a CPU tensor of int64", describe(seed_any));
-  }
-  check_size(kOp, "size", size);
-  const Tensor seed = as_contiguous(seed_any);
-  std::vector<int64_t> shape = shape_of(seed);
-  const int64_t rows = rows_of(seed) * (shape.empty() ? 1 : shape.back());
-  shape.push_back(size);
-  const Tensor noise = empty(shape, codes().float32);
-  const int64_t* seeds = data<int64_t>(seed);
-  float* out = mutable_data<float>(noise);
-  for (int64_t row = 0; row < rows; ++row) {
-    const uint64_t row_seed = static_cast<uint64_t>(seeds[row]);
-    constexpr double kNsPerNumber = 5.0;
-    parallel(size, kNsPerNumber, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        out[row * size + i] = gumbel(random_bits(row_seed, static_cast<uint64_t>(i)));
-      }
-    });
-  }
-  return noise;
-}
 
 Tensor lm_head(const Tensor& x_any, const Tensor& weight_any) {
   const Sizes sizes = check_head("lm_head", x_any, weight_any);

@@ -1,4 +1,4 @@
-// The operators of the language-model head; bitnet_ops/ops.py documents them.
+// The operators of the language-model head; bitnet_ops/ops/ documents them.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The operators that bring ternary weights into a layout and out of it; bitnet_ops/ops.py documents them.
+// The operators that bring ternary weights into a layout and out of it; bitnet_ops/ops/ documents them.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The operators on packed ternary weights; bitnet_ops/ops.py documents them.
+// The operators on packed ternary weights; bitnet_ops/ops/ documents them.
 #pragma once
 
 #include <cstdint>

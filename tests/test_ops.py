@@ -322,7 +322,6 @@ def decoder_arguments() -> tuple[object, ...]:
     """Two layers: 24 wide, 40 inside, 3 query heads and 1 key-value head of 8."""
     sizes = [(24, 24), (8, 24), (8, 24), (24, 24), (40, 24), (40, 24), (24, 40)] * 2
     cos, sin = reference.rotary_embedding(torch.arange(64), 8, 10000.0)
-    cache = ([torch.zeros(2, 1, *shape) for _ in range(2)] for shape in ((1, 8, 64), (64, 16)))
     return (
         torch.randn(2, 3, 24),
         [torch.rand(40 if i % 4 == 3 else 24) for i in range(8)],
@@ -333,9 +332,10 @@ def decoder_arguments() -> tuple[object, ...]:
         cos,
         sin,
         torch.tensor([0, 5]),
-        *cache,
-        [],
-        [],
+        torch.zeros(2, 2, 1, 1, 8, 64),
+        torch.zeros(2, 2, 1, 64, 16),
+        None,
+        None,
     )
 
 
