@@ -340,7 +340,8 @@ def test_fewer_passes_where_the_text_repeats_itself(monkeypatch: pytest.MonkeyPa
 
 def test_no_drafts_for_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PromptLookup", None)
-    MODEL.generate(torch.tensor([PROMPT, PROMPT]), max_new_tokens=5, prompt_lookup_num_tokens=10)
+    ids = MODEL.generate(torch.tensor([PROMPT, PROMPT]), max_new_tokens=5, prompt_lookup_num_tokens=10)
+    assert ids.shape == (2, len(PROMPT) + 5)
 
 
 def test_no_drafts_where_passes_may_differ_in_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:

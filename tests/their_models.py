@@ -5,6 +5,7 @@ Notation: u = 2^-24 is the unit roundoff of float32.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from transformers.integrations.bitnet import (
     unpack_weights,
 )
 
-from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, reference
+from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, BitNetConfig, reference
 from bitnet_ops.checkpoint import from_pretrained
 
 U = 2.0**-24
@@ -68,24 +69,8 @@ def make_pair(folder: Path, sizes: Sizes, form: str, seed: int = 0) -> Pair:
         "quantization_mode": quantization.quantization_mode,
     }
     write_folder(folder, sizes.config(quantization_config=published), tensors)
-    theirs = BitNetForCausalLM(
-        TheirConfig(
-            vocab_size=sizes.vocab,
-            hidden_size=sizes.hidden,
-            intermediate_size=sizes.intermediate,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            num_key_value_heads=sizes.kv_heads,
-            max_position_embeddings=64,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            attn_implementation="eager",
-        )
-    )
-    theirs = replace_with_bitnet_linear(theirs, ["lm_head"], quantization)
+    ours = from_pretrained(folder)
+    theirs = their_modules(ours.config, quantization, attn_implementation="eager")
     state = {
         name: tensor if tensor.dtype == torch.uint8 else tensor.float() for name, tensor in tensors.items()
     }
@@ -96,7 +81,29 @@ def make_pair(folder: Path, sizes: Sizes, form: str, seed: int = 0) -> Pair:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     theirs.load_state_dict(state, assign=True)
     theirs.eval().requires_grad_(False)
-    return Pair(sizes, weights, from_pretrained(folder), theirs)
+    return Pair(sizes, weights, ours, theirs)
+
+
+def their_modules(config: BitNetConfig, quantization: BitNetQuantConfig, **options: Any) -> BitNetForCausalLM:
+    """An unfilled transformers model of our sizes, with the ternary layers that ``quantization`` asks for."""
+    theirs = BitNetForCausalLM(
+        TheirConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=True,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            **options,
+        )
+    )
+    return replace_with_bitnet_linear(theirs, ["lm_head"], quantization)
 
 
 def assert_within(ours: Tensor, theirs: Tensor, bound: Tensor | float, what: str) -> None:
@@ -183,25 +190,8 @@ def median_error(logits: Tensor, exact: Tensor) -> Tensor:
 def shipped_model() -> BitNetForCausalLM:
     """The model in the package, which is trained, in transformers' modules and float32."""
     ours = from_pretrained(DEFAULT_MODEL)
-    config = ours.config
-    theirs = BitNetForCausalLM(
-        TheirConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-        )
-    )
     quantization = BitNetQuantConfig(linear_class="autobitlinear", quantization_mode="offline")
-    theirs = replace_with_bitnet_linear(theirs, ["lm_head"], quantization)
+    theirs = their_modules(ours.config, quantization)
     state = {"lm_head.weight": ours.head_weight.float()}
     for name, module in ours.named_modules():
         if isinstance(module, BitLinear):
