@@ -26,6 +26,7 @@ SOURCES = [
     "csrc/ternary_run.cpp",
     "csrc/thread_pool.cpp",
     "csrc/python_module.cpp",
+    "csrc/same_objects.cpp",
     "csrc/dispatch.cpp",
     "csrc/cpu_features.cpp",
     "csrc/layouts/column.cpp",

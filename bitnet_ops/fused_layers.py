@@ -8,15 +8,13 @@ while the program is traced, and it is the compiler's guards that see a change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
-from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from array import array
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import _C, ops
 from .fused import is_fusible, is_fusible_norm, is_observed
 from .linear import BitLinear
 from .norm import RMSNorm
@@ -113,34 +111,27 @@ class FusedLayers:
 class _Watch:
     """Sees whether modules are touched, fast: it looks at their dictionaries, all at once."""
 
+    TABLES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+    OPTIONS = ("training", "forward")
+    OPTIONS_OF_TYPE: ClassVar = {BitLinear: ("layout", "activation_bits", "group_size"), RMSNorm: ("eps",)}
+
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
-        self._dicts = [module.__dict__ for module in modules]
-        self._linears = [module.__dict__ for module in modules if type(module) is BitLinear]
-        self._norms = [module.__dict__ for module in modules if type(module) is RMSNorm]
-        self._hooks = [d[name] for d in self._dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
-        tables = [d[name] for d in self._dicts for name in ("_modules", "_parameters", "_buffers")]
-        self._empty = [table for table in tables if not table]
-        self._tables = [table for table in tables if table]
-        self._state = list(self._look())
-        self._was_observed = self._observed
+        self._tables = [vars(module)[name] for module in modules for name in self.TABLES]
+        self._counts = array("I", map(len, self._tables)).tobytes()
+        self._values = [value for table in self._tables for value in table.values()]
+        self._options = [self._items(modules, self.OPTIONS)]
+        for type_, names in self.OPTIONS_OF_TYPE.items():
+            self._options.append(self._items([m for m in modules if type(m) is type_], names))
 
-    @property
-    def _observed(self) -> bool:
-        """`is_observed` of any module."""
-        return any(self._hooks) or any("forward" in d for d in self._dicts)
+    @staticmethod
+    def _items(
+        modules: list[nn.Module], names: tuple[str, ...]
+    ) -> tuple[list[dict[str, Any]], tuple[str, ...], list[Any]]:
+        return [vars(m) for m in modules], names, [vars(m).get(name) for m in modules for name in names]
 
     def is_current(self) -> bool:
         """Whether nothing has changed since the beginning."""
-        if any(self._empty) or self._observed != self._was_observed:
-            return False
-        state = list(self._look())
-        return len(state) == len(self._state) and all(map(is_, state, self._state))
-
-    def _look(self) -> Iterator[Any]:
-        return chain(
-            chain.from_iterable(table.values() for table in self._tables),
-            map(itemgetter("training"), self._dicts),
-            map(itemgetter("eps"), self._norms),
-            chain.from_iterable(map(itemgetter("layout", "activation_bits", "group_size"), self._linears)),
+        return _C.same_values(self._tables, self._counts, self._values) and all(
+            _C.same_items(*items) for items in self._options
         )

@@ -24,6 +24,7 @@ from .generate import GenerationMixin
 from .kv_cache import CacheTensors, KVCache
 from .linear import BitLinear
 from .norm import RMSNorm
+from .opaque_decoder import has_fused_layers, number_decoder, opaque_decoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -109,6 +110,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: BitNetConfig, linear: LinearFactory) -> None:
         super().__init__()
+        self._number = number_decoder(self)
         self.config = config
         # Filled by BitNet, whose business initial values are.
         table = torch.empty(config.vocab_size, config.hidden_size)
@@ -136,6 +138,8 @@ class Decoder(nn.Module):
 
     def step(self, input_ids: Tensor, start: Tensor, cache: CacheTensors) -> Tensor:
         """The forward pass over a cache as a function of tensors; ``start`` as in `ops.cached_attention`."""
+        if self._is_opaque(input_ids):
+            return opaque_decoder(input_ids, self._number, start, cache)
         return self._run(input_ids, (cache.cos, cache.sin), start, cache)
 
     def _run(
@@ -146,7 +150,7 @@ class Decoder(nn.Module):
         cache: CacheTensors | None,
     ) -> Tensor:
         x = self.dropout(self.embed_tokens(input_ids).float())
-        fused = None if cache is None else self._fuse()
+        fused = None if cache is None else self.fused_layers()
         if cache is not None and start is not None and fused is not None and fused.apply_to(x):
             x = fused.run(x, cache, start)
         else:
@@ -155,13 +159,27 @@ class Decoder(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def _fuse(self) -> LayerArguments | None:
+    def fused_layers(self) -> LayerArguments | None:
         """All layers as one operator, collected anew when one of them has changed; None where it is none."""
         if torch.compiler.is_compiling():
             return layer_arguments(self.layers, FUSIBLE)
         if self._fused_layers is None or not self._fused_layers.is_current():
             self._fused_layers = FusedLayers(self.layers, FUSIBLE)
         return self._fused_layers.arguments
+
+    def _is_opaque(self, input_ids: Tensor) -> bool:
+        """Whether a program being compiled has the whole step as one operator.
+
+        An exported program has not: it runs where this decoder is not. Nor has one with gradients.
+        """
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return False
+        return input_ids.is_cpu and not torch.is_grad_enabled() and has_fused_layers(self._number)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another decoder, and so is what comes out of a pickle."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = number_decoder(self)
 
 
 FUSIBLE = (nn.ModuleList, DecoderLayer, Attention, FeedForward, RMSNorm, BitLinear, nn.Dropout)

@@ -1,9 +1,11 @@
 // The Python module bitnet_ops._C: importing it loads the library, which registers the operators
-// (ops.cpp); its two functions see and set the instruction set for bitnet_ops.isa.
+// (ops.cpp). Its functions see and set the instruction set for bitnet_ops.isa, and look at dictionaries for
+// bitnet_ops.fused_layers.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "dispatch.h"
+#include "same_objects.h"
 
 namespace {
 
@@ -39,6 +41,8 @@ PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "(name, supported) of every instruction set of this architecture, best first."},
     {"isa", isa, METH_NOARGS, "Name of the instruction set in use."},
     {"select_isa", select_isa, METH_O, "Uses the named instruction set; False if it is unknown or unsupported."},
+    {"same_values", bitnet_ops::same_values, METH_VARARGS, "Whether the values of dictionaries are these very objects."},
+    {"same_items", bitnet_ops::same_items, METH_VARARGS, "Whether keys of dictionaries have these very objects."},
     {nullptr, nullptr, 0, nullptr},
 };
 

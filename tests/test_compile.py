@@ -2,11 +2,15 @@
 
 Bits, because all that the compiler could sum in another order (norms, products, attention, head) is a call
 into an operator, and what it fuses (rotation, squared ReLU, residual sums) rounds element by element.
+Without gradients, as here if nothing else is said, a decoder over a cache is a single operator.
 """
 
+import copy
+import gc
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import cycle
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -87,11 +91,13 @@ def test_prefill_and_decode_give_the_bits_of_eager(padded: bool) -> None:
         assert all(map(torch.equal, ours, prefill_and_decode(model, ids, 4, mask)))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("layouts", [("tile16",), ("tile16_base3", "row", "column")], ids=str)
-def test_every_cache_and_layout(dtype: torch.dtype, layouts: tuple[str, ...]) -> None:
+def test_every_cache_and_layout(dtype: torch.dtype, layouts: tuple[str, ...], gradients: bool) -> None:
     """AOTAutograd decides here what is copied and what is changed in place; code is generated above."""
-    model = tiny_model(eos=None, layers=1)
+    torch.set_grad_enabled(gradients)
+    model = tiny_model(eos=None, layers=1).requires_grad_(False)
     projections = [module for module in model.modules() if isinstance(module, BitLinear)]
     for projection, layout in zip(projections, cycle(layouts)):
         projection.repack(layout)
@@ -101,17 +107,36 @@ def test_every_cache_and_layout(dtype: torch.dtype, layouts: tuple[str, ...]) ->
     assert all(map(torch.equal, ours, prefill_and_decode(model, ids, 3, dtype=dtype)))
 
 
-def test_layers_are_one_operator() -> None:
+def operators(model: BitNet) -> list[object]:
+    """What the graph of a prompt calls."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Forward:
         graphs.append(graph)
         return graph.forward
 
-    forward = torch.compile(MODEL.forward, fullgraph=True, backend=backend)
-    forward(random_ids(1, 5, seed=5), cache=KVCache(MODEL.config, 1, 64))
-    targets = [node.target for node in graphs[0].graph.nodes]
-    assert targets.count(torch.ops.bitnet_ops.decoder_layers.default) == 1
+    forward = torch.compile(model.forward, fullgraph=True, backend=backend)
+    forward(random_ids(1, 5, seed=5), cache=KVCache(model.config, 1, 64))
+    return [node.target for node in graphs[0].graph.nodes]
+
+
+def test_a_decoder_over_a_cache_is_one_operator() -> None:
+    called = operators(MODEL)
+    assert called.count(torch.ops.bitnet_ops.opaque_decoder.default) == 1
+    assert torch.ops.bitnet_ops.decoder_layers.default not in called
+
+
+def test_with_gradients_the_layers_are_one_operator() -> None:
+    model = tiny_model(eos=None).requires_grad_(False)
+    with torch.enable_grad():
+        called = operators(model)
+    assert called.count(torch.ops.bitnet_ops.decoder_layers.default) == 1
+    assert torch.ops.bitnet_ops.opaque_decoder.default not in called
+
+
+def test_layers_of_another_kind_are_compiled() -> None:
+    model = BitNet(MODEL.config, BitLinearQAT).eval()
+    assert torch.ops.bitnet_ops.opaque_decoder.default not in operators(model)
 
 
 def negate_up(model: BitNet) -> None:
@@ -128,16 +153,75 @@ def one_layer_less(model: BitNet) -> None:
     del model.model.layers[1]
 
 
-@pytest.mark.parametrize("change", [negate_up, another_layer_type, one_layer_less])
-def test_a_change_of_the_layers_is_seen(change: Callable[[BitNet], None]) -> None:
-    model = tiny_model(eos=None)
+def a_hook(model: BitNet) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+@pytest.mark.parametrize(
+    ("change", "gradients"),
+    # Of hooks, torch.compile by itself sees only those that were there when it compiled.
+    [*product((negate_up, another_layer_type, one_layer_less), (False, True)), (a_hook, False)],
+)
+def test_a_change_of_the_layers_is_seen(change: Callable[[BitNet], None], gradients: bool) -> None:
+    model = tiny_model(eos=None).requires_grad_(False)
     forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     ids = random_ids(1, 7, seed=7)
-    before = prefill_and_decode(forward, ids, 1)
-    change(model)
+    with torch.set_grad_enabled(gradients):
+        before = prefill_and_decode(forward, ids, 1)
+        change(model)
+        ours = prefill_and_decode(forward, ids, 1)
+        assert all(map(torch.equal, ours, prefill_and_decode(model, ids, 1)))
+    assert not torch.equal(ours[0], before[0])
+
+
+def test_no_layers_are_left() -> None:
+    model = tiny_model(eos=None)
+    forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    ids = random_ids(1, 7, seed=7)
+    prefill_and_decode(forward, ids, 1)
+    del model.model.layers[:]
     ours = prefill_and_decode(forward, ids, 1)
     assert all(map(torch.equal, ours, prefill_and_decode(model, ids, 1)))
-    assert not torch.equal(ours[0], before[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_models_compiled_from_one_piece_of_code_are_not_mixed_up(copied: Callable[[BitNet], BitNet]) -> None:
+    model = tiny_model(eos=None)
+    twin = copied(model)
+    negate_up(twin)
+    ids = random_ids(1, 7, seed=7)
+    for each in (model, twin, model):
+        forward = torch.compile(each.forward, fullgraph=True, backend="eager")
+        ours = prefill_and_decode(forward, ids, 1)
+        assert all(map(torch.equal, ours, prefill_and_decode(each, ids, 1)))
+
+
+def test_a_token_beyond_the_vocabulary() -> None:
+    forward = torch.compile(MODEL.forward, fullgraph=True)
+    with pytest.raises(IndexError, match="index out of range"):
+        forward(torch.tensor([[MODEL.config.vocab_size]]), cache=KVCache(MODEL.config, 1, 64))
+
+
+def test_a_model_that_is_no_longer_there() -> None:
+    model = tiny_model(eos=None)
+    number = model.model._number
+    cache = KVCache(model.config, 1, 64)
+    given = (
+        random_ids(1, 3, seed=3),
+        number,
+        cache.cos,
+        cache.sin,
+        torch.tensor([0]),
+        cache.keys,
+        cache.values,
+    )
+    torch.ops.bitnet_ops.opaque_decoder(*given)
+    del model
+    gc.collect()
+    with pytest.raises(
+        RuntimeError, match=f"expected the number of a model in this process, got {number}: the"
+    ):
+        torch.ops.bitnet_ops.opaque_decoder(*given)
 
 
 def train(steps: int, compiled: bool) -> list[float]:

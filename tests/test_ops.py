@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from text_models import tiny_model
 from torch import Tensor
 from torch.library import opcheck
 
-from bitnet_ops import ops, reference, use_isa
+from bitnet_ops import KVCache, ops, reference, use_isa
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Below, at and above a register (8, 16), a tile (16), a block of activations (64), and longer.
@@ -339,6 +340,17 @@ def decoder_arguments() -> tuple[object, ...]:
     )
 
 
+DECODER = tiny_model()
+
+
+def opaque_decoder_arguments() -> tuple[object, ...]:
+    cache = KVCache(DECODER.config, 2, 64)
+    cache.keys.zero_()
+    cache.values.zero_()
+    ids, start = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([0, 5])
+    return ids, DECODER.model._number, cache.cos, cache.sin, start, cache.keys, cache.values, None, None
+
+
 def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
     namespace = torch.ops.bitnet_ops
     w = random_ternary(33, 50)
@@ -424,6 +436,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
             for dtype in (torch.float32, torch.bfloat16, torch.int8)
         },
         "decoder_layers": (namespace.decoder_layers.default, decoder_arguments()),
+        "opaque_decoder": (namespace.opaque_decoder.default, opaque_decoder_arguments()),
         "lm_head in bfloat16": (
             namespace.lm_head.default,
             (grad(x.bfloat16()), grad(torch.randn(70, 50).bfloat16())),

@@ -1,0 +1,53 @@
+"""What sees a change of a model: dictionaries compared by identity, and no crash from wrong arguments."""
+
+from array import array
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+
+from bitnet_ops import _C
+
+
+def same_values(dicts: list[Any], counts: list[int], values: list[Any]) -> bool:
+    return _C.same_values(dicts, array("I", counts).tobytes(), values)
+
+
+def test_values() -> None:
+    a, b = [1], [1]
+    dicts: list[dict[str, Any]] = [{"x": a, "y": b}, {}, OrderedDict(z=a)]
+    assert same_values(dicts, [2, 0, 1], [a, b, a])
+    assert not same_values(dicts, [2, 0, 1], [b, b, a])  # equal, another object
+    assert not same_values(dicts, [1, 1, 1], [a, b, a])  # the same values, another dictionary
+    dicts[1]["w"] = a
+    assert not same_values(dicts, [2, 0, 1], [a, b, a])
+    del dicts[1]["w"], dicts[0]["x"]
+    assert not same_values(dicts, [2, 0, 1], [a, b, a])
+    assert same_values([], [], [])
+
+
+def test_items() -> None:
+    a, b = [1], [1]
+    dicts: list[dict[str, Any]] = [{"x": a, "y": b}, {"x": b}]
+    assert _C.same_items(dicts, ("x", "y"), [a, b, b, None])
+    assert not _C.same_items(dicts, ("x", "y"), [b, b, b, None])
+    dicts[1]["y"] = a
+    assert not _C.same_items(dicts, ("x", "y"), [a, b, b, None])
+    assert _C.same_items([], ("x",), [])
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="counts: expected 4 bytes for each of 1 dictionaries, got 0"):
+        same_values([{}], [], [])
+    with pytest.raises(ValueError, match="values: expected as many as counts add up to, got 0"):
+        same_values([{"x": 1}], [1], [])
+    with pytest.raises(TypeError, match="dicts: expected dictionaries, got <class 'list'> at 0"):
+        same_values([[]], [0], [])
+    with pytest.raises(TypeError, match="dicts: expected dictionaries, got <class 'int'> at 1"):
+        _C.same_items([{}, 1], ("x",), [None, None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="values: expected 2 for each of 1 dictionaries, got 1"):
+        _C.same_items([{}], ("x", "y"), [None])
+    with pytest.raises(TypeError, match="unhashable"):
+        _C.same_items([{}], ([],), [None])
+    with pytest.raises(TypeError):
+        _C.same_values((), b"", [])  # type: ignore[arg-type]
