@@ -27,6 +27,12 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def rested_seconds(run: Callable[[], Any]) -> float:
+    """Time of one run after the pause that `measure` makes before its own, to compare small differences."""
+    time.sleep(REST_SECONDS)
+    return seconds(run)
+
+
 def measure(
     benchmark, run: Callable[[], Any], others: Mapping[str, Callable[[], float | None]], rounds: int
 ) -> Rounds:
