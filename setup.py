@@ -17,10 +17,13 @@ STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch tha
 SOURCES = [
     "csrc/ops.cpp",
     "csrc/attention_ops.cpp",
+    "csrc/attention_run.cpp",
+    "csrc/decoder_layers.cpp",
     "csrc/decoder_ops.cpp",
     "csrc/gumbel_noise.cpp",
     "csrc/lm_head_ops.cpp",
     "csrc/fused_ops.cpp",
+    "csrc/fused_run.cpp",
     "csrc/packing_ops.cpp",
     "csrc/ternary_ops.cpp",
     "csrc/ternary_run.cpp",

@@ -2,8 +2,8 @@
 
 What a decoded token costs beside reading weights is Python: five calls a layer, with the caches of the
 processor full of weights, are several milliseconds. So the arguments of `ops.decoder_layers` are collected
-once and used as long as the modules they come from are untouched. Under torch.compile they are collected
-while the program is traced, and it is the compiler's guards that see a change.
+once, handed over to C++ and used as long as the modules they come from are untouched. In a program that
+torch.compile makes or torch.export they are collected while it is traced, and remain its inputs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from . import _C, ops
 from .fused import is_fusible, is_fusible_norm, is_observed
 from .linear import BitLinear
 from .norm import RMSNorm
+from .ops._prepared import PreparedLayers
 
 if TYPE_CHECKING:
     from .kv_cache import CacheTensors
@@ -49,10 +50,7 @@ class LayerArguments(NamedTuple):
 
     def run(self, x: Tensor, cache: CacheTensors, start: Tensor) -> Tensor:
         """Runs the layers on x, float32 [B, T, hidden_size]; ``start`` as in `ops.cached_attention`."""
-        return ops.decoder_layers(
-            x, *self, cache.cos, cache.sin, start,
-            cache.keys, cache.values, cache.key_scales, cache.value_scales,
-        )  # fmt: skip
+        return ops.decoder_layers(x, *self, *cache.arguments(start))
 
 
 def layer_arguments(layers: nn.ModuleList, known: tuple[type[nn.Module], ...]) -> LayerArguments | None:
@@ -87,14 +85,26 @@ class FusedLayers:
 
     Example:
         >>> fused = FusedLayers(decoder.layers, FUSIBLE)
-        >>> if fused.is_current() and fused.arguments is not None and fused.arguments.apply_to(x):
-        ...     x = fused.arguments.run(x, cache, start)  # what the layers would give, bit for bit
+        >>> if fused.is_current() and fused.apply_to(x):
+        ...     x = fused.run(x, cache, start)  # what the layers would give, bit for bit
     """
 
     def __init__(self, layers: nn.ModuleList, known: tuple[type[nn.Module], ...]) -> None:
         """Collects them."""
         self._watch = _Watch(layers)
         self.arguments = layer_arguments(layers, known)
+        self._prepared: PreparedLayers | None = None
+
+    def apply_to(self, x: Tensor) -> bool:
+        """Whether the layers are one operator, which gives what they would."""
+        return self.arguments is not None and self.arguments.apply_to(x)
+
+    def run(self, x: Tensor, cache: CacheTensors, start: Tensor) -> Tensor:
+        """`LayerArguments.run`, by layers that are prepared for it the first time."""
+        if self._prepared is None:
+            assert self.arguments is not None, "apply_to said no"
+            self._prepared = PreparedLayers(*self.arguments)
+        return self._prepared(x, *cache.arguments(start))
 
     def is_current(self) -> bool:
         """Whether the layers still are what they were: modules, tensors, options, hooks."""

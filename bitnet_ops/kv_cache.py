@@ -45,6 +45,18 @@ class CacheTensors:
             q, k, v, self.cos, self.sin, start, *(tensor[layer] for tensor in self._stored())
         )
 
+    def arguments(
+        self, start: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The arguments of `ops.decoder_layers` that do not come from the layers.
+
+        Args:
+            start: as for `ops.cached_attention`.
+        """
+        return (
+            self.cos, self.sin, start, self.keys, self.values, self.key_scales, self.value_scales,
+        )  # fmt: skip
+
     def _stored(self) -> list[Tensor]:
         tensors = (self.keys, self.values, self.key_scales, self.value_scales)
         return [tensor for tensor in tensors if tensor is not None]

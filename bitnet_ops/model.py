@@ -159,13 +159,13 @@ class Decoder(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def fused_layers(self) -> LayerArguments | None:
+    def fused_layers(self) -> LayerArguments | FusedLayers | None:
         """All layers as one operator, collected anew when one of them has changed; None where it is none."""
         if torch.compiler.is_compiling():
             return layer_arguments(self.layers, FUSIBLE)
         if self._fused_layers is None or not self._fused_layers.is_current():
             self._fused_layers = FusedLayers(self.layers, FUSIBLE)
-        return self._fused_layers.arguments
+        return None if self._fused_layers.arguments is None else self._fused_layers
 
     def _is_opaque(self, input_ids: Tensor) -> bool:
         """Whether a program being compiled has the whole step as one operator.

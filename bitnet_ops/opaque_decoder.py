@@ -50,10 +50,7 @@ def has_fused_layers(number: int) -> bool:
 
 def opaque_decoder(input_ids: Tensor, number: int, start: Tensor, cache: CacheTensors) -> Tensor:
     """`Decoder.step` of the decoder with this number. Has no gradients."""
-    hidden: Tensor = OPS.opaque_decoder.default(
-        input_ids, number, cache.cos, cache.sin, start,
-        cache.keys, cache.values, cache.key_scales, cache.value_scales,
-    )  # fmt: skip
+    hidden: Tensor = OPS.opaque_decoder.default(input_ids, number, *cache.arguments(start))
     return hidden
 
 

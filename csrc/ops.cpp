@@ -137,6 +137,13 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
       "decoder_layers(Tensor x, Tensor[] norm_weight, float eps, Tensor[] packed, Tensor[] weight_scale, "
       "str[] layouts, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
+  m.def(
+      "prepare_decoder_layers(Tensor[] norm_weight, float eps, Tensor[] packed, Tensor[] weight_scale, "
+      "str[] layouts) -> int");
+  m.def(
+      "run_decoder_layers(Tensor x, int prepared, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
+  m.def("release_decoder_layers(int prepared) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
@@ -157,4 +164,10 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("attention", TORCH_BOX(&bitnet_ops::attention));
   m.impl("cached_attention", TORCH_BOX(&bitnet_ops::cached_attention));
   m.impl("decoder_layers", TORCH_BOX(&bitnet_ops::decoder_layers));
+  m.impl("prepare_decoder_layers", TORCH_BOX(&bitnet_ops::prepare_decoder_layers));
+  m.impl("run_decoder_layers", TORCH_BOX(&bitnet_ops::run_decoder_layers));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CompositeExplicitAutograd, m) {
+  m.impl("release_decoder_layers", TORCH_BOX(&bitnet_ops::release_decoder_layers));
 }

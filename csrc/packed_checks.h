@@ -6,6 +6,7 @@
 
 #include "kernel_table.h"
 #include "tensors.h"
+#include "ternary_run.h"
 
 namespace bitnet_ops {
 
@@ -43,6 +44,33 @@ inline void check_packed(const char* op, const char* argument, const Tensor& pac
          "a CPU tensor uint8 " + shape_text(sizes) + " (" + layout_name + " of out_features=" +
              std::to_string(size.out_features) + ", in_features=" + std::to_string(size.in_features) + ")",
          describe(packed));
+}
+
+// A matrix and its scales, checked; the tensors keep what the view looks at.
+struct CheckedMatrix {
+  Tensor packed;
+  Tensor weight_scale;
+  Layout layout;
+  MatrixSize size;
+
+  CheckedMatrix(const char* op, const char* packed_name, const char* scale_name, const Tensor& packed_any,
+                const Tensor& weight_scale_any, const std::string& layout_name, MatrixSize size)
+      : packed(as_contiguous(packed_any)),
+        weight_scale(as_contiguous(weight_scale_any)),
+        layout(check_layout(op, layout_name)),
+        size(size) {
+    check_in_features(op, "x", size.in_features, most_in_features(layout));
+    check_packed(op, packed_name, packed, layout, layout_name, size);
+    check(op, scale_name, weight_scale, codes().float32, {size.out_features});
+  }
+
+  TernaryMatrix view() const { return matrix_of(packed, &weight_scale, layout, size); }
+};
+
+// A scale has one element a row of the matrix, which is how many rows there are.
+inline int64_t rows_of_matrix(const char* op, const char* argument, const Tensor& weight_scale) {
+  if (weight_scale.dim() != 1) refuse(op, argument, "a tensor float32 [out_features]", describe(weight_scale));
+  return weight_scale.size(0);
 }
 
 }  // namespace bitnet_ops

@@ -39,7 +39,7 @@ Tensor ternary_matmul(const Tensor& q_any, const Tensor& packed_any, int64_t out
       rows.q_sum[row] = sum;
     }
   });
-  Product product = product_of(rows, packed, layout, size, tokens);
+  Product product = product_of(rows, matrix_of(packed, nullptr, layout, size), tokens);
   product.out_dtype = DType::kInt32;
   product.out = mutable_data<int32_t>(out);
   run_product(product, kernels());
@@ -101,13 +101,12 @@ Tensor ternary_linear(const Tensor& x_any, const Tensor& packed_any, const Tenso
   const int64_t planes = activation_bits == 16 ? 2 : 1;
   const Activations activations{data<void>(x), dtype, tokens, in_features, nullptr, 0.0f};
   const QuantizedRows rows = quantize_rows(activations, planes, group_size, table);
-  Product product = product_of(rows, packed, layout, size, tokens);
+  Product product = product_of(rows, matrix_of(packed, &weight_scale, layout, size), tokens);
   product.planes = planes;
   product.groups = groups;
   product.group_blocks = group_size / kBlockInputs;
   product.out_dtype = dtype;
   product.out = mutable_data<void>(out);
-  product.weight_scale = data<float>(weight_scale);
   product.bias = bias.has_value() ? data<float>(*bias) : nullptr;
   const bool* wanted = active.has_value() ? data<bool>(*active) : nullptr;
   run_product(product, table, wanted);

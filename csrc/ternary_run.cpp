@@ -181,12 +181,18 @@ QuantizedRows quantize_rows(const Activations& a, int64_t planes, int64_t group_
   return rows;
 }
 
-Product product_of(const QuantizedRows& rows, const Tensor& packed, Layout layout, MatrixSize size, int64_t tokens) {
+TernaryMatrix matrix_of(const Tensor& packed, const Tensor* weight_scale, Layout layout, MatrixSize size) {
+  return {data<uint8_t>(packed), packed.size(1), weight_scale == nullptr ? nullptr : data<float>(*weight_scale), layout,
+          size};
+}
+
+Product product_of(const QuantizedRows& rows, const TernaryMatrix& matrix, int64_t tokens) {
   Product product{};
-  product.size = size;
-  product.layout = layout;
-  product.packed = data<uint8_t>(packed);
-  product.blocks = packed.size(1);
+  product.size = matrix.size;
+  product.layout = matrix.layout;
+  product.packed = matrix.packed;
+  product.blocks = matrix.blocks;
+  product.weight_scale = matrix.weight_scale;
   product.q = rows.q;
   product.q_stride = rows.q_stride;
   product.q_sum = rows.q_sum;
@@ -194,7 +200,7 @@ Product product_of(const QuantizedRows& rows, const Tensor& packed, Layout layou
   product.tokens = tokens;
   product.planes = 1;
   product.groups = 1;
-  product.out_features = size.out_features;
+  product.out_features = matrix.size.out_features;
   return product;
 }
 

@@ -35,14 +35,26 @@ struct Activations {
 QuantizedRows quantize_rows(const Activations& activations, int64_t planes, int64_t group_size,
                             const KernelTable& table);
 
+// A matrix on its own: checked, and of memory that outlives its products.
+struct TernaryMatrix {
+  const uint8_t* packed;
+  int64_t blocks;             // as in TernaryProduct
+  const float* weight_scale;  // [out_features], or null for a product without scales
+  Layout layout;
+  MatrixSize size;
+};
+
+// `weight_scale` may be null.
+TernaryMatrix matrix_of(const Tensor& packed, const Tensor* weight_scale, Layout layout, MatrixSize size);
+
 struct Product : TernaryProduct {
   MatrixSize size;
   Layout layout;
   int64_t rows() const { return tokens * planes; }
 };
 
-// Everything but the results and their scales, for one plane and one group.
-Product product_of(const QuantizedRows& rows, const Tensor& packed, Layout layout, MatrixSize size, int64_t tokens);
+// Everything but the results, for one plane and one group.
+Product product_of(const QuantizedRows& rows, const TernaryMatrix& matrix, int64_t tokens);
 
 // `active` [tokens][out_features], for layout row: results that nobody wants are undefined afterwards. Null: all.
 void run_product(Product& product, const KernelTable& table, const bool* active = nullptr);

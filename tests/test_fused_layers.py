@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tiny_checkpoints import Sizes, tiny_folder
 from torch import Tensor, nn
 
 from bitnet_ops import BitNet, KVCache, from_pretrained, ops
-from bitnet_ops.fused_layers import LayerArguments, layer_arguments
+from bitnet_ops.fused_layers import FusedLayers, LayerArguments, layer_arguments
 from bitnet_ops.linear import BitLinear
 from bitnet_ops.model import FUSIBLE
 
@@ -29,15 +31,15 @@ def model(tmp_path: Path) -> BitNet:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every call of the operator."""
+    """One entry for every call of all layers at once."""
     seen: list[int] = []
-    operator = ops.decoder_layers
+    run = FusedLayers.run
 
-    def counted(x: Tensor, *rest: object) -> Tensor:
+    def counted(self: FusedLayers, x: Tensor, *rest: Any) -> Tensor:
         seen.append(x.shape[1])
-        return operator(x, *rest)
+        return run(self, x, *rest)
 
-    monkeypatch.setattr(ops, "decoder_layers", counted)
+    monkeypatch.setattr(FusedLayers, "run", counted)
     return seen
 
 
@@ -84,6 +86,12 @@ def in_place(model: BitNet) -> None:
     model.model.layers[0].self_attn.o_proj.weight_scale.mul_(2)
 
 
+def other_memory(model: BitNet) -> None:
+    """Behind the back of the module: the tensor is the same object."""
+    scale = model.model.layers[0].self_attn.o_proj.weight_scale
+    scale.data = 2 * scale
+
+
 def another_module(model: BitNet) -> None:
     attention = model.model.layers[1].self_attn
     attention.o_proj = BitLinear.from_ternary(attention.o_proj.unpack().neg(), 0.5)
@@ -128,8 +136,8 @@ def a_hook(model: BitNet) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        another_weight, another_layout, in_place, another_module, sixteen_bits, a_bias, another_eps,
-        one_layer_less, a_layer_norm, a_wrapped_projection, another_forward, a_hook,
+        another_weight, another_layout, in_place, other_memory, another_module, sixteen_bits, a_bias,
+        another_eps, one_layer_less, a_layer_norm, a_wrapped_projection, another_forward, a_hook,
     ],
 )  # fmt: skip
 def test_a_change_is_seen(model: BitNet, change: Callable[[BitNet], None]) -> None:
@@ -175,6 +183,36 @@ def test_gradients_go_through_the_layers(model: BitNet, calls: list[int]) -> Non
     assert len(calls) == 3
 
 
+def test_weights_that_are_not_contiguous(model: BitNet) -> None:
+    """They are copied, and what is written to them is seen all the same."""
+    scale = model.model.layers[0].self_attn.o_proj.weight_scale
+    model.model.layers[0].self_attn.o_proj.weight_scale = torch.stack([scale, scale], 1)[:, 0]
+    before = states(model)
+    assert torch.equal(before[0], one_by_one(model)[0])
+    in_place(model)
+    given = states(model)
+    assert torch.equal(given[0], one_by_one(model)[0])
+    assert not torch.equal(given[0], before[0])
+
+
+def test_weights_are_kept_no_longer_than_the_model(model: BitNet) -> None:
+    states(model)
+    fused = model.model._fused_layers
+    assert fused is not None
+    assert fused._prepared is not None
+    number = fused._prepared._number
+    weight = weakref.ref(model.model.layers[0].mlp.up_proj.packed_weight)
+    given = [torch.randn(1, 2, 64), number, *KVCache(model.config, 1, 64).arguments(torch.tensor([0]))]
+    torch.ops.bitnet_ops.run_decoder_layers(*given)
+    another_weight(model)
+    model.model.layers[0].mlp.up_proj = None
+    del fused
+    model.model._fused_layers = None
+    assert weight() is None
+    with pytest.raises(RuntimeError, match=f"argument 'prepared': expected a number .*, got {number}"):
+        torch.ops.bitnet_ops.run_decoder_layers(*given)
+
+
 def arguments(model: BitNet) -> list[object]:
     cache = KVCache(model.config, 1, 64)
     collected = layer_arguments(model.model.layers, FUSIBLE)
@@ -212,6 +250,6 @@ def test_wrong_arguments(model: BitNet) -> None:
         ops.decoder_layers(given[0].double(), *given[1:])  # type: ignore
     given[4] = [scale.unsqueeze(0) for scale in given[4]]  # type: ignore
     with pytest.raises(
-        RuntimeError, match="decoder_layers: argument 'weight_scale': expected tensors float32"
+        RuntimeError, match="decoder_layers: argument 'weight_scale': expected a tensor float32"
     ):
         ops.decoder_layers(*given)  # type: ignore[arg-type]
