@@ -50,7 +50,10 @@ class LayerArguments(NamedTuple):
 
     def run(self, x: Tensor, cache: CacheTensors, start: Tensor) -> Tensor:
         """Runs the layers on x, float32 [B, T, hidden_size]; ``start`` as in `ops.cached_attention`."""
-        return ops.decoder_layers(x, *self, *cache.arguments(start))
+        return ops.decoder_layers(
+            x, self.norm_weight, self.eps, self.packed, self.weight_scale, self.layouts,
+            *cache.arguments(start),
+        )  # fmt: skip
 
 
 def layer_arguments(layers: nn.ModuleList, known: tuple[type[nn.Module], ...]) -> LayerArguments | None:
