@@ -1,5 +1,7 @@
 #include "decoder_layers.h"
 
+#include <algorithm>
+
 #include "attention_ops.h"
 #include "attention_run.h"
 #include "fused_run.h"

@@ -1,5 +1,8 @@
 #include "fused_run.h"
 
+#include <type_traits>
+#include <vector>
+
 #include "dispatch.h"
 #include "float_convert.h"
 #include "scratch.h"
