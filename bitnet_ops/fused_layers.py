@@ -104,8 +104,10 @@ class FusedLayers:
 
     def run(self, x: Tensor, cache: CacheTensors, start: Tensor) -> Tensor:
         """`LayerArguments.run`, by layers that are prepared for it the first time."""
+        assert self.arguments is not None, "apply_to said no"
+        if type(x) is not Tensor:  # such as a FakeTensor, of weights without data
+            return self.arguments.run(x, cache, start)
         if self._prepared is None:
-            assert self.arguments is not None, "apply_to said no"
             self._prepared = PreparedLayers(*self.arguments)
         return self._prepared(x, *cache.arguments(start))
 

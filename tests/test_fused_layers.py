@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_checkpoints import Sizes, tiny_folder
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bitnet_ops import BitNet, KVCache, from_pretrained, ops
 from bitnet_ops.fused_layers import FusedLayers, LayerArguments, layer_arguments
@@ -211,6 +212,16 @@ def test_weights_are_kept_no_longer_than_the_model(model: BitNet) -> None:
     assert weight() is None
     with pytest.raises(RuntimeError, match=f"argument 'prepared': expected a number .*, got {number}"):
         torch.ops.bitnet_ops.run_decoder_layers(*given)
+
+
+def test_shapes_without_data(model: BitNet) -> None:
+    """As memory is estimated: nothing of it is left behind."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.zeros(2, 6, dtype=torch.int64)
+        given = model.hidden_states(ids, None, KVCache(model.config, 2, 16))
+    assert isinstance(given, FakeTensor)
+    assert given.shape == (2, 6, 64)
+    assert torch.equal(states(model)[0], one_by_one(model)[0])
 
 
 def arguments(model: BitNet) -> list[object]:
