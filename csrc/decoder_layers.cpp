@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "attention_ops.h"
 #include "attention_run.h"
 #include "fused_run.h"
 #include "scratch.h"
@@ -30,13 +29,6 @@ Tensor first_of(const Tensor& all) { return select(all, 0, 0); }
 std::optional<Tensor> first_of(const std::optional<Tensor>& all) {
   return all.has_value() ? std::optional<Tensor>(first_of(*all)) : std::nullopt;
 }
-
-// From a layer's part of a cache to the next one's.
-int64_t bytes_between(const Tensor& all, int64_t element) { return all.stride(0) * element; }
-
-void* later(void* memory, int64_t bytes) { return static_cast<char*>(memory) + bytes; }
-
-float* later(float* memory, int64_t floats) { return memory == nullptr ? nullptr : memory + floats; }
 
 // The same memory as another tensor.
 Tensor alias_of(const Tensor& tensor) {
@@ -135,71 +127,82 @@ Tensor DecoderLayers::run(const Tensor& x_any, const Tensor& cos_any, const Tens
   const Tensor sin = as_contiguous(sin_any);
   const Tensor start = as_contiguous(start_any);
 
-  // Sizes and strides are those of the first layer's part, so what holds for it holds for all.
-  AttentionSizes sizes{batch, tokens, 1, 1, head_dim};
-  std::optional<CachePart> cache;
-  for (const Layer& layer : layers_) {
-    const int64_t q = layer.matrices[kQ].size.out_features, kv = layer.matrices[kK].size.out_features;
-    if (q == 0 || kv == 0 || kv % head_dim != 0 || q % kv != 0) {
-      refuse(kOp, "weight_scale",
-             "q_proj and k_proj of whole heads of " + std::to_string(head_dim) +
-                 " (twice the last size of cos), those of k_proj a divisor of those of q_proj",
-             std::to_string(q) + " and " + std::to_string(kv) + " features");
-    }
-    sizes.heads = q / head_dim;
-    if (cache.has_value() && kv == sizes.kv_heads * head_dim) continue;
-    sizes.kv_heads = kv / head_dim;
-    cache = check_cache(kOp, sizes, first_of(keys), first_of(values), first_of(key_scale), first_of(value_scale));
-  }
-  check_positions(kOp, data<int64_t>(start), sizes, cos.size(0), cache->capacity);
+  const CachePart first = check_heads_and_cache({batch, tokens, 1, 1, head_dim}, keys, values, key_scale, value_scale);
+  check_positions(kOp, data<int64_t>(start), {batch, tokens, 1, 1, head_dim}, cos.size(0), first.capacity);
   const Tensor out = empty(shape_of(x), codes().float32);
   const int64_t rows = batch * tokens;
   if (rows == 0 || hidden_size_ == 0) return out;
 
-  const int64_t element = cache->type == CacheType::kFloat32 ? 4 : cache->type == CacheType::kBFloat16 ? 2 : 1;
-  const int64_t key_bytes = bytes_between(keys, element), value_bytes = bytes_between(values, element);
-  const int64_t key_scales = key_scale.has_value() ? key_scale->stride(0) : 0;
-  const int64_t value_scales = value_scale.has_value() ? value_scale->stride(0) : 0;
-
-  // The residual stream goes back and forth between `out` and `middle`. Attention and feed-forward share the rest.
-  static thread_local Scratch scratch;
-  const int64_t shared = std::max(largest_attention_, largest_feed_forward_);
-  float* middle = static_cast<float*>(
-      scratch.reserve(static_cast<size_t>(rows * (hidden_size_ + shared)) * sizeof(float)));
-  float* work = middle + rows * hidden_size_;
-  const float* stream = data<float>(x);
-  float* end = mutable_data<float>(out);
-  const auto normed = [&](const float* input, int64_t features, const float* norm) {
-    return Activations{input, DType::kFloat32, rows, features, norm, eps_};
+  const int64_t element = first.type == CacheType::kFloat32 ? 4 : first.type == CacheType::kBFloat16 ? 2 : 1;
+  const auto part = [&](int64_t layer) -> CachePart {
+    return {first.type,
+            first.capacity,
+            static_cast<char*>(first.keys) + layer * keys.stride(0) * element,
+            static_cast<char*>(first.values) + layer * values.stride(0) * element,
+            first.key_scale == nullptr ? nullptr : first.key_scale + layer * key_scale->stride(0),
+            first.value_scale == nullptr ? nullptr : first.value_scale + layer * value_scale->stride(0)};
   };
+  // The residual stream goes back and forth between `out` and `middle`.
+  static thread_local Scratch scratch;
+  const int64_t largest = std::max(largest_attention_, largest_feed_forward_);
+  float* middle = static_cast<float*>(
+      scratch.reserve(static_cast<size_t>(rows * (hidden_size_ + largest)) * sizeof(float)));
+  const float* stream = data<float>(x);
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
-    const int64_t q_size = layer.matrices[kQ].size.out_features, kv_size = layer.matrices[kK].size.out_features;
-    float* q = work;
-    float* k = q + rows * q_size;
-    float* v = k + rows * kv_size;
-    float* attended = v + rows * kv_size;
-    void* const qkv[] = {q, k, v};
-    run_linears(normed(stream, hidden_size_, layer.norms[kInput]), layer.matrices + kQ, qkv, 3);
-    const int64_t n = static_cast<int64_t>(i);
-    sizes.heads = q_size / head_dim;
-    Attention attention = call_of(sizes, data<float>(cos), data<float>(sin), data<int64_t>(start),
-                                  {cache->type, cache->capacity, later(cache->keys, n * key_bytes),
-                                   later(cache->values, n * value_bytes), later(cache->key_scale, n * key_scales),
-                                   later(cache->value_scale, n * value_scales)});
-    attention.q = {q, tokens * q_size, q_size};
-    attention.k = {k, tokens * kv_size, kv_size};
-    attention.v = {v, tokens * kv_size, kv_size};
-    attention.out = attended;
-    run_attention(attention);
-    run_linear_add(normed(attended, q_size, layer.norms[kAttnSub]), layer.matrices[kO], stream, middle);
-    const int64_t inner = layer.matrices[kGate].size.out_features;
-    run_squared_relu_glu(normed(middle, hidden_size_, layer.norms[kPostAttention]), layer.matrices[kGate],
-                         layer.matrices[kUp], work);
-    run_linear_add(normed(work, inner, layer.norms[kFfnSub]), layer.matrices[kDown], middle, end);
-    stream = end;
+    const AttentionSizes sizes{batch, tokens, layer.features(kQ) / head_dim, layer.features(kK) / head_dim, head_dim};
+    const Attention attention = call_of(sizes, data<float>(cos), data<float>(sin), data<int64_t>(start),
+                                        part(static_cast<int64_t>(i)));
+    run_layer(layer, attention, {stream, middle, mutable_data<float>(out), middle + rows * hidden_size_});
+    stream = data<float>(out);
   }
   return out;
+}
+
+CachePart DecoderLayers::check_heads_and_cache(AttentionSizes sizes, const Tensor& keys, const Tensor& values,
+                                               const std::optional<Tensor>& key_scale,
+                                               const std::optional<Tensor>& value_scale) const {
+  std::optional<CachePart> part;
+  for (const Layer& layer : layers_) {
+    const int64_t q = layer.features(kQ), kv = layer.features(kK);
+    if (q == 0 || kv == 0 || kv % sizes.head_dim != 0 || q % kv != 0) {
+      refuse(kOp, "weight_scale",
+             "q_proj and k_proj of whole heads of " + std::to_string(sizes.head_dim) +
+                 " (twice the last size of cos), those of k_proj a divisor of those of q_proj",
+             std::to_string(q) + " and " + std::to_string(kv) + " features");
+    }
+    // Sizes and strides are the same for every layer's part, so what holds for the first holds for all.
+    if (part.has_value() && kv == sizes.kv_heads * sizes.head_dim) continue;
+    sizes.kv_heads = kv / sizes.head_dim;
+    part = check_cache(kOp, sizes, first_of(keys), first_of(values), first_of(key_scale), first_of(value_scale));
+  }
+  return *part;
+}
+
+void DecoderLayers::run_layer(const Layer& layer, Attention attention, const Stream& stream) const {
+  const int64_t rows = attention.batch * attention.tokens;
+  const auto normed = [&](const float* x, int64_t features, const float* norm) {
+    return Activations{x, DType::kFloat32, rows, features, norm, eps_};
+  };
+  const int64_t q_size = layer.features(kQ), kv_size = layer.features(kK);
+  float* q = stream.work;
+  float* k = q + rows * q_size;
+  float* v = k + rows * kv_size;
+  float* attended = v + rows * kv_size;
+  void* const qkv[] = {q, k, v};
+  run_linears(normed(stream.in, hidden_size_, layer.norms[kInput]), layer.matrices + kQ, qkv, 3);
+  attention.q = {q, attention.tokens * q_size, q_size};
+  attention.k = {k, attention.tokens * kv_size, kv_size};
+  attention.v = {v, attention.tokens * kv_size, kv_size};
+  attention.out = attended;
+  run_attention(attention);
+  run_linear_add(normed(attended, q_size, layer.norms[kAttnSub]), layer.matrices[kO], stream.in, stream.middle);
+
+  float* gated = stream.work;
+  run_squared_relu_glu(normed(stream.middle, hidden_size_, layer.norms[kPostAttention]), layer.matrices[kGate],
+                       layer.matrices[kUp], gated);
+  run_linear_add(normed(gated, layer.features(kGate), layer.norms[kFfnSub]), layer.matrices[kDown], stream.middle,
+                 stream.out);
 }
 
 }  // namespace bitnet_ops

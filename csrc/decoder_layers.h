@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_ops.h"
 #include "packed_checks.h"
 #include "tensors.h"
 
@@ -43,12 +44,28 @@ class DecoderLayers {
   struct Layer {
     const float* norms[kNorms];
     TernaryMatrix matrices[kProjections];
+
+    int64_t features(Projection projection) const { return matrices[projection].size.out_features; }
+  };
+
+  // Where a layer finds and leaves the residual stream, [rows][hidden_size], and memory for what is between.
+  struct Stream {
+    const float* in;
+    float* middle;  // between attention and feed-forward
+    float* out;     // may be `in`
+    float* work;    // largest_attention_ or largest_feed_forward_ floats a row
   };
 
   const float* keep_norm(const Tensor& weight, int64_t features);
   TernaryMatrix keep_matrix(const Tensor& packed, const Tensor& weight_scale, const std::string& layout,
                             MatrixSize size);
   void keep(const Tensor& given, const Tensor& used);
+
+  // Returns the first layer's part of the cache.
+  CachePart check_heads_and_cache(AttentionSizes sizes, const Tensor& keys, const Tensor& values,
+                                  const std::optional<Tensor>& key_scale,
+                                  const std::optional<Tensor>& value_scale) const;
+  void run_layer(const Layer& layer, Attention attention, const Stream& stream) const;
 
   struct Memory {
     Tensor given;
@@ -61,7 +78,7 @@ class DecoderLayers {
   std::vector<Layer> layers_;
   float eps_;
   int64_t hidden_size_;
-  int64_t largest_attention_ = 0;  // floats of q, k, v and the result, of a token
+  int64_t largest_attention_ = 0;  // floats of q, k, v and the result, for a token
   int64_t largest_feed_forward_ = 0;
 };
 
