@@ -135,6 +135,8 @@ class _Watch:
         self._tables = [vars(module)[name] for module in modules for name in self.TABLES]
         self._counts = array("I", map(len, self._tables)).tobytes()
         self._values = [value for table in self._tables for value in table.values()]
+        # A cast gives a parameter another dtype in place; buffers are replaced.
+        self._dtypes = [(parameter, parameter.dtype) for parameter in root.parameters()]
         self._options = [self._items(modules, self.OPTIONS)]
         for type_, names in self.OPTIONS_OF_TYPE.items():
             self._options.append(self._items([m for m in modules if type(m) is type_], names))
@@ -147,6 +149,8 @@ class _Watch:
 
     def is_current(self) -> bool:
         """Whether nothing has changed since the beginning."""
-        return _C.same_values(self._tables, self._counts, self._values) and all(
-            _C.same_items(*items) for items in self._options
+        return (
+            _C.same_values(self._tables, self._counts, self._values)
+            and all(_C.same_items(*items) for items in self._options)
+            and all(parameter.dtype is dtype for parameter, dtype in self._dtypes)
         )

@@ -93,6 +93,13 @@ def other_memory(model: BitNet) -> None:
     scale.data = 2 * scale
 
 
+def another_dtype(model: BitNet) -> None:
+    """In place as well: the parameter is the same object."""
+    norm = model.model.layers[1].input_layernorm
+    norm.weight.data.mul_(1.5)
+    norm.bfloat16()
+
+
 def another_module(model: BitNet) -> None:
     attention = model.model.layers[1].self_attn
     attention.o_proj = BitLinear.from_ternary(attention.o_proj.unpack().neg(), 0.5)
@@ -137,8 +144,9 @@ def a_hook(model: BitNet) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        another_weight, another_layout, in_place, other_memory, another_module, sixteen_bits, a_bias,
-        another_eps, one_layer_less, a_layer_norm, a_wrapped_projection, another_forward, a_hook,
+        another_weight, another_layout, in_place, other_memory, another_dtype, another_module,
+        sixteen_bits, a_bias, another_eps, one_layer_less, a_layer_norm, a_wrapped_projection,
+        another_forward, a_hook,
     ],
 )  # fmt: skip
 def test_a_change_is_seen(model: BitNet, change: Callable[[BitNet], None]) -> None:
