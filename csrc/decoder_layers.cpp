@@ -65,7 +65,7 @@ TernaryMatrix DecoderLayers::keep_matrix(const Tensor& packed, const Tensor& wei
   return matrix.view();
 }
 
-DecoderLayers::DecoderLayers(LayerTensors tensors) {
+DecoderLayers::DecoderLayers(const LayerTensors& tensors) {
   const size_t layers = tensors.norm_weight.size() / kNorms;
   if (layers == 0) refuse(kOp, "norm_weight", "four tensors for each layer", "fewer");
   check_count("norm_weight", tensors.norm_weight.size(), layers * kNorms);

@@ -26,7 +26,7 @@ struct LayerTensors {
 class DecoderLayers {
  public:
   // Throws what an operator throws at wrong arguments.
-  explicit DecoderLayers(LayerTensors tensors);
+  explicit DecoderLayers(const LayerTensors& tensors);
 
   // Whether the tensors still have the memory that was checked: somebody may have given them other.
   bool is_current() const;

@@ -2,8 +2,8 @@
 // ternary_ops.cpp, fused_ops.cpp, attention_ops.cpp, decoder_ops.cpp and lm_head_ops.cpp. All of it stands on torch's stable ABI
 // (torch/csrc/stable), so one binary serves torch >= 2.10.
 //
-// Threads: every operator has at most two parallel regions, cut into equal runs of rows or tiles. A cut
-// never divides a sum, so results do not depend on it.
+// Threads: parallel regions are cut into equal runs of rows or tiles. A cut never divides a sum, so results do not
+// depend on it.
 
 #include <cstdint>
 #include <string>

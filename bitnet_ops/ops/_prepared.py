@@ -34,21 +34,9 @@ class PreparedLayers:
         release = weakref.finalize(self, OPS.release_decoder_layers.default, self._number)
         release.atexit = False
 
-    def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        start: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        key_scale: Tensor | None = None,
-        value_scale: Tensor | None = None,
-    ) -> Tensor:
-        """`decoder_layers`. Has no gradients."""
-        result: Tensor = OPS.run_decoder_layers.default(
-            x, self._number, cos, sin, start, keys, values, key_scale, value_scale
-        )
+    def __call__(self, x: Tensor, *cache: Tensor | None) -> Tensor:
+        """`decoder_layers`, with its arguments from ``cos`` on. Has no gradients."""
+        result: Tensor = OPS.run_decoder_layers.default(x, self._number, *cache)
         return result
 
 
