@@ -15,23 +15,23 @@ MINIMUM_TORCH = (2, 10)
 STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch that the wheel may meet
 
 SOURCES = [
-    "csrc/ops.cpp",
-    "csrc/attention_ops.cpp",
-    "csrc/attention_run.cpp",
-    "csrc/decoder_layers.cpp",
-    "csrc/decoder_ops.cpp",
-    "csrc/gumbel_noise.cpp",
-    "csrc/lm_head_ops.cpp",
-    "csrc/fused_ops.cpp",
-    "csrc/fused_run.cpp",
-    "csrc/packing_ops.cpp",
-    "csrc/ternary_ops.cpp",
-    "csrc/ternary_run.cpp",
-    "csrc/thread_pool.cpp",
-    "csrc/python_module.cpp",
-    "csrc/same_objects.cpp",
-    "csrc/dispatch.cpp",
-    "csrc/cpu_features.cpp",
+    "csrc/ops/library.cpp",
+    "csrc/ops/attention.cpp",
+    "csrc/run/attention.cpp",
+    "csrc/run/decoder.cpp",
+    "csrc/ops/decoder.cpp",
+    "csrc/ops/gumbel_noise.cpp",
+    "csrc/ops/lm_head.cpp",
+    "csrc/ops/fused.cpp",
+    "csrc/run/fused.cpp",
+    "csrc/ops/packing.cpp",
+    "csrc/ops/ternary.cpp",
+    "csrc/run/ternary.cpp",
+    "csrc/run/thread_pool.cpp",
+    "csrc/ops/python_module.cpp",
+    "csrc/ops/same_objects.cpp",
+    "csrc/run/dispatch.cpp",
+    "csrc/platform/cpu_features.cpp",
     "csrc/layouts/column.cpp",
     "csrc/layouts/row.cpp",
     "csrc/layouts/tile16.cpp",
@@ -84,6 +84,7 @@ def extension(CppExtension):
         extra_compile_args=[
             "-std=c++17",
             "-O3",
+            "-g0",  # what Python was built with may say -g: 15 MB of symbols that nobody reads
             "-fno-math-errno",  # sqrt is one instruction; nothing reads errno
             "-fno-trapping-math",  # nor floating-point flags: both sides of a choice may be computed
             "-ffp-contract=off",  # an FMA only where the source says so: DESIGN.md section 3
@@ -94,6 +95,7 @@ def extension(CppExtension):
             "-Wno-maybe-uninitialized",
             f"-DTORCH_TARGET_VERSION={STABLE_ABI_VERSION}",
         ],
+        include_dirs=[str(root / "csrc")],
         py_limited_api=True,
     )
 

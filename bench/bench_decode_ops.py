@@ -18,7 +18,7 @@ from torch import Tensor
 
 import bitnet_ops
 from bitnet_ops import KVCache, ops
-from bitnet_ops.screened_head import ScreenedHead
+from bitnet_ops.decoder.head import ScreenedHead
 
 ROUNDS = 7
 TOKENS = 4

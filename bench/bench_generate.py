@@ -21,9 +21,9 @@ from torch import Tensor
 
 import bitnet_ops
 from bitnet_ops import BitNet
+from bitnet_ops.decoder.head import ScreenedHead
 from bitnet_ops.generation.sampling import Sampler
 from bitnet_ops.generation.settings import DEFAULT_DRAFT_TOKENS
-from bitnet_ops.screened_head import ScreenedHead
 
 THREADS = sorted({1, torch.get_num_threads()})
 ROUNDS = 5

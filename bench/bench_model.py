@@ -22,8 +22,8 @@ from model_2b4t import filled_cache, prompt
 
 import bitnet_ops
 from bitnet_ops import BitLinear, BitNet, KVCache, ops
-from bitnet_ops.fused_layers import LayerArguments
-from bitnet_ops.sparsity import LayerSparsity, layouts_for, measure_sparsity
+from bitnet_ops.decoder.plan import LayerArguments
+from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
 
 THREADS = sorted({1, torch.get_num_threads()})
 CONTEXTS = (128, 512, 4000)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from subjects import SUBJECTS
 
-from bitnet_ops.huge_pages import give_back_freed_memory
+from bitnet_ops.layers.memory import give_back_freed_memory
 
 
 def main() -> None:

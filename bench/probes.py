@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = ("read_bandwidth.cpp", "multiply_rate.cpp", "region_cost.cpp", CSRC / "thread_pool.cpp")
+SOURCES = ("read_bandwidth.cpp", "multiply_rate.cpp", "region_cost.cpp", CSRC / "run/thread_pool.cpp")
 
 INSTRUCTIONS = {
     "avx512_vbmi": "vpdpbusd zmm",
@@ -109,7 +109,7 @@ def multiply_rate(instruction: str, threads: int) -> float | None:
 
 
 def region_seconds(threads: int, rounds: int, parts: int, gap_seconds: float, asleep: bool) -> float:
-    """Seconds of one parallel region of csrc/thread_pool.cpp, and nothing of PyTorch.
+    """Seconds of one parallel region of csrc/run/thread_pool.cpp, and nothing of PyTorch.
 
     Args:
         threads: at most so many take part.

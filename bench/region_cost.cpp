@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <thread>
 
-#include "thread_pool.h"
+#include "run/thread_pool.h"
 
 namespace {
 

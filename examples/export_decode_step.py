@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 import bitnet_ops  # registers the operators that the program calls
 from bitnet_ops.checkpoint.config_json import parse_config
-from bitnet_ops.export import export_decode_step, step_inputs
+from bitnet_ops.integrations.export import export_decode_step, step_inputs
 
 PROGRAM, COMPILED, CONFIG, TOKENIZER = "step.pt2", "step_aoti.pt2", "config.json", "tokenizer.json"
 

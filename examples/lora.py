@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 import bitnet_ops
-from bitnet_ops.lora import adapt_packed_layers
+from bitnet_ops.integrations.peft import adapt_packed_layers
 
 TEXT = "Mr. Darcy took a slice of toast, and observed that it was rather ternary."
 PROMPT = "Mr. Darcy took"

@@ -1,4 +1,4 @@
-"""Writes bitnet_ops/API.md, the reference of everything public, from signatures and docstrings.
+"""Writes docs/API.md, the reference of everything public, from signatures and docstrings.
 
     python tests/api_reference.py
 
@@ -18,17 +18,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PAGE = Path(__file__).parent.parent / "bitnet_ops" / "API.md"
+PAGE = Path(__file__).parent.parent / "docs" / "API.md"
 
 MODULES: dict[str, tuple[str, ...] | None] = {
     "bitnet_ops": None,
     "bitnet_ops.ops": None,
-    "bitnet_ops.packing": None,
-    "bitnet_ops.sparsity": None,
-    "bitnet_ops.lora": ("adapt_packed_layers",),
-    "bitnet_ops.generate": ("TextStream", "Streamer"),  # the methods of its mixin are shown with BitNet
-    "bitnet_ops.export": None,
-    "bitnet_ops.chat": ("ChatSession", "Continuation", "render_chat"),
+    "bitnet_ops.layers.packing": None,
+    "bitnet_ops.evaluation.sparsity": None,
+    "bitnet_ops.integrations.peft": ("adapt_packed_layers",),
+    "bitnet_ops.generation.mixin": ("TextStream", "Streamer"),  # the mixin's are with BitNet
+    "bitnet_ops.integrations.export": None,
+    "bitnet_ops.generation.chat": ("ChatSession", "Continuation", "render_chat"),
     "bitnet_ops.reference": None,
 }
 """What users import from, in the order of the page. A name is shown where it comes first. None stands for

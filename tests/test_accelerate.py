@@ -1,4 +1,4 @@
-"""`bitnet_ops.accelerate`: transformers models on our layers give what they gave.
+"""`bitnet_ops.integrations.transformers`: transformers models on our layers give what they gave.
 
 Layer by layer both get the same float32 input, and the difference is compared with a bound on what rounding
 can do (`their_models.linear_bound`). End to end a last bit can flip an int8 rounding (DESIGN.md, section 3);
@@ -20,7 +20,7 @@ from torch import nn
 
 import bitnet_ops
 from bitnet_ops import BitLinear, reference
-from bitnet_ops.accelerate import NormedBitLinear
+from bitnet_ops.integrations.transformers import NormedBitLinear
 
 transformers = pytest.importorskip("transformers")
 from their_models import (  # noqa: E402

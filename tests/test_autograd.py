@@ -9,8 +9,9 @@ import torch
 from text_models import tiny_model
 from torch import Tensor
 
-from bitnet_ops import BitNet, KVCache, ops, packing, reference
-from bitnet_ops.fused import norm_linear_add
+from bitnet_ops import BitNet, KVCache, ops, reference
+from bitnet_ops.decoder.fused import norm_linear_add
+from bitnet_ops.layers import packing
 
 
 def gradients(y: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:

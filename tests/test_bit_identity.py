@@ -11,8 +11,8 @@ from torch import Tensor
 
 import bitnet_ops
 from bitnet_ops import BitLinearQAT, KVCache, pack
-from bitnet_ops.config import BitNetConfig
-from bitnet_ops.model import BitNet
+from bitnet_ops.decoder.config import BitNetConfig
+from bitnet_ops.decoder.model import BitNet
 
 # Heads of 20 fill no register; 5 query heads to 1 fill no register block; 300 tokens are more than a span of
 # 256 keys, and not a multiple of a block of 64.
@@ -129,7 +129,7 @@ def test_padding(pieces: list[int], dtype: torch.dtype | None) -> None:
 def test_generation_reads_a_prompt_in_pieces_of_any_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = IDS[:2, :150]
     whole = MODEL.generate(prompt, max_new_tokens=8)
-    monkeypatch.setattr("bitnet_ops.generation.decoding.PREFILL_TOKENS", size)
+    monkeypatch.setattr("bitnet_ops.generation.loop.PREFILL_TOKENS", size)
     assert torch.equal(MODEL.generate(prompt, max_new_tokens=8), whole)
 
 

@@ -9,8 +9,8 @@ from text_models import CHAT_TEMPLATE, EOS, assert_greedy, tiny_model
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from bitnet_ops.chat import ChatSession, Continuation, render_chat
-from bitnet_ops.model import BitNet
+from bitnet_ops.decoder.model import BitNet
+from bitnet_ops.generation.chat import ChatSession, Continuation, render_chat
 
 CONVERSATION = [
     {"role": "system", "content": "Be <brief> & kind."},

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Sizes, Weights, byte_tokenizer, published_tensors, tiny_folder, write_folder
 from torch import Tensor
 
-from bitnet_ops import packing, repack
+from bitnet_ops import repack
 from bitnet_ops.checkpoint import CheckpointError, from_pretrained
+from bitnet_ops.layers import packing
 
 UP = "model.layers.1.mlp.up_proj"
 NORM = "model.layers.0.self_attn.attn_sub_norm.weight"

@@ -17,11 +17,13 @@ import torch
 from click.testing import CliRunner, Result
 from text_models import tiny_model
 
-from bitnet_ops import __version__, cli, cli_options, isa
+from bitnet_ops import __version__, isa
 from bitnet_ops.checkpoint import from_pretrained
-from bitnet_ops.cli import commands
-from bitnet_ops.generation import decoding
-from bitnet_ops.generation.prompt_lookup import PromptLookup
+from bitnet_ops.cli import main as cli
+from bitnet_ops.cli import options as cli_options
+from bitnet_ops.cli.main import commands
+from bitnet_ops.generation import loop as decoding
+from bitnet_ops.generation.drafts import PromptLookup
 
 PROGRAM = [sys.executable, "-m", "bitnet_ops"]
 
@@ -204,7 +206,7 @@ def test_chat_from_a_pipe(chat_folder: Path) -> None:
     options = ["--model", chat_folder, "--max-new-tokens", 6, "--system", "Be brief."]
     result = run("chat", *options, stdin="Hello\n\nAnd you?\n/clear\nHello\n/exit\nnot read\n")
     assert result.exit_code == 0
-    from bitnet_ops.chat import ChatSession
+    from bitnet_ops.generation.chat import ChatSession
 
     session = ChatSession(from_pretrained(chat_folder), "Be brief.")
     first, second = ("".join(session.reply(text, max_new_tokens=6)) for text in ("Hello", "And you?"))

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from tiny_checkpoints import Sizes, tiny_folder
 
 from bitnet_ops import BitLinear, from_pretrained, reference
-from bitnet_ops.cli import commands
-from bitnet_ops.linear import best_layout
-from bitnet_ops.model import BitNet
-from bitnet_ops.sparsity import LayerSparsity, layouts_for, measure_sparsity
+from bitnet_ops.cli.main import commands
+from bitnet_ops.decoder.model import BitNet
+from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
+from bitnet_ops.layers.linear import best_layout
 
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
 

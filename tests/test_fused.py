@@ -10,8 +10,9 @@ from tiny_checkpoints import tiny_folder
 from torch import Tensor
 
 import bitnet_ops
-from bitnet_ops import ops, packing
-from bitnet_ops.model import RMSNorm
+from bitnet_ops import ops
+from bitnet_ops.decoder.model import RMSNorm
+from bitnet_ops.layers import packing
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # One token, the most that sparse kernels take, more, a chunk of prefill.

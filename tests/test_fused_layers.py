@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bitnet_ops import BitNet, KVCache, from_pretrained, ops
-from bitnet_ops.fused_layers import FusedLayers, LayerArguments, layer_arguments
-from bitnet_ops.linear import BitLinear
-from bitnet_ops.model import FUSIBLE
+from bitnet_ops.decoder.model import FUSIBLE
+from bitnet_ops.decoder.plan import FusedLayers, LayerArguments, layer_arguments
+from bitnet_ops.layers.linear import BitLinear
 
 LAYOUTS = {"q_proj": "tile16_base3", "up_proj": "row", "down_proj": "column"}
 

@@ -9,11 +9,11 @@ import torch
 from text_models import CORPUS, assert_greedy, tiny_model
 from torch import Tensor
 
-from bitnet_ops.config import BitNetConfig
-from bitnet_ops.generation import decoding
-from bitnet_ops.kv_cache import KVCache
-from bitnet_ops.linear import BitLinearQAT
-from bitnet_ops.model import BitNet
+from bitnet_ops.decoder.cache import KVCache
+from bitnet_ops.decoder.config import BitNetConfig
+from bitnet_ops.decoder.model import BitNet
+from bitnet_ops.generation import loop as decoding
+from bitnet_ops.layers.linear import BitLinearQAT
 
 MODEL = tiny_model(eos=None)
 """Never ends by itself, so that lengths are known."""

@@ -47,14 +47,18 @@ NEON_ISAS = set(EMULATED_CPUS["max"])
 
 def build(compiler: str, flags: list[str], architecture: str, program: Path) -> None:
     csrc = ROOT / "csrc"
-    torch_free = [csrc / "dispatch.cpp", csrc / "cpu_features.cpp", *(csrc / "layouts").glob("*.cpp")]
+    torch_free = [
+        csrc / "run/dispatch.cpp",
+        csrc / "platform/cpu_features.cpp",
+        *(csrc / "layouts").glob("*.cpp"),
+    ]
     prefixes = ("scalar", KERNEL_PREFIX.get(architecture, "scalar"))
     kernels = [file for file in (csrc / "kernels").glob("*.cpp") if file.name.startswith(prefixes)]
     sources = [*(ROOT / "tests/kernels").glob("*.cpp"), *torch_free, *kernels]
     objects = [program.with_name(f"{source.stem}.o") for source in sources]
 
     def execute(*arguments: str | Path) -> None:
-        command = [compiler, *BASELINE, *flags, *map(str, arguments)]
+        command = [compiler, *BASELINE, f"-I{csrc}", *flags, *map(str, arguments)]
         compiled = subprocess.run(command, capture_output=True, text=True)
         assert compiled.returncode == 0, compiled.stderr[-4000:]
 

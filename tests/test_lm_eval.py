@@ -19,7 +19,7 @@ from bitnet_ops import BitNet
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from bitnet_ops.lm_eval_adapter import BitNetLM  # noqa: E402
+from bitnet_ops.evaluation.lm_eval import BitNetLM  # noqa: E402
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 QUESTIONS = [

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import bitnet_ops
 from bitnet_ops import ops, reference
-from bitnet_ops.config import BitNetConfig
-from bitnet_ops.generate import GenerationMixin
+from bitnet_ops.decoder.config import BitNetConfig
+from bitnet_ops.decoder.head import ScreenedHead
+from bitnet_ops.decoder.model import BitNet
+from bitnet_ops.generation.mixin import GenerationMixin
 from bitnet_ops.generation.sampling import Sampler, SamplingConfig, top_k
-from bitnet_ops.linear import BitLinearQAT
-from bitnet_ops.model import BitNet
-from bitnet_ops.screened_head import ScreenedHead
+from bitnet_ops.layers.linear import BitLinearQAT
 
 
 def assert_certified(

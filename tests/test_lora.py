@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's, which peft imports where it is installed
     from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-    from bitnet_ops.lora import LoraBitLinear, adapt_packed_layers
+    from bitnet_ops.integrations.peft import LoraBitLinear, adapt_packed_layers
 
 EXAMPLE = Path(__file__).parent.parent / "examples/lora.py"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -104,7 +104,7 @@ def test_fused_paths_step_aside_for_adapters() -> None:
 def test_a_base_in_any_layout() -> None:
     base = tiny_model(eos=None)
     results = []
-    for layout in bitnet_ops.packing.LAYOUTS:
+    for layout in bitnet_ops.layers.packing.LAYOUTS:
         torch.manual_seed(1)
         model = adapted(bitnet_ops.repack(tiny_model(eos=None), layout), init_lora_weights=False)
         results.append(model(torch.tensor([[1, 2, 3]])))

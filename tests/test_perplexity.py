@@ -15,7 +15,7 @@ from torch import Tensor
 import bitnet_ops
 from bitnet_ops import ops
 from bitnet_ops import perplexity as measure
-from bitnet_ops.cli import commands
+from bitnet_ops.cli.main import commands
 
 TEXT = "".join(CORPUS)
 
@@ -90,7 +90,9 @@ def test_scores_are_held_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ops, "lm_head", counting)
     # The package's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["bitnet_ops.perplexity"], "MOST_LOGITS", 4 * model.config.vocab_size - 1)
+    monkeypatch.setattr(
+        sys.modules["bitnet_ops.evaluation.perplexity"], "MOST_LOGITS", 4 * model.config.vocab_size - 1
+    )
     assert measure(model, TEXT, context=16) == whole
     assert max(rows) == 3
     assert sum(rows) == whole.tokens

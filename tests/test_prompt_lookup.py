@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from text_models import tiny_model
 from torch import Tensor, nn
 
-from bitnet_ops.generation import decoding
-from bitnet_ops.generation.prompt_lookup import (
+from bitnet_ops.decoder.cache import KVCache
+from bitnet_ops.decoder.model import BitNet
+from bitnet_ops.generation import loop as decoding
+from bitnet_ops.generation.drafts import (
     CREDIT_PASSES,
     CREDIT_SHARE,
     FIRST_SLOPE,
@@ -20,9 +22,7 @@ from bitnet_ops.generation.prompt_lookup import (
     PromptLookup,
     TextMatches,
 )
-from bitnet_ops.kv_cache import KVCache
-from bitnet_ops.linear import BitLinearQAT
-from bitnet_ops.model import BitNet
+from bitnet_ops.layers.linear import BitLinearQAT
 
 MODEL = tiny_model(eos=None)
 PROMPT = [5, 80, 200, 7, 7, 301]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from bitnet_ops import BitNet, BitNetConfig, from_pretrained
-from bitnet_ops.cli import commands
+from bitnet_ops.cli.main import commands
 from bitnet_ops.training import corpus as text
 from bitnet_ops.training.loop import CHECKPOINT, LOG, TrainOptions, evaluate, schedule, train
 

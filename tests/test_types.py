@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import bitnet_ops
 from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, KVCache, ops
-from bitnet_ops.sparsity import measure_sparsity
+from bitnet_ops.evaluation.sparsity import measure_sparsity
 
 
 class Block(nn.Module):

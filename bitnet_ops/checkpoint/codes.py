@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import ops, packing
+from .. import ops
+from ..layers import packing
 from .files import TensorFiles
 
 CHUNK_BYTES = 1 << 20

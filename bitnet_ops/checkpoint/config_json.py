@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..config import BitNetConfig
+from ..decoder.config import BitNetConfig
 from .errors import CheckpointError
 
 REQUIRED = (

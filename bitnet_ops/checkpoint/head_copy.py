@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..screened_head import FORMAT, ScreenedHead, copy_tensors
+from ..decoder.head import FORMAT, ScreenedHead, copy_tensors
 from .files import TORCH_DTYPE, TensorFiles
 
 CODES, BOUNDS = "screened_head.codes", "screened_head.bounds"

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, packing, reference
-from ..huge_pages import HugePages
-from ..linear import best_layout
+from .. import ops, reference
+from ..layers import packing
+from ..layers.linear import best_layout
+from ..layers.memory import HugePages
 from .codes import check_codes
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import BitNetConfig
-from ..huge_pages import HugePages
-from ..linear import BitLinear
-from ..model import BitNet
-from ..norm import RMSNorm
+from ..decoder.config import BitNetConfig
+from ..decoder.model import BitNet
+from ..layers.linear import BitLinear
+from ..layers.memory import HugePages
+from ..layers.norm import RMSNorm
 from .config_json import parse_config
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json

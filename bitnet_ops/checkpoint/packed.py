@@ -3,7 +3,7 @@
 The layout of a Hugging Face checkpoint with one difference: a projection is stored as
 `bitnet_ops.BitLinear` holds it,
 
-    packed_weight   uint8, drawn in `bitnet_ops.packing`
+    packed_weight   uint8, drawn in `bitnet_ops.layers.packing`
     weight_scale    float32 [N], the multiplier
 
 "quantization_config" of config.json names the layouts: "layout" that of most projections, "layouts" those of
@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import ops, packing
-from ..huge_pages import HugePages
-from ..linear import BitLinear, BitLinearQAT, best_layout, native_layouts
+from .. import ops
+from ..layers import packing
+from ..layers.linear import BitLinear, BitLinearQAT, best_layout, native_layouts
+from ..layers.memory import HugePages
 from .codes import check_packed
 from .config_json import config_to_json
 from .errors import CheckpointError
@@ -34,7 +35,7 @@ from .text_files import TOKEN_FIELDS, save_text_files
 from .write import write_tensors
 
 if TYPE_CHECKING:
-    from ..model import BitNet
+    from ..decoder.model import BitNet
 
 QUANT_METHOD = "bitnet_ops"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..config import BitNetConfig
+from ..decoder.config import BitNetConfig
 from .errors import CheckpointError
 from .files import read_bytes, read_json, read_text
 

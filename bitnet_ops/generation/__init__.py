@@ -1,1 +1,1 @@
-"""What `bitnet_ops.generate` is made of: decoding loop, settings, sampling, drafts, text in and out."""
+"""Text from a model: its loop, settings, sampling and drafts, and chats."""

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..config import BitNetConfig
+    from ..decoder.config import BitNetConfig
 
 
 def need_tokenizer(tokenizer: Tokenizer | None, purpose: str) -> Tokenizer:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..screened_head import ScreenedHead
+from ..decoder.head import ScreenedHead
 
 NUCLEUS = 1024
 """Tokens that top-p is tried on before all are sorted, which takes as long as the rest of a decoded token."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
-from ..config import BitNetConfig
-from ..kv_cache import CACHE_DTYPES
+from ..decoder.cache import CACHE_DTYPES
+from ..decoder.config import BitNetConfig
 from .sampling import SamplingConfig
 
 if TYPE_CHECKING:

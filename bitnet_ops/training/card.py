@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config import BitNetConfig
+from ..decoder.config import BitNetConfig
 from .corpus import Corpus
 from .loop import HeldOut, TrainOptions, TrainResult
 

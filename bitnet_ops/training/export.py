@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import save_pretrained
-from ..config import BitNetConfig
-from ..replace import pack
+from ..decoder.config import BitNetConfig
+from ..layers.replace import pack
 from .card import model_card
 from .corpus import Corpus
 from .loop import HeldOut, TrainOptions, TrainResult, evaluate

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import BitNetConfig
-from ..linear import BitLinearQAT
-from ..model import BitNet
-from ..perplexity import TextLoss, sum_of_losses
+from ..decoder.config import BitNetConfig
+from ..decoder.model import BitNet
+from ..evaluation.perplexity import TextLoss, sum_of_losses
+from ..layers.linear import BitLinearQAT
 from .corpus import Corpus, Split
 
 CHECKPOINT = "checkpoint.pt"

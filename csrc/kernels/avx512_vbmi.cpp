@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../float_convert.h"
-#include "../kernel_table.h"
+#include "kernels/float_convert.h"
+#include "kernels/kernel_table.h"
 
 // This list equals the requirement in dispatch.cpp, feature for feature.
 #if defined(__clang__)
@@ -18,13 +18,13 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
 #endif
 
-#include "float_algorithms.h"
-#include "tile_sums.h"
-#include "attention_int8.h"
-#include "attention.h"
-#include "screen.h"
-#include "ternary_driver.h"
-#include "avx512.h"
+#include "kernels/float_algorithms.h"
+#include "kernels/tile_sums.h"
+#include "kernels/attention_int8.h"
+#include "kernels/attention.h"
+#include "kernels/screen.h"
+#include "kernels/ternary_driver.h"
+#include "kernels/avx512.h"
 
 namespace bitnet_ops {
 namespace {

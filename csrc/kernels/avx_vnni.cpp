@@ -18,8 +18,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../float_convert.h"
-#include "../kernel_table.h"
+#include "kernels/float_convert.h"
+#include "kernels/kernel_table.h"
 
 // This list equals the requirement in dispatch.cpp, feature for feature.
 #if defined(__clang__)
@@ -29,13 +29,13 @@
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #endif
 
-#include "float_algorithms.h"
-#include "tile_sums.h"
-#include "attention_int8.h"
-#include "attention.h"
-#include "screen.h"
-#include "ternary_driver.h"
-#include "ymm.h"
+#include "kernels/float_algorithms.h"
+#include "kernels/tile_sums.h"
+#include "kernels/attention_int8.h"
+#include "kernels/attention.h"
+#include "kernels/screen.h"
+#include "kernels/ternary_driver.h"
+#include "kernels/ymm.h"
 
 namespace bitnet_ops {
 namespace {

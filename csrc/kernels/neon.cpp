@@ -21,18 +21,18 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../float_convert.h"
-#include "../kernel_table.h"
+#include "kernels/float_convert.h"
+#include "kernels/kernel_table.h"
 
 // No target region: all of this is the baseline.
-#include "float_algorithms.h"
-#include "tile_sums.h"
-#include "attention_int8.h"
-#include "attention.h"
-#include "screen.h"
-#include "ternary_driver.h"
-#include "neon.h"
-#include "neon_sparse.h"
+#include "kernels/float_algorithms.h"
+#include "kernels/tile_sums.h"
+#include "kernels/attention_int8.h"
+#include "kernels/attention.h"
+#include "kernels/screen.h"
+#include "kernels/ternary_driver.h"
+#include "kernels/neon.h"
+#include "kernels/neon_sparse.h"
 
 namespace bitnet_ops {
 namespace {

@@ -18,8 +18,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../float_convert.h"
-#include "../kernel_table.h"
+#include "kernels/float_convert.h"
+#include "kernels/kernel_table.h"
 
 // This list equals the requirement in dispatch.cpp, feature for feature. GCC 12 inlines the intrinsic
 // only where all of armv8.2-a is enabled.
@@ -30,15 +30,15 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
-#include "float_algorithms.h"
-#include "tile_sums.h"
-#include "attention_int8.h"
-#include "attention.h"
-#include "screen.h"
-#include "ternary_driver.h"
-#include "neon.h"
-#include "neon_sparse.h"
-#include "sdot.h"
+#include "kernels/float_algorithms.h"
+#include "kernels/tile_sums.h"
+#include "kernels/attention_int8.h"
+#include "kernels/attention.h"
+#include "kernels/screen.h"
+#include "kernels/ternary_driver.h"
+#include "kernels/neon.h"
+#include "kernels/neon_sparse.h"
+#include "kernels/sdot.h"
 
 namespace bitnet_ops {
 namespace {

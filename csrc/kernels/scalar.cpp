@@ -11,14 +11,14 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../float_convert.h"
-#include "../kernel_table.h"
-#include "float_algorithms.h"
-#include "tile_sums.h"
-#include "attention_int8.h"
-#include "attention.h"
-#include "screen.h"
-#include "ternary_driver.h"
+#include "kernels/float_convert.h"
+#include "kernels/kernel_table.h"
+#include "kernels/float_algorithms.h"
+#include "kernels/tile_sums.h"
+#include "kernels/attention_int8.h"
+#include "kernels/attention.h"
+#include "kernels/screen.h"
+#include "kernels/ternary_driver.h"
 
 namespace bitnet_ops {
 namespace {

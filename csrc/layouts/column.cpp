@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "layouts.h"
+#include "layouts/layouts.h"
 
 namespace bitnet_ops {
 namespace {

@@ -1,4 +1,4 @@
-// The packed layouts both ways, in portable C++; bitnet_ops/packing.py draws them and is their
+// The packed layouts both ways, in portable C++; bitnet_ops/layers/packing.py draws them and is their
 // specification. tile16 is the one that all others turn into: weights become tile16 first, and a
 // kernel that has no loop of its own for a layout (many tokens, or an older CPU) runs on a tile16 copy.
 #pragma once
@@ -22,6 +22,7 @@ constexpr int64_t kPanelTiles = kPanelRows / kTileRows;
 constexpr uint8_t kZeroByte = 0x55;
 
 constexpr int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
 
 constexpr int64_t tiles_of(int64_t out_features) { return divide_up(out_features, kTileRows); }
 constexpr int64_t blocks_of(int64_t in_features) { return divide_up(in_features, kBlockInputs); }

@@ -8,8 +8,8 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../../csrc/cpu_features.h"
-#include "../../csrc/dispatch.h"
+#include "platform/cpu_features.h"
+#include "run/dispatch.h"
 #include "kernel_test.h"
 #if defined(__x86_64__) && defined(__linux__)
 #include "reencode_vpdpbusd.h"

@@ -10,8 +10,8 @@
 #include <limits>
 #include <string>
 
-#include "../../csrc/float_convert.h"
-#include "../../csrc/kernel_table.h"
+#include "kernels/float_convert.h"
+#include "kernels/kernel_table.h"
 
 namespace bitnet_ops {
 namespace kernel_test {

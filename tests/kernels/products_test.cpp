@@ -1,6 +1,6 @@
 // Products with ternary matrices, in every layout; and the layouts themselves.
 
-#include "../../csrc/sparse_order.h"
+#include "run/sparse_order.h"
 #include "kernel_test.h"
 
 namespace bitnet_ops {

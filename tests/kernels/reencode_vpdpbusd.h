@@ -15,7 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../../csrc/cpu_features.h"
+#include "platform/cpu_features.h"
 
 namespace vpdpbusd {
 

@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "thread_pool.h"
+#include "run/thread_pool.h"
 
 using bitnet_ops::kMostParts;
 using bitnet_ops::run_parts;

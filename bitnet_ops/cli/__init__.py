@@ -1,0 +1,1 @@
+"""The command ``bitnet-ops``: `main` has the smaller subcommands, the others have a file each."""

@@ -1,0 +1,37 @@
+"""Options that several commands have, and what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .. import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from ..decoder.model import BitNet
+
+MODEL_OPTION = click.option(
+    "--model",
+    "folder",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Checkpoint folder.  [default: the small model that ships with bitnet-ops]",
+)
+THREADS_OPTION = click.option(
+    "--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads.  [default: as torch chooses]"
+)
+
+
+def load_model(folder: Path | None, threads: int | None) -> BitNet:
+    """Loads the model of a command, and sets the number of threads."""
+    import torch
+
+    from ..checkpoint import from_pretrained
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if folder is None and not DEFAULT_MODEL.is_dir():
+        raise click.ClickException("this installation has no default model; name a folder with --model")
+    return from_pretrained(folder or DEFAULT_MODEL)

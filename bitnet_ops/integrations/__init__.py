@@ -1,0 +1,1 @@
+"""Other libraries: models of transformers, adapters of peft, programs of torch.export."""

@@ -1,0 +1,1 @@
+"""Layers: ternary linear layers, the norm, and how weights are packed and replaced."""

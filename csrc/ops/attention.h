@@ -1,0 +1,46 @@
+// The attention operators, which bitnet_ops/ops/ documents, and the checks that the decoder's layers share with them.
+#pragma once
+
+#include <optional>
+
+#include "kernels/kernel_table.h"
+#include "ops/tensors.h"
+
+namespace bitnet_ops {
+
+struct AttentionSizes {
+  int64_t batch, tokens, heads, kv_heads, head_dim;
+};
+
+// Checks the tables of angles; returns head_dim.
+int64_t check_tables(const char* op, const Tensor& cos, const Tensor& sin);
+
+// What a layer has in a cache.
+struct CachePart {
+  CacheType type;
+  int64_t capacity;
+  void* keys;
+  void* values;
+  float* key_scale;
+  float* value_scale;
+};
+
+CachePart check_cache(const char* op, const AttentionSizes& sizes, const Tensor& keys, const Tensor& values,
+                      const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale);
+
+// Positions must lie in the tables and in the cache. Padding, below 0, is in neither.
+void check_positions(const char* op, const int64_t* start, const AttentionSizes& sizes, int64_t positions,
+                     int64_t capacity);
+
+// All but q, k, v and out.
+Attention call_of(const AttentionSizes& sizes, const float* cos, const float* sin, const int64_t* start,
+                  const CachePart& cache);
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                 const std::optional<Tensor>& start);
+
+Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                        const Tensor& start, const Tensor& keys, const Tensor& values,
+                        const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale);
+
+}  // namespace bitnet_ops

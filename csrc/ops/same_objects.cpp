@@ -1,0 +1,77 @@
+#include "ops/same_objects.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace bitnet_ops {
+namespace {
+
+// So far ahead that memory answers before a dictionary's turn comes.
+constexpr Py_ssize_t kAhead = 16;
+
+// The dictionary at `index`, borrowed; nullptr and a TypeError where there is none.
+PyObject* dict_at(PyObject* dicts, Py_ssize_t index) {
+  const Py_ssize_t ahead = index + kAhead;
+  if (ahead < PyList_Size(dicts)) __builtin_prefetch(PyList_GetItem(dicts, ahead));
+  PyObject* dict = PyList_GetItem(dicts, index);
+  if (dict != nullptr && !PyDict_Check(dict)) {
+    PyErr_Format(PyExc_TypeError, "dicts: expected dictionaries, got %R at %zd", Py_TYPE(dict), index);
+    return nullptr;
+  }
+  return dict;
+}
+
+}  // namespace
+
+PyObject* same_values(PyObject*, PyObject* args) {
+  PyObject *dicts, *values;
+  const char* counts;
+  Py_ssize_t bytes;
+  if (!PyArg_ParseTuple(args, "O!y#O!:same_values", &PyList_Type, &dicts, &counts, &bytes, &PyList_Type, &values)) {
+    return nullptr;
+  }
+  const Py_ssize_t size = PyList_Size(dicts);
+  if (bytes != size * static_cast<Py_ssize_t>(sizeof(uint32_t))) {
+    return PyErr_Format(PyExc_ValueError, "counts: expected 4 bytes for each of %zd dictionaries, got %zd", size, bytes);
+  }
+  Py_ssize_t next = 0;
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* dict = dict_at(dicts, i);
+    if (dict == nullptr) return nullptr;
+    uint32_t count;
+    std::memcpy(&count, counts + i * sizeof(count), sizeof(count));
+    if (PyDict_Size(dict) != static_cast<Py_ssize_t>(count)) Py_RETURN_FALSE;
+    if (count > PyList_Size(values) - next) {
+      return PyErr_Format(PyExc_ValueError, "values: expected as many as counts add up to, got %zd", PyList_Size(values));
+    }
+    Py_ssize_t position = 0;
+    for (PyObject* value; PyDict_Next(dict, &position, nullptr, &value);) {
+      if (value != PyList_GetItem(values, next++)) Py_RETURN_FALSE;
+    }
+  }
+  Py_RETURN_TRUE;
+}
+
+PyObject* same_items(PyObject*, PyObject* args) {
+  PyObject *dicts, *keys, *values;
+  if (!PyArg_ParseTuple(args, "O!O!O!:same_items", &PyList_Type, &dicts, &PyTuple_Type, &keys, &PyList_Type, &values)) {
+    return nullptr;
+  }
+  const Py_ssize_t size = PyList_Size(dicts), n_keys = PyTuple_Size(keys);
+  if (PyList_Size(values) != size * n_keys) {
+    return PyErr_Format(PyExc_ValueError, "values: expected %zd for each of %zd dictionaries, got %zd", n_keys, size,
+                        PyList_Size(values));
+  }
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* dict = dict_at(dicts, i);
+    if (dict == nullptr) return nullptr;
+    for (Py_ssize_t k = 0; k < n_keys; ++k) {
+      PyObject* value = PyDict_GetItemWithError(dict, PyTuple_GetItem(keys, k));
+      if (value == nullptr && PyErr_Occurred()) return nullptr;
+      if ((value == nullptr ? Py_None : value) != PyList_GetItem(values, i * n_keys + k)) Py_RETURN_FALSE;
+    }
+  }
+  Py_RETURN_TRUE;
+}
+
+}  // namespace bitnet_ops

@@ -1,0 +1,100 @@
+#include "platform/cpu_features.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+namespace bitnet_ops {
+
+#if defined(__x86_64__)
+
+namespace {
+
+// XCR0: the register states that the operating system saves. A CPU may have AVX-512 and the system
+// (or a hypervisor) not save its registers; executing it then faults, or corrupts another process.
+constexpr uint64_t kSavesYmm = 0x06;     // bits 1 and 2: xmm, upper halves of ymm
+constexpr uint64_t kSavesZmm = 0xe6;     // and bits 5 to 7: opmask, upper halves of zmm0-15, zmm16-31
+constexpr uint32_t kOsxsave = 1u << 27;  // CPUID.1:ECX, xgetbv may be executed
+
+uint64_t read_xcr0() {
+  uint32_t low, high;
+  // Written as an instruction because the intrinsic would need -mxsave for the whole file.
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+constexpr uint32_t feature_if(uint32_t word, int bit, CpuFeature feature) {
+  return (word >> bit) & 1u ? static_cast<uint32_t>(feature) : 0u;
+}
+
+}  // namespace
+
+uint32_t cpu_features() {
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kOsxsave)) return 0;
+  const uint64_t xcr0 = read_xcr0();
+  if ((xcr0 & kSavesYmm) != kSavesYmm) return 0;
+
+  uint32_t features = feature_if(ecx, 12, kFma) | feature_if(ecx, 29, kF16c);
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return features;
+  const uint32_t highest_subleaf = eax;
+  features |= feature_if(ebx, 5, kAvx2);
+  if ((xcr0 & kSavesZmm) == kSavesZmm) {
+    features |= feature_if(ebx, 16, kAvx512F) | feature_if(ebx, 17, kAvx512Dq) | feature_if(ebx, 30, kAvx512Bw) |
+                feature_if(ebx, 31, kAvx512Vl) | feature_if(ecx, 11, kAvx512Vnni) | feature_if(ecx, 1, kAvx512Vbmi);
+  }
+  if (highest_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
+    features |= feature_if(eax, 4, kAvxVnni);
+  }
+  return features;
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+namespace {
+
+// Bits of the kernel's ABI, arch/arm64/include/uapi/asm/hwcap.h, which older system headers lack.
+constexpr unsigned long kHwcapCrc32 = 1ul << 7;
+constexpr unsigned long kHwcapAtomics = 1ul << 8;
+constexpr unsigned long kHwcapAsimdRdm = 1ul << 12;
+constexpr unsigned long kHwcapAsimdDp = 1ul << 20;
+constexpr unsigned long kHwcap2I8mm = 1ul << 13;
+
+}  // namespace
+
+uint32_t cpu_features() {
+  const unsigned long hwcap = getauxval(AT_HWCAP);
+  constexpr unsigned long kArmV82Bits = kHwcapCrc32 | kHwcapAtomics | kHwcapAsimdRdm;
+  return ((hwcap & kArmV82Bits) == kArmV82Bits ? kArmV82 : 0u) | (hwcap & kHwcapAsimdDp ? kDotprod : 0u) |
+         (getauxval(AT_HWCAP2) & kHwcap2I8mm ? kI8mm : 0u);
+}
+
+#elif defined(__aarch64__) && defined(__APPLE__)
+
+namespace {
+
+bool has(const char* name) {
+  int value = 0;
+  size_t bytes = sizeof value;
+  return sysctlbyname(name, &value, &bytes, nullptr, 0) == 0 && value != 0;
+}
+
+}  // namespace
+
+uint32_t cpu_features() {
+  // Every Apple CPU that runs macOS is armv8.4-a or later.
+  return kArmV82 | (has("hw.optional.arm.FEAT_DotProd") ? kDotprod : 0u) |
+         (has("hw.optional.arm.FEAT_I8MM") ? kI8mm : 0u);
+}
+
+#else
+
+uint32_t cpu_features() { return 0; }
+
+#endif
+
+}  // namespace bitnet_ops

@@ -1,0 +1,69 @@
+// Runs ternary products: quantises the rows, chooses the loop for a layout, shares tiles, rows or panels out among
+// threads. Between the operators, which check arguments, and the kernels, which know no threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/kernel_table.h"
+
+namespace bitnet_ops {
+
+// Rows of q (two for a token with 16-bit activations), their sums over groups of inputs, and the scales.
+struct QuantizedRows {
+  int8_t* q;
+  int64_t q_stride;
+  int32_t* q_sum;
+  float* x_scale;
+};
+
+// Room for them in this thread's scratch.
+QuantizedRows reserve_rows(int64_t rows, int64_t groups, int64_t in_features);
+
+// What is quantised: rows of a contiguous tensor, each normed first if norm_weight is not null.
+struct Activations {
+  const void* x;
+  DType dtype;
+  int64_t tokens;
+  int64_t in_features;
+  const float* norm_weight;
+  float eps;
+};
+
+// Quantises all rows to 8 bits (one plane) or 16 (two), with sums over groups of inputs.
+QuantizedRows quantize_rows(const Activations& activations, int64_t planes, int64_t group_size,
+                            const KernelTable& table);
+
+// A matrix on its own: checked, and of memory that outlives its products.
+struct TernaryMatrix {
+  const uint8_t* packed;
+  int64_t blocks;             // as in TernaryProduct
+  const float* weight_scale;  // [out_features], or null for a product without scales
+  Layout layout;
+  MatrixSize size;
+};
+
+struct Product : TernaryProduct {
+  MatrixSize size;
+  Layout layout;
+  int64_t rows() const { return tokens * planes; }
+};
+
+// Everything but the results, for one plane and one group.
+Product product_of(const QuantizedRows& rows, const TernaryMatrix& matrix, int64_t tokens);
+
+// `active` [tokens][out_features], for layout row: results that nobody wants are undefined afterwards. Null: all.
+void run_product(Product& product, const KernelTable& table, const bool* active = nullptr);
+
+// Several matrices on the same rows, in one parallel region where their layout allows.
+void run_products(std::vector<Product>& products, const KernelTable& table);
+
+// Sets results that are not wanted to zero.
+void zero_inactive(const bool* active, const Product& product);
+
+// Between layouts.
+size_t tile16_bytes(MatrixSize size);
+void fill_tile16(Layout layout, const uint8_t* packed, MatrixSize size, uint8_t* tile16);
+
+}  // namespace bitnet_ops
