@@ -14,43 +14,8 @@ from setuptools import setup
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch that the wheel may meet
 
-SOURCES = [
-    "csrc/ops/library.cpp",
-    "csrc/ops/attention.cpp",
-    "csrc/run/attention.cpp",
-    "csrc/run/decoder.cpp",
-    "csrc/ops/decoder.cpp",
-    "csrc/ops/gumbel_noise.cpp",
-    "csrc/ops/lm_head.cpp",
-    "csrc/ops/fused.cpp",
-    "csrc/run/fused.cpp",
-    "csrc/ops/packing.cpp",
-    "csrc/ops/ternary.cpp",
-    "csrc/run/ternary.cpp",
-    "csrc/run/thread_pool.cpp",
-    "csrc/ops/python_module.cpp",
-    "csrc/ops/same_objects.cpp",
-    "csrc/run/dispatch.cpp",
-    "csrc/platform/cpu_features.cpp",
-    "csrc/layouts/column.cpp",
-    "csrc/layouts/row.cpp",
-    "csrc/layouts/tile16.cpp",
-    "csrc/layouts/tile16_base3.cpp",
-    "csrc/kernels/scalar.cpp",
-]
-SOURCES_BY_ARCHITECTURE = {
-    "x86_64": [
-        "csrc/kernels/avx2.cpp",
-        "csrc/kernels/avx_vnni.cpp",
-        "csrc/kernels/avx512_vbmi.cpp",
-        "csrc/kernels/avx512_vnni.cpp",
-    ],
-    "aarch64": [
-        "csrc/kernels/neon.cpp",
-        "csrc/kernels/neon_dotprod.cpp",
-        "csrc/kernels/neon_i8mm.cpp",
-    ],
-}
+FOLDERS = ("ops", "run", "layouts", "platform")
+KERNELS = {"x86_64": ("scalar", "avx"), "aarch64": ("scalar", "neon")}  # beginnings of file names
 ARCHITECTURE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -76,11 +41,18 @@ def extension(CppExtension):
     machine = platform.machine().lower()
     architecture = ARCHITECTURE_ALIASES.get(machine, machine)
     root = Path(__file__).parent
+
+    def files(pattern):
+        return sorted(path.relative_to(root).as_posix() for path in (root / "csrc").glob(pattern))
+
     return CppExtension(
         "bitnet_ops._C",
-        SOURCES + SOURCES_BY_ARCHITECTURE.get(architecture, []),
+        [
+            *(file for folder in FOLDERS for file in files(f"{folder}/*.cpp")),
+            *(file for name in KERNELS.get(architecture, ("scalar",)) for file in files(f"kernels/{name}*.cpp")),
+        ],
         # Headers are no objects of their own; named here, a change to one rebuilds.
-        depends=sorted(path.relative_to(root).as_posix() for path in (root / "csrc").rglob("*.h")),
+        depends=files("**/*.h"),
         extra_compile_args=[
             "-std=c++17",
             "-O3",

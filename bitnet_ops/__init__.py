@@ -10,16 +10,16 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
-from bitnet_ops.checkpoint import CheckpointError, from_pretrained, save_pretrained
+from bitnet_ops.checkpoint import CheckpointError, save_pretrained
 from bitnet_ops.decoder.cache import KVCache
-from bitnet_ops.decoder.config import BitNetConfig
-from bitnet_ops.decoder.model import BitNet
+from bitnet_ops.decoder.config import BitNetConfig, DecoderConfig, RopeScaling
 from bitnet_ops.evaluation.perplexity import TextLoss, perplexity
 from bitnet_ops.integrations.transformers import accelerate
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
 from bitnet_ops.layers.linear import BitLinear, BitLinearQAT, best_layout
 from bitnet_ops.layers.packing import packed_shape
 from bitnet_ops.layers.replace import pack, repack, replace_linear
+from bitnet_ops.model import BitNet, from_pretrained
 from bitnet_ops.ops import (
     lm_head,
     pack_ternary,
@@ -48,7 +48,9 @@ __all__ = [
     "BitNet",
     "BitNetConfig",
     "CheckpointError",
+    "DecoderConfig",
     "KVCache",
+    "RopeScaling",
     "TextLoss",
     "accelerate",
     "best_layout",

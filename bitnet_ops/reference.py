@@ -8,9 +8,17 @@ The quantisers follow "The Era of 1-bit LLMs: All Large Language Models are in 1
 (arXiv:2402.17764): absmean for weights (section 2), absmax per token to 8 bits for activations.
 """
 
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .decoder.config import RopeScaling
 
 ABSMAX_FLOOR = 1e-5
 """Smallest absolute maximum (activations) or mean (weights) that is divided by."""
@@ -133,6 +141,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     inverse_rms = 1.0 / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * inverse_rms * weight.float()).to(x.dtype)
+
+
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """The elementwise half of a gated linear unit (arXiv:2002.05202): ``y = activation(gate) * up``.
+
+    ``relu2`` is ``relu(gate)^2`` (arXiv:2109.08668), with +0 where the gate is closed, whatever ``up`` holds
+    there; ``silu`` is ``gate * sigmoid(gate)`` (arXiv:1702.03118); ``gelu_tanh`` is ``0.5 * gate * (1 + tanh(u))``
+    with ``u = sqrt(2 / pi) * (gate + 0.044715 * gate^3)`` (arXiv:1606.08415), written as ``gate * sigmoid(2 u)``,
+    which is the same without the cancellation for negative gates. In float32 arithmetic, rounded once to the
+    dtype of ``gate``.
+
+    Args:
+        gate: float [..., N].
+        up: like ``gate``.
+        activation: ``"relu2"``, ``"silu"`` or ``"gelu_tanh"``.
+
+    Returns:
+        Shape and dtype of ``gate``.
+    """
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    dtype, gate, up = gate.dtype, gate.to(wide), up.to(wide)
+    if activation == "relu2":
+        closed = gate <= 0
+        gate, up = gate.masked_fill(closed, 0.0), up.masked_fill(closed, 0.0)
+        y = gate * gate * up
+    elif activation == "silu":
+        y = gate * torch.sigmoid(gate) * up
+    elif activation == "gelu_tanh":
+        twice_u = 2 * (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate * gate * gate)
+        y = gate * torch.sigmoid(twice_u) * up
+    else:
+        raise ValueError(f"activation: expected 'relu2', 'silu' or 'gelu_tanh', got {activation!r}")
+    return y.to(dtype)
 
 
 def lm_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -274,21 +315,57 @@ KEYS_IN_SPAN = 256
 """Keys and values of an int8 cache stand in spans of so many: see `int8_spans`."""
 
 
-def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv:2104.09864).
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Angles by which RoPE (arXiv:2104.09864) turns the pairs of a head from one position to the next.
 
-    Position p turns pair i by the angle ``p * theta^(-2i / head_dim)``.
+    ``f[i] = theta^(-2i / head_dim)``; with scaling "linear" ``f[i] / factor``. With "llama3" (Llama 3.1,
+    arXiv:2407.21783), of ``turns = original_max_position_embeddings * f[i] / (2 pi)`` that a pair makes in
+    the context the model was trained with::
+
+        low = low_freq_factor, high = high_freq_factor
+        s = (turns - low) / (high - low)
+        f[i]                                      where turns > high
+        f[i] / factor                             where turns < low
+        (1 - s) * f[i] / factor + s * f[i]        between
+
+    Args:
+        head_dim: even.
+        theta: base of the wavelengths.
+        scaling: how they are stretched, or None.
+
+    Returns:
+        float32 [head_dim / 2].
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return stretched
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    wavelength = 2 * math.pi / frequencies
+    turns = scaling.original_max_position_embeddings / wavelength
+    s = (turns - low) / (high - low)
+    between = (1 - s) * stretched + s * frequencies
+    return torch.where(turns > high, frequencies, torch.where(turns < low, stretched, between))
+
+
+def rotary_embedding(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE: position p turns pair i by the angle ``p * rotary_frequencies(...)[i]``.
 
     Args:
         positions: int64 of any shape.
-        head_dim: even.
-        theta: base of the wavelengths.
+        head_dim: as in `rotary_frequencies`, like the next two.
+        theta: likewise.
+        scaling: likewise.
 
     Returns:
         ``(cos, sin)``: float32 [..., head_dim / 2].
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponent)
+    frequencies = rotary_frequencies(head_dim, theta, scaling).to(positions.device)
+    angles = positions.float().unsqueeze(-1) * frequencies
     # Libraries and torch.compile disagree about the last bit of a sine; rounded from float64 it is the same.
     angles = angles.double()
     return angles.cos().float(), angles.sin().float()

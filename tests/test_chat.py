@@ -9,7 +9,7 @@ from text_models import CHAT_TEMPLATE, EOS, assert_greedy, tiny_model
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from bitnet_ops.decoder.model import BitNet
+from bitnet_ops import BitNet
 from bitnet_ops.generation.chat import ChatSession, Continuation, render_chat
 
 CONVERSATION = [

@@ -15,7 +15,8 @@ from tiny_checkpoints import Sizes, Weights, byte_tokenizer, published_tensors, 
 from torch import Tensor
 
 from bitnet_ops import repack
-from bitnet_ops.checkpoint import CheckpointError, from_pretrained
+from bitnet_ops import from_pretrained
+from bitnet_ops.checkpoint import CheckpointError
 from bitnet_ops.layers import packing
 
 UP = "model.layers.1.mlp.up_proj"

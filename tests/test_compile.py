@@ -19,7 +19,7 @@ from text_models import tiny_model
 from torch import Tensor, nn
 
 from bitnet_ops.decoder.cache import CACHE_DTYPES, KVCache
-from bitnet_ops.decoder.model import BitNet
+from bitnet_ops import BitNet
 from bitnet_ops.layers.linear import BitLinear, BitLinearQAT
 
 Forward = Callable[..., Tensor]
@@ -122,7 +122,7 @@ def operators(model: BitNet) -> list[object]:
 
 def test_a_decoder_over_a_cache_is_one_operator() -> None:
     called = operators(MODEL)
-    assert called.count(torch.ops.bitnet_ops.decoder.opaque.default) == 1
+    assert called.count(torch.ops.bitnet_ops.opaque_decoder.default) == 1
     assert torch.ops.bitnet_ops.decoder_layers.default not in called
 
 
@@ -131,12 +131,12 @@ def test_with_gradients_the_layers_are_one_operator() -> None:
     with torch.enable_grad():
         called = operators(model)
     assert called.count(torch.ops.bitnet_ops.decoder_layers.default) == 1
-    assert torch.ops.bitnet_ops.decoder.opaque.default not in called
+    assert torch.ops.bitnet_ops.opaque_decoder.default not in called
 
 
 def test_layers_of_another_kind_are_compiled() -> None:
     model = BitNet(MODEL.config, BitLinearQAT).eval()
-    assert torch.ops.bitnet_ops.decoder.opaque.default not in operators(model)
+    assert torch.ops.bitnet_ops.opaque_decoder.default not in operators(model)
 
 
 def negate_up(model: BitNet) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitnet_ops.decoder.cache import KVCache
 from bitnet_ops.decoder.config import BitNetConfig
-from bitnet_ops.decoder.model import BitNet
+from bitnet_ops import BitNet
 from bitnet_ops.generation import loop as decoding
 from bitnet_ops.layers.linear import BitLinearQAT
 

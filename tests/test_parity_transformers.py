@@ -19,7 +19,7 @@ from tiny_checkpoints import Sizes, Weights, pack_rows, published_tensors, write
 from torch import Tensor, nn
 
 from bitnet_ops import BitLinear, KVCache, reference
-from bitnet_ops.checkpoint import from_pretrained, hf
+from bitnet_ops import from_pretrained, hf
 from bitnet_ops.reference import rotary_embedding
 
 pytest.importorskip("transformers")

@@ -22,7 +22,7 @@ from transformers.integrations.bitnet import (
 )
 
 from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, BitNetConfig, reference
-from bitnet_ops.checkpoint import from_pretrained
+from bitnet_ops import from_pretrained
 
 U = 2.0**-24
 

@@ -1,6 +1,6 @@
 """Checkpoints: models as folders on disk.
 
-load.py         from_pretrained: the order of the checks, and the model
+load.py         the order of the checks, and the model
 hf.py           weights in the published Hugging Face formats (packed, ternary, master)
 packed.py       weights in our own format, and save_pretrained
 config_json.py  config.json
@@ -14,7 +14,7 @@ errors.py       CheckpointError
 """
 
 from .errors import CheckpointError
-from .load import from_pretrained
+from .load import load
 from .packed import save_pretrained
 
-__all__ = ["CheckpointError", "from_pretrained", "save_pretrained"]
+__all__ = ["CheckpointError", "load", "save_pretrained"]

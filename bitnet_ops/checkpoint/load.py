@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..decoder.config import BitNetConfig
-from ..decoder.model import BitNet
+from ..decoder.config import DecoderConfig
+from ..decoder.model import LanguageModel
 from ..layers.linear import BitLinear
 from ..layers.memory import HugePages
 from ..layers.norm import RMSNorm
@@ -24,6 +24,8 @@ from .packed import CONFIG_FILE, QUANT_METHOD, PackedProjections
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
 
 TIED_HEAD = "lm_head.weight"
+
+Model = TypeVar("Model", bound=LanguageModel)
 
 
 class ProjectionReader(Protocol):
@@ -38,34 +40,21 @@ class ProjectionReader(Protocol):
         """Gives ``(packed_weight, layout, weight_scale)``, in ``memory`` where they are not in the files."""
 
 
-def from_pretrained(folder: str | os.PathLike[str], *, mmap: bool | None = None) -> BitNet:
-    """Loads a model from a local folder; nothing is ever downloaded.
-
-    Understands the published layout of BitNet b1.58 2B4T (packed), its bf16 master weights (quantised
-    here), and what `save_pretrained` and ``bitnet-ops convert`` write. Weights come from model.safetensors,
-    or from several files with model.safetensors.index.json. Peak memory stays near the size of the packed
-    model: tensors are packed one at a time, or used where they lie in the file. A bar shows the progress on
-    a terminal.
+def load(
+    folder: str | os.PathLike[str],
+    make: Callable[[DecoderConfig], Model],
+    *,
+    mmap: bool | None = None,
+) -> Model:
+    """Loads a model from a folder: `bitnet_ops.from_pretrained`, for a model of any class.
 
     Args:
-        folder: holds config.json and the safetensors files; may hold tokenizer.json,
-            generation_config.json, and chat_template.jinja or tokenizer_config.json.
-        mmap: use tensors where they lie in the files: no time, no second copy, and processes share them. The
-            files must then not be rewritten in place while the model lives, or the system ends the process;
-            replacing them is fine. None does so with what `save_pretrained` wrote, which replaces files.
-
-    Returns:
-        The model in eval mode and without gradients. The embedding keeps its stored dtype, norms are
-        float32. ``model.tokenizer`` (a tokenizers.Tokenizer or None), ``model.chat_template`` (str or None)
-        and ``model.generation_config`` (dict) are what the folder has.
+        folder: as for `bitnet_ops.from_pretrained`, like ``mmap``.
+        make: makes a model of the given shape.
+        mmap: use tensors where they lie in the files.
 
     Raises:
         CheckpointError: a ValueError that names the file and the tensor or field at fault.
-
-    Example:
-        >>> model = bitnet_ops.from_pretrained("bitnet-2b4t")
-        >>> model(torch.tensor([model.tokenizer.encode("The sea").ids])).shape
-        torch.Size([1, 3, 128256])
     """
     path = local_folder(folder)
     data = read_json(path / CONFIG_FILE)
@@ -79,7 +68,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, mmap: bool | None = None)
     with TensorFiles(path, mmap=mmap) as files:
         _check_plausible(config, files, path / CONFIG_FILE)
         with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
-            model = BitNet(config)
+            model = make(config)
         _load_weights(model, files, projections)
         model.eval().requires_grad_(False)
         copy = stored_head(files, data.get("quantization_config") or {}, model.head_weight)
@@ -106,7 +95,7 @@ def _projection_reader(data: dict[str, Any], file: Path) -> ProjectionReader:
     )
 
 
-def _check_plausible(config: BitNetConfig, files: TensorFiles, file: Path) -> None:
+def _check_plausible(config: DecoderConfig, files: TensorFiles, file: Path) -> None:
     """Refuses sizes that the files cannot hold before a model of these sizes is built.
 
     Even without memory a billion layers take for ever, and sizes above 2^63 overflow inside torch.
@@ -132,7 +121,7 @@ def _check_plausible(config: BitNetConfig, files: TensorFiles, file: Path) -> No
             )
 
 
-def _load_weights(model: BitNet, files: TensorFiles, projections: ProjectionReader) -> None:
+def _load_weights(model: LanguageModel, files: TensorFiles, projections: ProjectionReader) -> None:
     """Checks that the files have the tensors of the model and no others, then gives them to its modules."""
     memory = HugePages()
     used: list[str] = []
@@ -189,7 +178,7 @@ def _load_matrix(files: TensorFiles, memory: HugePages, name: str, module: nn.Em
     module.weight = nn.Parameter(matrix)
 
 
-def _check_tied(files: TensorFiles, model: BitNet) -> None:
+def _check_tied(files: TensorFiles, model: LanguageModel) -> None:
     """A tied head may be stored a second time, but it has to be the same matrix."""
     again = torch.split(files.tensor(TIED_HEAD), CHUNK_ROWS)
     for rows, head_rows in zip(again, torch.split(model.head_weight, CHUNK_ROWS), strict=True):

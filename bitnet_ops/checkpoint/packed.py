@@ -35,7 +35,7 @@ from .text_files import TOKEN_FIELDS, save_text_files
 from .write import write_tensors
 
 if TYPE_CHECKING:
-    from ..decoder.model import BitNet
+    from ..decoder.model import LanguageModel
 
 QUANT_METHOD = "bitnet_ops"
 
@@ -111,7 +111,7 @@ class PackedProjections:
         return self.layouts.get(name, self.layout)
 
 
-def save_pretrained(model: "BitNet", folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> None:
     """Writes a packed model as a folder that `from_pretrained` loads again, bit for bit the same.
 
     Files: config.json, model.safetensors, generation_config.json, and tokenizer.json and
@@ -167,7 +167,7 @@ def save_pretrained(model: "BitNet", folder: str | os.PathLike[str]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _layouts(model: "BitNet") -> dict[str, Any]:
+def _layouts(model: "LanguageModel") -> dict[str, Any]:
     """The layouts as "quantization_config" names them."""
     layouts = {name: module.layout for name, module in model.named_modules() if isinstance(module, BitLinear)}
     (common, _), *_ = Counter(layouts.values()).most_common(1) or [("tile16", 0)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..decoder.config import BitNetConfig
+from ..decoder.config import DecoderConfig
 from .errors import CheckpointError
 from .files import read_bytes, read_json, read_text
 
@@ -83,7 +83,7 @@ def load_chat_template(folder: Path) -> str | None:
     return template
 
 
-def load_generation_config(folder: Path, config: BitNetConfig) -> dict[str, Any]:
+def load_generation_config(folder: Path, config: DecoderConfig) -> dict[str, Any]:
     """The defaults of generation: generation_config.json over the token ids of config.json.
 
     Returns:

@@ -13,7 +13,7 @@ from .errors import expected_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..decoder.model import BitNet
+    from ..model import BitNet
     from ..evaluation.sparsity import LayerSparsity
 
 SAMPLE_TEXT = """\
@@ -63,7 +63,7 @@ def convert(source: Path, target: Path, text: Path | None, layout: str | None) -
         raise click.UsageError("--text has no effect with --layout, which measures nothing")
     from tqdm import tqdm
 
-    from ..checkpoint import from_pretrained
+    from ..model import from_pretrained
     from ..evaluation.sparsity import layouts_for, measure_sparsity
     from ..layers.linear import BitLinear
 

@@ -24,7 +24,7 @@ from .options import MODEL_OPTION, THREADS_OPTION, load_model
 from .train import train
 
 if TYPE_CHECKING:
-    from ..decoder.model import BitNet
+    from ..model import BitNet
     from ..generation.chat import ChatSession, Continuation
     from ..generation.mixin import TextStream
     from ..generation.settings import GenerationArguments

@@ -10,7 +10,7 @@ import click
 from .. import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from ..decoder.model import BitNet
+    from ..model import BitNet
 
 MODEL_OPTION = click.option(
     "--model",
@@ -28,7 +28,7 @@ def load_model(folder: Path | None, threads: int | None) -> BitNet:
     """Loads the model of a command, and sets the number of threads."""
     import torch
 
-    from ..checkpoint import from_pretrained
+    from ..model import from_pretrained
 
     if threads is not None:
         torch.set_num_threads(threads)

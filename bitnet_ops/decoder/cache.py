@@ -1,68 +1,91 @@
-"""The keys and values of the tokens seen so far."""
+"""The keys and values of the tokens seen so far, and the angles of their positions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops, reference
-from .config import BitNetConfig
+from .config import DecoderConfig
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
-class CacheTensors:
+class CacheTensors(NamedTuple):
     """What a cache is made of, without a count of tokens: `KVCache` says what each tensor is."""
 
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        key_scales: Tensor | None,
-        value_scales: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> None:
-        self.keys = keys
-        self.values = values
-        self.key_scales = key_scales
-        self.value_scales = value_scales
-        self.cos = cos
-        self.sin = sin
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
-        """Stores one layer's new keys and values and attends to all so far: `ops.cached_attention`.
+    def of_layer(self, slot: int) -> list[Tensor | None]:
+        """The tensors of one layer, as `ops.cached_attention` takes them."""
+        return [None if tensor is None else tensor[slot] for tensor in self]
+
+
+class Context(NamedTuple):
+    """What attention needs beside queries, keys and values: positions, and the tokens before these.
+
+    Attributes:
+        cos: float32 [tables, positions, head_dim / 2], from `rotation_tables`.
+        sin: likewise.
+        start: int64 [B], the position of each row's first token; see `ops.cached_attention` and, where there
+            is no cache, `ops.attention`. None without padding and cache.
+        cache: keys and values before these tokens, which theirs are added to; or None.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    start: Tensor | None = None
+    cache: CacheTensors | None = None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, slot: int, rotation: int, training: bool, **options: Any
+    ) -> Tensor:
+        """Causal attention of a layer: `ops.attention` or `ops.cached_attention`.
 
         Args:
-            layer: its number.
-            q: as for `ops.cached_attention`, like the following.
+            q: as for these operators, like the next two.
             k: likewise.
             v: likewise.
-            start: likewise.
-
-        Returns:
-            float32 [B, T, heads * head_dim].
+            slot: the layer's place in the cache.
+            rotation: number of its table of angles.
+            training: whether gradients are wanted, so that plain PyTorch has to do it.
+            **options: ``scale`` and ``window``, as for these operators.
         """
-        return ops.cached_attention(
-            q, k, v, self.cos, self.sin, start, *(tensor[layer] for tensor in self._stored())
-        )
+        cos, sin = self.cos[rotation], self.sin[rotation]
+        options = {k: v for k, v in options.items() if v}  # WIP until ops have them
+        if self.cache is not None and self.start is not None:
+            return ops.cached_attention(
+                q, k, v, cos, sin, self.start, *self.cache.of_layer(slot), **options
+            )
+        attention = reference.attention if training else ops.attention
+        return attention(q, k, v, cos, sin, self.start, **options)
 
-    def arguments(
-        self, start: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The arguments of `ops.decoder_layers` that do not come from the layers.
-
-        Args:
-            start: as for `ops.cached_attention`.
-        """
-        return (
-            self.cos, self.sin, start, self.keys, self.values, self.key_scales, self.value_scales,
-        )  # fmt: skip
-
-    def _stored(self) -> list[Tensor]:
-        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
-        return [tensor for tensor in tensors if tensor is not None]
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The arguments of `ops.decoder_layers` from ``cos`` on, but the slot."""
+        return self.cos, self.sin, self.start, *(self.cache or (None, None, None, None))
 
 
-class KVCache(CacheTensors):
+def rotation_tables(config: DecoderConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a model's positions: one table, or a second one for local layers.
+
+    Returns:
+        Two of float32 [tables, *positions.shape, head_dim / 2].
+    """
+    tables = [
+        reference.rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    ]
+    if config.local_rope_theta is not None:
+        tables.append(reference.rotary_embedding(positions, config.head_dim, config.local_rope_theta))
+    cos, sin = zip(*tables, strict=True)
+    return torch.stack(cos), torch.stack(sin)
+
+
+class KVCache:
     """Keys and values per layer, which the model fills and reads in place.
 
     ``model(input_ids, cache=cache)`` adds the new tokens to the ``length`` tokens already there. Where they
@@ -72,6 +95,7 @@ class KVCache(CacheTensors):
     padding tokens is stored at position t - p.
 
     Attributes:
+        tensors: a `CacheTensors`; its fields are attributes of the cache, too:
         keys: in ``dtype``, rotated, [layers, batch, kv_heads, capacity / 64, head_dim, 64]; with int8
             [layers, batch, kv_heads, capacity / 256, 256 * width], width being head_dim rounded up to 16.
         values: in ``dtype``, [layers, batch, kv_heads, capacity, width]; with int8 as keys.
@@ -79,12 +103,13 @@ class KVCache(CacheTensors):
         value_scales: likewise.
         length: tokens seen so far, padding included, the same for every row.
         padding: int64 [batch], how many of them are padding.
-        cos, sin: float32 [capacity, head_dim / 2], the rotations of all positions.
+        cos, sin: float32 [tables, capacity, head_dim / 2], the rotations of all positions; see
+            `rotation_tables`.
     """
 
     def __init__(
         self,
-        config: BitNetConfig,
+        config: DecoderConfig,
         batch_size: int,
         capacity: int,
         *,
@@ -115,9 +140,33 @@ class KVCache(CacheTensors):
         self._allocate(capacity)
 
     @property
+    def keys(self) -> Tensor:
+        """The keys of all layers."""
+        return self.tensors.keys
+
+    @property
+    def values(self) -> Tensor:
+        """The values of all layers."""
+        return self.tensors.values
+
+    @property
+    def key_scales(self) -> Tensor | None:
+        """The scales of int8 keys."""
+        return self.tensors.key_scales
+
+    @property
+    def value_scales(self) -> Tensor | None:
+        """The scales of int8 values."""
+        return self.tensors.value_scales
+
+    @property
     def capacity(self) -> int:
         """Number of tokens a row can hold before the cache grows."""
-        return self.cos.shape[0]
+        return self.cos.shape[1]
+
+    def context(self) -> Context:
+        """What the next tokens of every row see."""
+        return Context(self.cos, self.sin, self.length - self.padding, self.tensors)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for tokens to come; what the cache holds stays.
@@ -126,10 +175,11 @@ class KVCache(CacheTensors):
             tokens: how many a row is to hold in all, those already there included.
         """
         if tokens > self.capacity:
-            old = self._stored()
+            old = self.tensors
             self._allocate(max(tokens, 2 * self.capacity))
-            for new, kept in zip(self._stored(), old, strict=True):
-                new[:, :, :, : kept.shape[3]] = kept
+            for new, kept in zip(self.tensors, old, strict=True):
+                if new is not None and kept is not None:
+                    new[:, :, :, : kept.shape[3]] = kept
 
     def _allocate(self, capacity: int) -> None:
         config, device = self.config, self.padding.device
@@ -149,11 +199,10 @@ class KVCache(CacheTensors):
         value_shape: tuple[int, ...] = (parts * part, width)
         if int8:
             key_shape = value_shape = (parts, part * width)
-        positions = torch.arange(parts * part, device=device)
-        super().__init__(
+        self.tensors = CacheTensors(
             allocate(*key_shape, dtype=self.dtype),
             allocate(*value_shape, dtype=self.dtype),
             allocate(parts * part, dtype=torch.float32) if int8 else None,
             allocate(parts * part, dtype=torch.float32) if int8 else None,
-            *reference.rotary_embedding(positions, config.head_dim, config.rope_theta),
         )
+        self.cos, self.sin = rotation_tables(config, torch.arange(parts * part, device=device))

@@ -1,12 +1,61 @@
-"""The shape of a BitNet model, with the field names of the published config.json."""
+"""What a decoder is made of: sizes, optional parts, and constants, checked.
+
+Every ternary model in use is the same four steps with optional parts::
+
+    q, k, v = projections(norm(x))              q, k = norm(q), norm(k)        qk_norm
+    x = x + o_proj(norm(attention(q, k, v)))                                   sub_norms, post_norms
+    g = activation(gate_proj(m)) * up_proj(m)   with m = norm(x)
+    x = x + down_proj(norm(g))                                                 sub_norms, post_norms
+
+`DecoderConfig` says which parts a model has; bitnet_ops/families/ says it for each family.
+"""
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from typing import Any
+
+ACTIVATIONS = ("relu2", "silu", "gelu_tanh")
+"""Of the gate; formulas in `bitnet_ops.reference.glu`."""
 
 
 @dataclass(frozen=True)
-class BitNetConfig:
-    """Sizes and constants of a BitNet b1.58 model; the defaults are those of 2B4T.
+class RopeScaling:
+    """How the rotary embedding's frequencies are stretched for longer contexts.
+
+    Attributes:
+        kind: "linear" divides every frequency by ``factor``; "llama3" only those whose wavelength is long
+            against the context that the model was trained with (`bitnet_ops.reference.rotary_frequencies`).
+        factor: how much longer the context has become.
+        low_freq_factor: "llama3": wavelengths above ``original_max_position_embeddings`` divided by this are
+            stretched whole.
+        high_freq_factor: "llama3": wavelengths below ``original_max_position_embeddings`` divided by this
+            stay as they are.
+        original_max_position_embeddings: "llama3": the context that the model was trained with.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"RopeScaling.kind: expected 'linear' or 'llama3', got {self.kind!r:.80}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _check_number(self, name, 0.0, 1e6, above=True)
+        _check_sizes(self, "original_max_position_embeddings")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"RopeScaling.high_freq_factor: expected a number above low_freq_factor = "
+                f"{self.low_freq_factor}, got {self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes, parts and constants of a decoder.
 
     Every field is checked, because the numbers may come from a file of unknown origin.
 
@@ -15,11 +64,30 @@ class BitNetConfig:
         hidden_size: width of the residual stream.
         intermediate_size: width inside the feed-forward block.
         num_hidden_layers: number of decoder layers.
-        num_attention_heads: number of query heads; must divide ``hidden_size``.
+        num_attention_heads: number of query heads.
         num_key_value_heads: number of key and value heads; must divide ``num_attention_heads``.
         max_position_embeddings: longest sequence the model was made for.
+        head_dim: width of one attention head; None for ``hidden_size / num_attention_heads``. Even.
         rms_norm_eps: added to the mean square in every norm.
+        activation: of the gate: "relu2", "silu" or "gelu_tanh".
+        sub_norms: a norm ("subln") in front of ``o_proj`` and of ``down_proj``.
+        qk_norm: a norm over each head of the queries and of the keys.
+        post_norms: a norm behind the attention and behind the feed-forward block.
+        projection_norms: a norm of its own inside every projection, in front of its weights.
+        attention_bias: a bias in ``q_proj``, ``k_proj``, ``v_proj``.
+        attention_output_bias: a bias in ``o_proj``; None for that of the others.
+        mlp_bias: a bias in ``gate_proj``, ``up_proj``, ``down_proj``.
+        activation_bits: 8, or 16 for models that were not trained with 8-bit activations.
+        group_size: 0 for one weight scale a row; 64, 128 or 256 inputs that share one.
         rope_theta: base of the rotary embedding's wavelengths.
+        rope_scaling: how they are stretched, or None.
+        local_rope_theta: base in local layers; None for ``rope_theta``. Not stretched.
+        window: positions that a token of a local layer sees, its own included; 0 for no local layers.
+        local_layers: numbers of the local layers.
+        query_scale: multiplies the scores of attention; None for ``head_dim ** -0.5``.
+        embedding_scale: multiplies embeddings.
+        residual_scale: multiplies what a block adds to the residual stream.
+        logit_scale: multiplies the hidden states that the head turns into scores.
         tie_word_embeddings: whether the head uses the embedding matrix.
         bos_token_id: id that opens a text, or None.
         eos_token_id: id or ids that end a text, or None.
@@ -28,24 +96,44 @@ class BitNetConfig:
         dropout: probability with which training zeroes an activation of the residual branches.
     """
 
-    vocab_size: int = 128256
-    hidden_size: int = 2560
-    intermediate_size: int = 6912
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 20
-    num_key_value_heads: int = 5
-    max_position_embeddings: int = 4096
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    head_dim: int = None  # type: ignore[assignment]  # None stands for a size that follows from the others
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
-    tie_word_embeddings: bool = True
-    bos_token_id: int | None = 128000
-    eos_token_id: int | tuple[int, ...] | None = 128001
+    activation: str = "silu"
+    sub_norms: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    projection_norms: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = False
+    activation_bits: int = 8
+    group_size: int = 0
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
+    window: int = 0
+    local_layers: tuple[int, ...] = ()
+    query_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     initializer_range: float = 0.02
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
+        _check_sizes(
+            self,
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -53,34 +141,47 @@ class BitNetConfig:
             "num_attention_heads",
             "num_key_value_heads",
             "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"BitNetConfig.{name}: expected a positive int, got {value!r}")
+        )
+        self._resolve("num_key_value_heads", "num_attention_heads")
+        if self.head_dim is None:
+            self._resolve("num_attention_heads", "hidden_size")
+            self._set(head_dim=self.hidden_size // self.num_attention_heads)
+        _check_sizes(self, "head_dim")
+        if self.head_dim % 2:
+            self._refuse("head_dim", "an even number, because rotary embedding turns pairs")
         for name, low, high in (
             ("rms_norm_eps", 0.0, 1.0),
-            ("rope_theta", 0.0, 1e12),
             ("initializer_range", 0.0, 1e3),
             ("dropout", 0.0, 1.0),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise ValueError(f"BitNetConfig.{name}: expected a number in [{low}, {high}), got {value!r}")
-        if self.rope_theta == 0:
-            raise ValueError("BitNetConfig.rope_theta: expected a number above 0, got 0")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(
-                f"BitNetConfig.tie_word_embeddings: expected true or false, got {self.tie_word_embeddings!r}"
-            )
-        self._check_divides("num_attention_heads", "hidden_size")
-        self._check_divides("num_key_value_heads", "num_attention_heads")
-        if self.head_dim % 2:
-            raise ValueError(
-                "BitNetConfig.hidden_size / num_attention_heads (the head size): expected an even number, "
-                f"because rotary embedding turns pairs, got {self.head_dim}"
-            )
+            _check_number(self, name, low, high)
+        for name in ("rope_theta", "local_rope_theta", "query_scale"):
+            if getattr(self, name) is not None or name == "rope_theta":
+                _check_number(self, name, 0.0, 1e12, above=True)
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            _check_number(self, name, 0.0, 1e6, above=True)
+        if self.attention_output_bias is None:
+            self._set(attention_output_bias=self.attention_bias)
+        for field in dataclasses.fields(self):
+            if field.type in (bool, bool | None) and not isinstance(getattr(self, field.name), bool):
+                self._refuse(field.name, "true or false")
+        if self.activation not in ACTIVATIONS:
+            self._refuse("activation", " or ".join(map(repr, ACTIVATIONS)))
+        if self.activation_bits not in (8, 16):
+            self._refuse("activation_bits", "8 or 16")
+        if self.group_size not in (0, 64, 128, 256):
+            self._refuse("group_size", "0, 64, 128 or 256")
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            self._refuse("rope_scaling", "a RopeScaling or None")
+        if type(self.window) is not int or self.window < 0:
+            self._refuse("window", "an int of at least 0")
+        self._set(local_layers=tuple(self.local_layers))
+        if not all(type(n) is int and 0 <= n < self.num_hidden_layers for n in self.local_layers):
+            self._refuse("local_layers", f"numbers of layers in [0, {self.num_hidden_layers})")
+        if bool(self.local_layers) != bool(self.window):
+            self._refuse("local_layers", "some where window is not 0, none where it is")
         if isinstance(self.eos_token_id, list):  # as JSON has it; a tuple keeps the config hashable
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+            self._set(eos_token_id=tuple(self.eos_token_id))
         for name, ids in (
             ("bos_token_id", (self.bos_token_id,)),
             ("eos_token_id", self.eos_token_ids),
@@ -89,13 +190,24 @@ class BitNetConfig:
             for token in ids:
                 if token is not None and (type(token) is not int or not 0 <= token < self.vocab_size):
                     raise ValueError(
-                        f"BitNetConfig.{name}: expected a token id in [0, {self.vocab_size}), got {token!r}"
+                        f"{type(self).__name__}.{name}: expected a token id in [0, {self.vocab_size}), "
+                        f"got {token!r}"
                     )
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def q_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What multiplies the scores of attention."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -104,13 +216,56 @@ class BitNetConfig:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
-    def replace(self, **changes: object) -> "BitNetConfig":
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+    def replace(self, **changes: Any) -> "DecoderConfig":
+        """A copy with some fields changed.
 
-    def _check_divides(self, small: str, large: str) -> None:
+        ``head_dim`` follows ``hidden_size`` and ``num_attention_heads`` where it did before.
+        """
+        if self.head_dim * self.num_attention_heads == self.hidden_size:
+            changes.setdefault("head_dim", None)
+        return dataclasses.replace(self, **changes)
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _refuse(self, name: str, expected: str) -> None:
+        raise ValueError(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def _resolve(self, small: str, large: str) -> None:
         if getattr(self, large) % getattr(self, small):
-            raise ValueError(
-                f"BitNetConfig.{small}: expected a divisor of {large} = {getattr(self, large)}, "
-                f"got {getattr(self, small)}"
-            )
+            self._refuse(small, f"a divisor of {large} = {getattr(self, large)}")
+
+
+@dataclass(frozen=True)
+class BitNetConfig(DecoderConfig):
+    """`DecoderConfig` with the sizes and parts of BitNet b1.58 2B4T (arXiv:2504.12285) as defaults."""
+
+    vocab_size: int = 128256
+    hidden_size: int = 2560
+    intermediate_size: int = 6912
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 20
+    num_key_value_heads: int = 5
+    max_position_embeddings: int = 4096
+    activation: str = "relu2"
+    sub_norms: bool = True
+    rope_theta: float = 500000.0
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 128000
+    eos_token_id: int | tuple[int, ...] | None = 128001
+
+
+def _check_sizes(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{type(config).__name__}.{name}: expected a positive int, got {value!r}")
+
+
+def _check_number(config: Any, name: str, low: float, high: float, *, above: bool = False) -> None:
+    value = getattr(config, name)
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value < high or (above and value == low):
+        expected = f"a number in {'(' if above else '['}{low}, {high})"
+        raise ValueError(f"{type(config).__name__}.{name}: expected {expected}, got {value!r}")

@@ -1,14 +1,16 @@
-"""BitNet b1.58 2B4T, readable in one sitting.
+"""A ternary language model, readable in one sitting: a decoder, and the head that makes scores.
 
-A Llama-style decoder (arXiv:2504.12285) with three differences: every projection is ternary, the
-feed-forward block uses the squared ReLU, and a norm ("subln") stands before each output projection.
-Modules and parameters are named as in the published checkpoint, so files map one to one.
+The decoder is Llama's with optional parts; `DecoderConfig` says which ones a model has. BitNet b1.58 2B4T
+(arXiv:2504.12285) has the squared ReLU and a norm ("subln") in front of each output projection. Modules and
+parameters are named as in the published checkpoints, so files map one to one.
 
-In training mode every step is plain PyTorch (autocast, any device); in eval mode norms, projections and
-head are the operators of `bitnet_ops.ops`.
+In training mode every step is plain PyTorch (autocast, any device); in eval mode norms, projections,
+attention and head are the operators of `bitnet_ops.ops`, and `bitnet_ops.decoder.plan` runs all layers in one
+of them where nobody looks in between.
 """
 
-import os
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,102 +19,145 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..generation.mixin import GenerationMixin
-from ..layers.linear import BitLinear
+from ..layers.linear import BitLinear, NormedLinear
 from ..layers.norm import RMSNorm
-from .cache import CacheTensors, KVCache
-from .config import BitNetConfig
-from .fused import norm_linear_add, norm_linears, norm_squared_relu_glu
-from .opaque import has_fused_layers, number_decoder, opaque_decoder
-from .plan import FusedLayers, LayerArguments, layer_arguments
+from .cache import Context, KVCache, rotation_tables
+from .config import DecoderConfig
+from .head import LEAST_BYTES, ScreenedHead
+from .plan import Known, Plan, collect, number_decoder, opaque_decoder, run, runs_in_operators
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 LinearFactory = Callable[..., nn.Module]
-"""Makes a projection from (in_features, out_features, bias=False), for the architecture has no biases:
-BitLinear, BitLinearQAT, or nn.Linear to compare."""
+"""Makes a projection from (in_features, out_features, bias=...): BitLinear, BitLinearQAT, or nn.Linear to
+compare."""
+
+
+def projection(
+    config: DecoderConfig, linear: LinearFactory, in_features: int, out_features: int, bias: bool
+) -> nn.Module:
+    """One projection, with a norm of its own where the model has these."""
+    options = {}
+    if linear is BitLinear:
+        options = {"activation_bits": config.activation_bits, "group_size": config.group_size}
+    made = linear(in_features, out_features, bias=bias, **options)
+    return NormedLinear(RMSNorm(in_features, config.rms_norm_eps), made) if config.projection_norms else made
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and fewer key-value heads than query heads."""
+    """Causal self-attention with rotary positions and, mostly, fewer key-value heads than query heads."""
 
-    def __init__(self, config: BitNetConfig, layer: int, linear: LinearFactory) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, linear: LinearFactory) -> None:
         super().__init__()
-        self.layer = layer
+        local = layer in config.local_layers
         self.head_dim = config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = linear(config.hidden_size, config.hidden_size, bias=False)
-        self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.window = config.window if local else 0
+        self.rotation = int(local and config.local_rope_theta is not None)
+        self.query_scale = config.query_scale
+        hidden, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
+        self.q_proj = projection(config, linear, hidden, q_size, config.attention_bias)
+        self.k_proj = projection(config, linear, hidden, kv_size, config.attention_bias)
+        self.v_proj = projection(config, linear, hidden, kv_size, config.attention_bias)
+        self.o_proj = projection(config, linear, q_size, hidden, bool(config.attention_output_bias))
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.attn_sub_norm = RMSNorm(q_size, config.rms_norm_eps) if config.sub_norms else None
 
-    def forward(
-        self,
-        x: Tensor,
-        norm: RMSNorm,
-        dropout: nn.Dropout,
-        rotation: tuple[Tensor, Tensor],
-        start: Tensor | None,
-        cache: CacheTensors | None,
-    ) -> Tensor:
-        """``x + dropout(attention(norm(x)))``."""
-        q, k, v = norm_linears(norm, (self.q_proj, self.k_proj, self.v_proj), x)
-        if cache is not None and start is not None:
-            y = cache.attend(self.layer, q, k, v, start)
-        elif self.training:
-            y = reference.attention(q, k, v, *rotation, start)
-        else:
-            y = ops.attention(q, k, v, *rotation, start)
-        return norm_linear_add(self.attn_sub_norm, self.o_proj, y, x, dropout)
+    def forward(self, x: Tensor, context: Context, slot: int) -> Tensor:
+        """Maps [B, T, hidden_size] to the same; ``slot`` is the layer's place in the cache."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        y = context.attend(
+            q, k, v, slot, self.rotation, self.training, scale=self.query_scale, window=self.window
+        )
+        if self.attn_sub_norm is not None:
+            y = self.attn_sub_norm(y)
+        y = self.o_proj(y)
+        return y
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward block with the squared ReLU, ``relu(gate)^2 * up``."""
+    """Gated feed-forward block, ``activation(gate) * up``."""
 
-    def __init__(self, config: BitNetConfig, linear: LinearFactory) -> None:
+    def __init__(self, config: DecoderConfig, linear: LinearFactory) -> None:
         super().__init__()
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps)
+        self.activation = config.activation
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = projection(config, linear, hidden, inner, config.mlp_bias)
+        self.up_proj = projection(config, linear, hidden, inner, config.mlp_bias)
+        self.down_proj = projection(config, linear, inner, hidden, config.mlp_bias)
+        self.ffn_sub_norm = RMSNorm(inner, config.rms_norm_eps) if config.sub_norms else None
 
-    def forward(self, x: Tensor, norm: RMSNorm, dropout: nn.Dropout) -> Tensor:
-        """``x + dropout(feed_forward(norm(x)))``."""
-        y = norm_squared_relu_glu(norm, self.gate_proj, self.up_proj, x)
-        return norm_linear_add(self.ffn_sub_norm, self.down_proj, y, x, dropout)
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, T, hidden_size] to the same."""
+        glu = reference.glu if self.training else ops.glu
+        y = glu(self.gate_proj(x), self.up_proj(x), self.activation)
+        if self.ffn_sub_norm is not None:
+            y = self.ffn_sub_norm(y)
+        y = self.down_proj(y)
+        return y
 
 
 class DecoderLayer(nn.Module):
     """Attention, then feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: BitNetConfig, layer: int, linear: LinearFactory) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, linear: LinearFactory) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+        self.residual_scale = config.residual_scale
+        self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, linear)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = norm()
         self.mlp = FeedForward(config, linear)
+        # The names are Gemma's, where the norm behind the attention takes that of Llama's next one.
+        self.pre_feedforward_layernorm = norm() if config.post_norms else None
+        self.post_feedforward_layernorm = norm() if config.post_norms else None
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], start: Tensor | None, cache: CacheTensors | None
-    ) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, self.dropout, rotation, start, cache)
-        y: Tensor = self.mlp(x, self.post_attention_layernorm, self.dropout)
-        return y
+    @property
+    def post_attention_norm(self) -> nn.Module | None:
+        """The norm behind the attention."""
+        return None if self.pre_feedforward_layernorm is None else self.post_attention_layernorm
+
+    @property
+    def feed_forward_norm(self) -> nn.Module:
+        """The norm in front of the feed-forward block."""
+        return self.pre_feedforward_layernorm or self.post_attention_layernorm
+
+    @property
+    def post_feed_forward_norm(self) -> nn.Module | None:
+        """The norm behind the feed-forward block."""
+        return self.post_feedforward_layernorm
+
+    def forward(self, x: Tensor, context: Context, slot: int) -> Tensor:
+        """Maps the residual stream [B, T, hidden_size] to the same behind this layer."""
+        y = self.self_attn(self.input_layernorm(x), context, slot)
+        x = x + self.dropout(self._behind(self.post_attention_norm, y))
+        y = self.mlp(self.feed_forward_norm(x))
+        return x + self.dropout(self._behind(self.post_feed_forward_norm, y))
+
+    def _behind(self, norm: nn.Module | None, y: Tensor) -> Tensor:
+        if norm is not None:
+            y = norm(y)
+        return y if self.residual_scale == 1.0 else y * self.residual_scale
 
 
 class Decoder(nn.Module):
     """Embedding, layers and final norm: token ids to hidden states."""
 
-    _fused_layers: FusedLayers | None = None
+    _plan: Plan | None = None
 
-    def __init__(self, config: BitNetConfig, linear: LinearFactory) -> None:
+    def __init__(self, config: DecoderConfig, linear: LinearFactory) -> None:
         super().__init__()
         self._number = number_decoder(self)
         self.config = config
-        # Filled by BitNet, whose business initial values are.
+        # Filled by LanguageModel, whose business initial values are.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -128,53 +173,49 @@ class Decoder(nn.Module):
         padding = None if attention_mask is None else (attention_mask == 0).sum(1)
         if cache is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            rotation = reference.rotary_embedding(positions, self.config.head_dim, self.config.rope_theta)
-            return self._run(input_ids, rotation, None if padding is None else -padding, None)
+            start = None if padding is None else -padding
+            return self.step(input_ids, Context(*rotation_tables(self.config, positions), start))
         if padding is not None:
             cache.padding += padding
-        hidden = self.step(input_ids, cache.length - cache.padding, cache)
+        hidden = self.step(input_ids, cache.context())
         cache.length += input_ids.shape[1]
         return hidden
 
-    def step(self, input_ids: Tensor, start: Tensor, cache: CacheTensors) -> Tensor:
-        """The forward pass over a cache as a function of tensors; ``start`` as in `ops.cached_attention`."""
+    def step(self, input_ids: Tensor, context: Context) -> Tensor:
+        """The forward pass as a function of tensors."""
         if self._is_opaque(input_ids):
-            return opaque_decoder(input_ids, self._number, start, cache)
-        return self._run(input_ids, (cache.cos, cache.sin), start, cache)
-
-    def _run(
-        self,
-        input_ids: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        start: Tensor | None,
-        cache: CacheTensors | None,
-    ) -> Tensor:
-        x = self.dropout(self.embed_tokens(input_ids).float())
-        fused = None if cache is None else self.fused_layers()
-        if cache is not None and start is not None and fused is not None and fused.apply_to(x):
-            x = fused.run(x, cache, start)
-        else:
-            for layer in self.layers:
-                x = layer(x, rotation, start, cache)
+            return opaque_decoder(input_ids, self._number, context)
+        x = self.embed_tokens(input_ids).float()
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        x = self._run_layers(self.dropout(x), context)
         hidden: Tensor = self.norm(x)
-        return hidden
+        return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
 
-    def fused_layers(self) -> LayerArguments | FusedLayers | None:
-        """All layers as one operator, collected anew when one of them has changed; None where it is none."""
+    def _run_layers(self, x: Tensor, context: Context) -> Tensor:
+        if self.training:
+            for slot, layer in enumerate(self.layers):
+                x = layer(x, context, slot)
+            return x
         if torch.compiler.is_compiling():
-            return layer_arguments(self.layers, FUSIBLE)
-        if self._fused_layers is None or not self._fused_layers.is_current():
-            self._fused_layers = FusedLayers(self.layers, FUSIBLE)
-        return None if self._fused_layers.arguments is None else self._fused_layers
+            return run(collect(self.layers, KNOWN), self.layers, x, context)
+        return self.plan().run(x, context)
+
+    def plan(self) -> Plan:
+        """How the layers run in eval mode, made anew when one of them has changed."""
+        plan = self._plan
+        if plan is None or not plan.is_current():
+            plan = self._plan = Plan(self.layers, KNOWN)
+        return plan
 
     def _is_opaque(self, input_ids: Tensor) -> bool:
         """Whether a program being compiled has the whole step as one operator.
 
         An exported program has not: it runs where this decoder is not. Nor has one with gradients.
         """
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or self.training:
             return False
-        return input_ids.is_cpu and not torch.is_grad_enabled() and has_fused_layers(self._number)
+        return input_ids.is_cpu and not torch.is_grad_enabled() and runs_in_operators(self._number)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is another decoder, and so is what comes out of a pickle."""
@@ -182,17 +223,24 @@ class Decoder(nn.Module):
         self._number = number_decoder(self)
 
 
-FUSIBLE = (nn.ModuleList, DecoderLayer, Attention, FeedForward, RMSNorm, BitLinear, nn.Dropout)
-"""Modules that `FusedLayers` knows; with another among them the layers run one by one."""
+KNOWN: Known = {
+    DecoderLayer: ("residual_scale",),
+    Attention: ("head_dim", "window", "rotation", "query_scale"),
+    FeedForward: ("activation",),
+    RMSNorm: ("eps",),
+    BitLinear: ("layout", "activation_bits", "group_size"),
+    NormedLinear: (),
+    nn.Dropout: (),
+}
+"""Modules that `bitnet_ops.decoder.plan` knows, with the attributes it hands over; a layer with another among
+them runs as a module."""
 
 
-class BitNet(GenerationMixin, nn.Module):
-    """A ternary language model in the architecture of BitNet b1.58 2B4T.
-
-    Calling it gives scores; `generate`, `stream` and `encode` come from `bitnet_ops.generation.mixin`.
+class LanguageModel(nn.Module):
+    """A decoder with a head: token ids to scores of the next token.
 
     Args:
-        config: the sizes.
+        config: what it is made of.
         linear: makes the projections. `BitLinear` (packed, inference) by default, `BitLinearQAT` to train.
 
     Attributes:
@@ -201,13 +249,16 @@ class BitNet(GenerationMixin, nn.Module):
         chat_template: Jinja text that turns a conversation into a prompt, or None.
         generation_config: the checkpoint's defaults for `generate`, as generation_config.json has them, or
             None.
-
-    Example:
-        >>> model = BitNet(BitNetConfig(vocab_size=256, hidden_size=64, ...), BitLinearQAT)
-        >>> logits = model(torch.randint(256, (1, 10)))     # [1, 10, 256]
     """
 
-    def __init__(self, config: BitNetConfig, linear: LinearFactory = BitLinear) -> None:
+    certified_head: bool | None = None
+    """Whether texts are written with `screened_head`, which changes nothing but their speed and takes three
+    eighths of the memory of a bfloat16 head once more. None leaves it to the size of the head
+    (`screened_head.LEAST_BYTES`)."""
+
+    _screened_head: ScreenedHead | None = None
+
+    def __init__(self, config: DecoderConfig, linear: LinearFactory = BitLinear) -> None:
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
@@ -225,6 +276,30 @@ class BitNet(GenerationMixin, nn.Module):
     def head_weight(self) -> Tensor:
         """[vocab_size, hidden_size], the embedding matrix where the model ties them."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def screened_head(
+        self,
+        copy: tuple[Tensor, Tensor] | None = None,
+        done: Callable[[Tensor], None] = lambda rows: None,
+    ) -> ScreenedHead | None:
+        """The head as `generate` uses it, made at the first call and anew when the weights have changed.
+
+        Args:
+            copy: the copy's tensors, from a loader that has them stored; see `ScreenedHead`.
+            done: called with rows of the table that have been read.
+
+        Returns:
+            None where it does not apply: `certified_head` says so, in training mode, or on another device.
+        """
+        weight = self.head_weight
+        wanted = self.certified_head
+        if wanted is None:
+            wanted = weight.nbytes >= LEAST_BYTES
+        if not wanted or self.training or weight.device.type != "cpu":
+            return None
+        if self._screened_head is None or not self._screened_head.is_current(weight):
+            self._screened_head = ScreenedHead(weight, copy, done)
+        return self._screened_head
 
     def forward(
         self,
@@ -283,12 +358,6 @@ class BitNet(GenerationMixin, nn.Module):
             check_left_padding(attention_mask, cache)
         hidden: Tensor = self.model(input_ids, attention_mask, cache)
         return hidden
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a packed model to a folder; see `bitnet_ops.checkpoint.save_pretrained`."""
-        from ..checkpoint import save_pretrained  # here, because checkpoints know models
-
-        save_pretrained(self, folder)
 
 
 def check_left_padding(attention_mask: Tensor, cache: KVCache | None) -> None:

@@ -16,7 +16,7 @@ from .. import ops
 from ..generation.prompts import encode_prompt
 
 if TYPE_CHECKING:
-    from ..decoder.model import BitNet
+    from ..model import BitNet
 
 MOST_LOGITS = 1 << 23
 """Scores held at a time: 32 MB in float32, and as much again for their softmax. All scores of a window of

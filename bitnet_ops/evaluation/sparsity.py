@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..decoder.model import BitNet
+from ..model import BitNet
 from ..layers.linear import BitLinear, best_layout
 
 ROW_PAYS_BELOW = 0.45

@@ -26,7 +26,7 @@ from .prompts import need_tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ..decoder.model import BitNet
+    from ..model import BitNet
     from .mixin import TextStream
     from .settings import GenerationArguments
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..decoder.cache import KVCache
-from ..decoder.head import LEAST_BYTES, ScreenedHead
 from .loop import Request, decode, prepare
 from .prompts import encode_prompt, need_tokenizer, pad_left
 from .settings import GenerationArguments
 from .text_stream import IncrementalDecoder, StopStrings
 
 if TYPE_CHECKING:
+    from ..decoder.head import ScreenedHead
     from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
-    from ..decoder.config import BitNetConfig
+    from ..decoder.config import DecoderConfig
 
 
 class Streamer(Protocol):
@@ -39,46 +39,12 @@ class Streamer(Protocol):
 class GenerationMixin(nn.Module):
     """The methods of `BitNet` that write text."""
 
-    config: BitNetConfig
+    config: DecoderConfig
     tokenizer: Tokenizer | None
     generation_config: dict[str, Any] | None
     hidden_states: Callable[..., Tensor]
 
-    certified_head: bool | None = None
-    """Whether texts are written with `screened_head`, which changes nothing but their speed and takes three
-    eighths of the memory of a bfloat16 head once more. None leaves it to the size of the head
-    (`screened_head.LEAST_BYTES`)."""
-
-    _screened_head: ScreenedHead | None = None
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The table that makes scores."""
-        raise NotImplementedError
-
-    def screened_head(
-        self,
-        copy: tuple[Tensor, Tensor] | None = None,
-        done: Callable[[Tensor], None] = lambda rows: None,
-    ) -> ScreenedHead | None:
-        """The head as `generate` uses it, made at the first call and anew when the weights have changed.
-
-        Args:
-            copy: the copy's tensors, from a loader that has them stored; see `ScreenedHead`.
-            done: called with rows of the table that have been read.
-
-        Returns:
-            None where it does not apply: `certified_head` says so, in training mode, or on another device.
-        """
-        weight = self.head_weight
-        wanted = self.certified_head
-        if wanted is None:
-            wanted = weight.nbytes >= LEAST_BYTES
-        if not wanted or self.training or weight.device.type != "cpu":
-            return None
-        if self._screened_head is None or not self._screened_head.is_current(weight):
-            self._screened_head = ScreenedHead(weight, copy, done)
-        return self._screened_head
+    screened_head: Callable[[], ScreenedHead | None]
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..decoder.config import BitNetConfig
+    from ..decoder.config import DecoderConfig
 
 
 def need_tokenizer(tokenizer: Tokenizer | None, purpose: str) -> Tokenizer:
@@ -24,7 +24,7 @@ def need_tokenizer(tokenizer: Tokenizer | None, purpose: str) -> Tokenizer:
 
 
 def encode_prompt(
-    config: BitNetConfig,
+    config: DecoderConfig,
     tokenizer: Tokenizer | None,
     prompt: str | Sequence[int],
     *,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from ..decoder.cache import CACHE_DTYPES
-from ..decoder.config import BitNetConfig
+from ..decoder.config import DecoderConfig
 from .sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class GenerationSettings:
     @classmethod
     def resolve(
         cls,
-        config: BitNetConfig,
+        config: DecoderConfig,
         generation_config: Mapping[str, Any],
         tokenizer: Tokenizer | None,
         arguments: GenerationArguments,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..decoder.cache import CacheTensors, KVCache
-from ..decoder.model import BitNet
+from ..decoder.cache import CacheTensors, Context, KVCache
+from ..model import BitNet
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -53,8 +53,8 @@ class DecodeStep(nn.Module):
         Returns:
             float32 [B, vocab_size], the scores of what follows the last token.
         """
-        cache = CacheTensors(keys, values, key_scales, value_scales, cos, sin)
-        hidden = self.model.model.step(input_ids, start, cache)
+        context = Context(cos, sin, start, CacheTensors(keys, values, key_scales, value_scales))
+        hidden = self.model.model.step(input_ids, context)
         return ops.lm_head(hidden[:, -1], self.model.head_weight)
 
 
@@ -68,11 +68,8 @@ def step_inputs(input_ids: Tensor, cache: KVCache) -> tuple[Tensor | None, ...]:
         cache: of B rows.
     """
     cache.reserve(cache.length + input_ids.shape[1])
-    start = cache.length - cache.padding
-    return (
-        input_ids, start, cache.cos, cache.sin,
-        cache.keys, cache.values, cache.key_scales, cache.value_scales,
-    )  # fmt: skip
+    cos, sin, start, tensors = cache.context()
+    return input_ids, start, cos, sin, *(tensors or ())
 
 
 def export_decode_step(model: BitNet, *, cache_dtype: torch.dtype = torch.float32) -> ExportedProgram:
@@ -108,8 +105,8 @@ def export_decode_step(model: BitNet, *, cache_dtype: torch.dtype = torch.float3
     sizes = (
         {0: rows, 1: tokens},
         {0: rows},
-        {0: positions},
-        {0: positions},
+        {1: positions},
+        {1: positions},
         {1: rows, 3: parts},
         {1: rows, 3: parts if int8 else places},
         scales,

@@ -1,6 +1,9 @@
 """BitLinear: the ternary linear layer, packed for inference or with float weights for training."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,21 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..isa import isa
 from . import packing
+
+
+class Holder(Protocol):
+    """Holds weights of layers to run them faster."""
+
+    def drop(self) -> None:
+        """Lets go of them."""
+
+
+_holders: WeakKeyDictionary[nn.Module, WeakSet[Holder]] = WeakKeyDictionary()
+
+
+def on_replacement(layer: BitLinear, holder: Holder) -> None:
+    """Has ``holder.drop()`` called when the layer stores its weights anew: they would be there twice."""
+    _holders.setdefault(layer, WeakSet()).add(holder)
 
 
 class BitLinear(nn.Module):
@@ -181,6 +199,8 @@ class BitLinear(nn.Module):
             ValueError: unknown layout, or one that has no group scales for a layer that has.
         """
         packing.check_layout(layout)
+        for holder in _holders.pop(self, ()):
+            holder.drop()
         if self.group_size != 0 and layout != "tile16":
             raise ValueError(
                 f"BitLinear.repack: layout: expected 'tile16', which has group scales, got {layout!r}"
@@ -245,6 +265,19 @@ class BitLinear(nn.Module):
             if before is not None and after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
         return self
+
+
+class NormedLinear(nn.Module):
+    """A projection with a norm of its own in front of it: ``linear(norm(x))``."""
+
+    def __init__(self, norm: nn.Module, linear: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(x))
+        return y
 
 
 class BitLinearQAT(nn.Linear):

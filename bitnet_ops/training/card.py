@@ -3,14 +3,14 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from ..decoder.config import BitNetConfig
+from ..decoder.config import DecoderConfig
 from .corpus import Corpus
 from .loop import HeldOut, TrainOptions, TrainResult
 
 
 def model_card(
     text: Path,
-    config: BitNetConfig,
+    config: DecoderConfig,
     corpus: Corpus,
     options: TrainOptions,
     result: TrainResult,

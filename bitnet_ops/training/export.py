@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import save_pretrained
-from ..decoder.config import BitNetConfig
+from ..decoder.config import DecoderConfig
 from ..layers.replace import pack
 from .card import model_card
 from .corpus import Corpus
@@ -18,7 +18,7 @@ GENERATION = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 
 
 def export(
-    text: Path, config: BitNetConfig, corpus: Corpus, options: TrainOptions, result: TrainResult, folder: Path
+    text: Path, config: DecoderConfig, corpus: Corpus, options: TrainOptions, result: TrainResult, folder: Path
 ) -> dict[str, HeldOut]:
     """Packs the best weights of a run into a folder that `from_pretrained` loads.
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..decoder.config import BitNetConfig
-from ..decoder.model import BitNet
+from ..decoder.config import DecoderConfig
+from ..model import BitNet
 from ..evaluation.perplexity import TextLoss, sum_of_losses
 from ..layers.linear import BitLinearQAT
 from .corpus import Corpus, Split
@@ -105,7 +105,7 @@ class TrainResult:
 
 
 def train(
-    config: BitNetConfig,
+    config: DecoderConfig,
     corpus: Corpus,
     options: TrainOptions,
     folder: Path,
@@ -301,7 +301,7 @@ class _State:
     _FIELDS = ("fingerprint", "step", "seconds", "train_loss", "best_loss", "best_step", "best_weights")
 
 
-def _fingerprint(config: BitNetConfig, corpus: Corpus, options: TrainOptions) -> str:
+def _fingerprint(config: DecoderConfig, corpus: Corpus, options: TrainOptions) -> str:
     """What must be equal for a checkpoint to fit; where and how fast it runs may differ."""
     free = {"device", "compile", "autocast"}
     told = {name: value for name, value in asdict(options).items() if name not in free}

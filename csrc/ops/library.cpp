@@ -13,7 +13,7 @@
 #include "kernels/kernel_table.h"
 #include "ops/attention.h"
 #include "ops/decoder.h"
-#include "ops/fused.h"
+#include "ops/glu.h"
 #include "ops/lm_head.h"
 #include "ops/packing.h"
 #include "ops/tensors.h"
@@ -120,16 +120,8 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
   m.def(
       "ternary_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features, "
       "str layout=\"tile16\", int activation_bits=8, int group_size=0, Tensor? active=None) -> Tensor");
-  m.def(
-      "norm_linears(Tensor x, Tensor norm_weight, float eps, Tensor[] packed, Tensor[] weight_scale, "
-      "int[] out_features, str layout=\"tile16\") -> Tensor[]");
-  m.def(
-      "norm_linear_add(Tensor x, Tensor norm_weight, float eps, Tensor packed, Tensor weight_scale, str layout, "
-      "Tensor residual) -> Tensor");
-  m.def(
-      "norm_squared_relu_glu(Tensor x, Tensor norm_weight, float eps, Tensor gate, Tensor gate_scale, "
-      "str gate_layout, Tensor up, Tensor up_scale, str up_layout) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("glu(Tensor gate, Tensor up, str activation) -> Tensor");
   m.def("lm_head(Tensor x, Tensor weight) -> Tensor");
   m.def("screen_lm_head(Tensor weight) -> (Tensor codes, Tensor bounds)");
   m.def(
@@ -141,16 +133,15 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
   m.def(
-      "decoder_layers(Tensor x, Tensor[] norm_weight, float eps, Tensor[] packed, Tensor[] weight_scale, "
-      "str[] layouts, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, Tensor(b!) values, "
-      "Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
+      "decoder_layers(Tensor x, Tensor[] weights, int[] structure, float[] constants, Tensor cos, Tensor sin, "
+      "Tensor? start=None, Tensor(a!)? keys=None, Tensor(b!)? values=None, Tensor(c!)? key_scale=None, "
+      "Tensor(d!)? value_scale=None, int slot=0) -> Tensor");
+  m.def("prepare_layers(Tensor[] weights, int[] structure, float[] constants) -> int");
   m.def(
-      "prepare_decoder_layers(Tensor[] norm_weight, float eps, Tensor[] packed, Tensor[] weight_scale, "
-      "str[] layouts) -> int");
-  m.def(
-      "run_decoder_layers(Tensor x, int prepared, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
-      "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
-  m.def("release_decoder_layers(int prepared) -> ()");
+      "run_prepared_layers(Tensor x, int prepared, Tensor cos, Tensor sin, Tensor? start=None, "
+      "Tensor(a!)? keys=None, Tensor(b!)? values=None, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None, "
+      "int slot=0) -> Tensor");
+  m.def("release_layers(int prepared) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
@@ -160,10 +151,8 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("repack_ternary", TORCH_BOX(&bitnet_ops::repack_ternary));
   m.impl("ternary_matmul", TORCH_BOX(&bitnet_ops::ternary_matmul));
   m.impl("ternary_linear", TORCH_BOX(&bitnet_ops::ternary_linear));
-  m.impl("norm_linears", TORCH_BOX(&bitnet_ops::norm_linears));
-  m.impl("norm_linear_add", TORCH_BOX(&bitnet_ops::norm_linear_add));
-  m.impl("norm_squared_relu_glu", TORCH_BOX(&bitnet_ops::norm_squared_relu_glu));
   m.impl("rms_norm", TORCH_BOX(&bitnet_ops::rms_norm));
+  m.impl("glu", TORCH_BOX(&bitnet_ops::glu));
   m.impl("lm_head", TORCH_BOX(&bitnet_ops::lm_head));
   m.impl("screen_lm_head", TORCH_BOX(&bitnet_ops::screen_lm_head));
   m.impl("lm_head_top_k", TORCH_BOX(&bitnet_ops::lm_head_top_k));
@@ -171,10 +160,10 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("attention", TORCH_BOX(&bitnet_ops::attention));
   m.impl("cached_attention", TORCH_BOX(&bitnet_ops::cached_attention));
   m.impl("decoder_layers", TORCH_BOX(&bitnet_ops::decoder_layers));
-  m.impl("prepare_decoder_layers", TORCH_BOX(&bitnet_ops::prepare_decoder_layers));
-  m.impl("run_decoder_layers", TORCH_BOX(&bitnet_ops::run_decoder_layers));
+  m.impl("prepare_layers", TORCH_BOX(&bitnet_ops::prepare_layers));
+  m.impl("run_prepared_layers", TORCH_BOX(&bitnet_ops::run_prepared_layers));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CompositeExplicitAutograd, m) {
-  m.impl("release_decoder_layers", TORCH_BOX(&bitnet_ops::release_decoder_layers));
+  m.impl("release_layers", TORCH_BOX(&bitnet_ops::release_layers));
 }

@@ -1,6 +1,7 @@
 // What operators on packed weights ask of their arguments.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -52,31 +53,55 @@ inline TernaryMatrix matrix_of(const Tensor& packed, const Tensor* weight_scale,
           size};
 }
 
-// A matrix and its scales, checked; the tensors keep what the view looks at.
+// What a projection is made of, as ternary_linear takes it.
+struct ProjectionOptions {
+  MatrixSize size;
+  std::string layout = "tile16";
+  int64_t activation_bits = 8;
+  int64_t group_size = 0;
+};
+
+// A projection, checked; the tensors keep what the view looks at. `owner` goes in front of the arguments' names.
 struct CheckedMatrix {
   Tensor packed;
   Tensor weight_scale;
-  Layout layout;
-  MatrixSize size;
+  std::optional<Tensor> bias;
+  TernaryMatrix view;
 
-  CheckedMatrix(const char* op, const char* packed_name, const char* scale_name, const Tensor& packed_any,
-                const Tensor& weight_scale_any, const std::string& layout_name, MatrixSize size)
-      : packed(as_contiguous(packed_any)),
-        weight_scale(as_contiguous(weight_scale_any)),
-        layout(check_layout(op, layout_name)),
-        size(size) {
+  CheckedMatrix(const char* op, const std::string& owner, const Tensor& packed_any, const Tensor& weight_scale_any,
+                const std::optional<Tensor>& bias_any, const ProjectionOptions& options)
+      : packed(packed_any), weight_scale(weight_scale_any), bias(bias_any) {
+    const auto name = [&](const char* argument) { return owner + argument; };
+    const auto [size, layout_name, activation_bits, group_size] = options;
+    const Layout layout = check_layout(op, layout_name, name("layout").c_str());
+    check_size(op, name("out_features").c_str(), size.out_features);
     check_in_features(op, "x", size.in_features, most_in_features(layout));
-    check_packed(op, packed_name, packed, layout, layout_name, size);
-    check(op, scale_name, weight_scale, codes().float32, {size.out_features});
+    check_activation_bits(op, name("activation_bits").c_str(), activation_bits);
+    check_packed(op, name("packed").c_str(), packed, layout, layout_name, size);
+    if (group_size == 0) {
+      check(op, name("weight_scale").c_str(), weight_scale, codes().float32, {size.out_features});
+    } else {
+      // A group of 256 products of 16 bits is below 2^24: float32 holds its sum exactly.
+      if (group_size != 64 && group_size != 128 && group_size != 256) {
+        refuse(op, name("group_size").c_str(), "0 (one scale a row), 64, 128 or 256", std::to_string(group_size));
+      }
+      if (layout != Layout::kTile16) {
+        refuse(op, name("group_size").c_str(), "0 with layout '" + layout_name + "' (only tile16 has group scales)",
+               std::to_string(group_size));
+      }
+      check(op, name("weight_scale").c_str(), weight_scale, codes().float32,
+            {divide_up(size.in_features, group_size), size.out_features});
+    }
+    if (bias.has_value()) check(op, name("bias").c_str(), *bias, codes().float32, {size.out_features});
+
+    packed = as_contiguous(packed);
+    weight_scale = as_contiguous(weight_scale);
+    if (bias.has_value()) bias = as_contiguous(*bias);
+    view = matrix_of(packed, &weight_scale, layout, size);
+    view.bias = bias.has_value() ? data<float>(*bias) : nullptr;
+    view.planes = activation_bits == 16 ? 2 : 1;
+    view.group_size = group_size;
   }
-
-  TernaryMatrix view() const { return matrix_of(packed, &weight_scale, layout, size); }
 };
-
-// A scale has one element a row of the matrix, which is how many rows there are.
-inline int64_t rows_of_matrix(const char* op, const char* argument, const Tensor& weight_scale) {
-  if (weight_scale.dim() != 1) refuse(op, argument, "a tensor float32 [out_features]", describe(weight_scale));
-  return weight_scale.size(0);
-}
 
 }  // namespace bitnet_ops

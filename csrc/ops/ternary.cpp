@@ -51,32 +51,13 @@ Tensor ternary_linear(const Tensor& x_any, const Tensor& packed_any, const Tenso
                       const std::optional<Tensor>& bias_any, int64_t out_features, const std::string& layout_name,
                       int64_t activation_bits, int64_t group_size, const std::optional<Tensor>& active_any) {
   constexpr const char* kOp = "ternary_linear";
-  const Layout layout = check_layout(kOp, layout_name);
   const DType dtype = check_float(kOp, "x", x_any);
   const int64_t in_features = last_size(kOp, "x", x_any, "a tensor [..., in_features]");
-  check_size(kOp, "out_features", out_features);
-  check_in_features(kOp, "x", in_features, most_in_features(layout));
-  check_activation_bits(kOp, "activation_bits", activation_bits);
-  const MatrixSize size{out_features, in_features};
-  check_packed(kOp, "packed", packed_any, layout, layout_name, size);
-  int64_t groups = 1;
-  if (group_size == 0) {
-    check(kOp, "weight_scale", weight_scale_any, codes().float32, {out_features});
-  } else {
-    // A group of 256 products of 16 bits is below 2^24: float32 holds its sum exactly.
-    if (group_size != 64 && group_size != 128 && group_size != 256) {
-      refuse(kOp, "group_size", "0 (one scale a row), 64, 128 or 256", std::to_string(group_size));
-    }
-    if (layout != Layout::kTile16) {
-      refuse(kOp, "group_size", "0 with layout '" + layout_name + "' (only tile16 has group scales)",
-             std::to_string(group_size));
-    }
-    groups = divide_up(in_features, group_size);
-    check(kOp, "weight_scale", weight_scale_any, codes().float32, {groups, out_features});
-  }
-  if (bias_any.has_value()) check(kOp, "bias", *bias_any, codes().float32, {out_features});
+  const CheckedMatrix checked(kOp, "", packed_any, weight_scale_any, bias_any,
+                              {{out_features, in_features}, layout_name, activation_bits, group_size});
+  const TernaryMatrix& matrix = checked.view;
   if (active_any.has_value()) {
-    if (layout != Layout::kRow) {
+    if (matrix.layout != Layout::kRow) {
       refuse(kOp, "active", "None with layout '" + layout_name + "' (only layout 'row' skips rows)",
              describe(*active_any));
     }
@@ -87,28 +68,18 @@ Tensor ternary_linear(const Tensor& x_any, const Tensor& packed_any, const Tenso
   }
 
   const Tensor x = as_contiguous(x_any);
-  const Tensor packed = as_contiguous(packed_any);
-  const Tensor weight_scale = as_contiguous(weight_scale_any);
-  const auto contiguous_or_none = [](const std::optional<Tensor>& tensor) {
-    return tensor.has_value() ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
-  };
-  const std::optional<Tensor> bias = contiguous_or_none(bias_any);
-  const std::optional<Tensor> active = contiguous_or_none(active_any);
+  const std::optional<Tensor> active =
+      active_any.has_value() ? std::optional<Tensor>(as_contiguous(*active_any)) : std::nullopt;
   const Tensor out = empty(with_last(x, out_features), dtype_code(x));
   const int64_t tokens = rows_of(x);
   if (tokens == 0 || out_features == 0) return out;
 
   const KernelTable& table = kernels();
-  const int64_t planes = activation_bits == 16 ? 2 : 1;
   const Activations activations{data<void>(x), dtype, tokens, in_features, nullptr, 0.0f};
-  const QuantizedRows rows = quantize_rows(activations, planes, group_size, table);
-  Product product = product_of(rows, matrix_of(packed, &weight_scale, layout, size), tokens);
-  product.planes = planes;
-  product.groups = groups;
-  product.group_blocks = group_size / kBlockInputs;
+  const QuantizedRows rows = quantize_rows(activations, matrix.planes, matrix.group_size, table);
+  Product product = product_of(rows, matrix, tokens);
   product.out_dtype = dtype;
   product.out = mutable_data<void>(out);
-  product.bias = bias.has_value() ? data<float>(*bias) : nullptr;
   const bool* wanted = active.has_value() ? data<bool>(*active) : nullptr;
   run_product(product, table, wanted);
   if (wanted != nullptr) zero_inactive(wanted, product);

@@ -2,9 +2,17 @@
 // threads. Between the operators, which check arguments, and the kernels, which know no threads.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/kernel_table.h"
 
 namespace bitnet_ops {
+
+// What queries are multiplied by, in units of ln 2 (Attention::scale): log2(e) times `scale`, 0 for 1 / sqrt(head_dim).
+inline float score_scale(double scale, int64_t head_dim) {
+  constexpr double kLog2E = 1.4426950408889634;
+  return static_cast<float>(scale == 0.0 ? kLog2E / std::sqrt(static_cast<double>(head_dim)) : kLog2E * scale);
+}
 
 // Positions (start to start + tokens) lie within the tables of angles and within the cache.
 void run_attention(const Attention& attention);

@@ -1,85 +1,84 @@
-// The layers of a decoder, checked once and then run any number of times: between its operators a decoded token would
-// run several milliseconds of Python, and between tensors still one or two of handing them on, all out of caches that
-// the weights have just been streamed through (bench/LOG.md).
+// The layers of a decoder, one after another, on memory that operators have checked: which kernels run, in which order.
+// bitnet_ops/decoder/model.py is the same in plain operators, and gives the same bits; bitnet_ops/decoder/plan.py hands
+// the layers over.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <optional>
-#include <string>
-#include <vector>
 
-#include "ops/attention.h"
-#include "ops/packed_checks.h"
-#include "ops/tensors.h"
+#include "kernels/kernel_table.h"
+#include "run/ternary.h"
 
 namespace bitnet_ops {
 
-// What the layers are made of, as bitnet_ops/ops/ documents it for the operator decoder_layers.
-struct LayerTensors {
-  std::vector<Tensor> norm_weight;
-  double eps;
-  std::vector<Tensor> packed;
-  std::vector<Tensor> weight_scale;
-  std::vector<std::string> layouts;
+// y = x / sqrt(mean(x^2) + eps) * weight. Without a weight there is no norm.
+struct Norm {
+  const float* weight = nullptr;
+  float eps = 0.0f;
+
+  explicit operator bool() const { return weight != nullptr; }
 };
 
-class DecoderLayers {
- public:
-  // Throws what an operator throws at wrong arguments.
-  explicit DecoderLayers(const LayerTensors& tensors);
+// A matrix, and the norm in front of it that belongs to it alone.
+struct Projection {
+  Norm norm;
+  TernaryMatrix matrix;
 
-  // Whether the tensors still have the memory that was checked: somebody may have given them other.
-  bool is_current() const;
-
-  // The operator. Keys and values are changed in place.
-  Tensor run(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& start, const Tensor& keys,
-             const Tensor& values, const std::optional<Tensor>& key_scale,
-             const std::optional<Tensor>& value_scale) const;
-
- private:
-  // Places within a layer's part of the lists.
-  enum Norm { kInput, kAttnSub, kPostAttention, kFfnSub, kNorms };
-  enum Projection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };
-
-  struct Layer {
-    const float* norms[kNorms];
-    TernaryMatrix matrices[kProjections];
-
-    int64_t features(Projection projection) const { return matrices[projection].size.out_features; }
-  };
-
-  // Where a layer finds and leaves the residual stream, [rows][hidden_size], and memory for what is between.
-  struct Stream {
-    const float* in;
-    float* middle;  // between attention and feed-forward
-    float* out;     // may be `in`
-    float* work;    // largest_attention_ or largest_feed_forward_ floats a row
-  };
-
-  const float* keep_norm(const Tensor& weight, int64_t features);
-  TernaryMatrix keep_matrix(const Tensor& packed, const Tensor& weight_scale, const std::string& layout,
-                            MatrixSize size);
-  void keep(const Tensor& given, const Tensor& used);
-
-  // Returns the first layer's part of the cache.
-  CachePart check_heads_and_cache(AttentionSizes sizes, const Tensor& keys, const Tensor& values,
-                                  const std::optional<Tensor>& key_scale,
-                                  const std::optional<Tensor>& value_scale) const;
-  void run_layer(const Layer& layer, Attention attention, const Stream& stream) const;
-
-  struct Memory {
-    Tensor given;
-    Tensor kept;  // the same memory, which thus stays when `given` gets other; or a contiguous copy
-    const void* address;
-  };
-
-  std::vector<Memory> memory_;
-  bool copied_ = false;
-  std::vector<Layer> layers_;
-  float eps_;
-  int64_t hidden_size_;
-  int64_t largest_attention_ = 0;  // floats of q, k, v and the result, for a token
-  int64_t largest_feed_forward_ = 0;
+  int64_t features() const { return matrix.size.out_features; }
 };
+
+// Places of a layer's projections and norms; plan.py writes them in this order.
+enum ProjectionPlace { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };
+enum NormPlace {
+  kInputNorm,
+  kQueryNorm,          // over each head
+  kKeyNorm,            // likewise
+  kAttentionSubNorm,   // in front of o
+  kAttentionPostNorm,  // behind o
+  kFeedForwardNorm,
+  kFeedForwardSubNorm,   // in front of down
+  kFeedForwardPostNorm,  // behind down
+  kNorms
+};
+
+struct Layer {
+  Norm norms[kNorms];
+  Projection projections[kProjections];
+  int64_t head_dim;
+  int64_t rotation;  // number of its table of angles
+  int64_t window;    // as in Attention
+  float score_scale;  // as in Attention: in units of ln 2
+  float residual_scale;
+  Activation activation;
+
+  int64_t heads() const { return projections[kQ].features() / head_dim; }
+  int64_t kv_heads() const { return projections[kK].features() / head_dim; }
+};
+
+// A cache of all layers. The strides, from one layer to the next, are 0 where layers share the memory because nobody
+// needs the keys afterwards.
+struct LayersCache {
+  CacheType type;
+  int64_t capacity;
+  void* keys;
+  void* values;
+  float* key_scale;
+  float* value_scale;
+  int64_t key_bytes, value_bytes;  // strides
+  int64_t key_scale_stride, value_scale_stride;
+};
+
+// Token t of sequence b stands at position start[b] + t.
+struct TokenPositions {
+  int64_t batch, tokens;
+  const int64_t* start;
+  const float* cos;  // [tables][positions][head_dim / 2]
+  const float* sin;
+  int64_t table_stride;  // positions * head_dim / 2
+};
+
+// in and out: [batch * tokens][hidden_size]; out may be in. Layer i has part first_slot + i of the cache.
+void run_layers(const Layer* layers, size_t count, const TokenPositions& positions, const LayersCache& cache,
+                int64_t first_slot, const float* in, float* out);
 
 }  // namespace bitnet_ops

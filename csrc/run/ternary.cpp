@@ -195,8 +195,10 @@ Product product_of(const QuantizedRows& rows, const TernaryMatrix& matrix, int64
   product.q_sum = rows.q_sum;
   product.x_scale = rows.x_scale;
   product.tokens = tokens;
-  product.planes = 1;
-  product.groups = 1;
+  product.planes = matrix.planes;
+  product.groups = matrix.groups();
+  product.group_blocks = matrix.group_size / kBlockInputs;
+  product.bias = matrix.bias;
   product.out_features = matrix.size.out_features;
   return product;
 }
@@ -216,16 +218,16 @@ void run_product(Product& product, const KernelTable& table, const bool* active)
   }
 }
 
-void run_products(std::vector<Product>& products, const KernelTable& table) {
+void run_products(Product* products, size_t count, const KernelTable& table) {
   bool tiles = true;
   bool base3 = table.ternary_product_base3 != nullptr;
-  for (const Product& product : products) {
-    tiles = tiles && product.layout == Layout::kTile16;
-    base3 = base3 && product.layout == Layout::kTile16Base3;
+  for (size_t i = 0; i < count; ++i) {
+    tiles = tiles && products[i].layout == Layout::kTile16;
+    base3 = base3 && products[i].layout == Layout::kTile16Base3;
   }
-  if (tiles) return run_tiles(products.data(), products.size(), table.ternary_product);
-  if (base3) return run_tiles(products.data(), products.size(), table.ternary_product_base3);
-  for (Product& product : products) run_product(product, table);
+  if (tiles) return run_tiles(products, count, table.ternary_product);
+  if (base3) return run_tiles(products, count, table.ternary_product_base3);
+  for (size_t i = 0; i < count; ++i) run_product(products[i], table);
 }
 
 void zero_inactive(const bool* active, const Product& product) {

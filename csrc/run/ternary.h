@@ -4,8 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
-
 #include "kernels/kernel_table.h"
 
 namespace bitnet_ops {
@@ -39,9 +37,19 @@ QuantizedRows quantize_rows(const Activations& activations, int64_t planes, int6
 struct TernaryMatrix {
   const uint8_t* packed;
   int64_t blocks;             // as in TernaryProduct
-  const float* weight_scale;  // [out_features], or null for a product without scales
+  const float* weight_scale;  // [groups][out_features], or null for a product without scales
   Layout layout;
   MatrixSize size;
+  const float* bias = nullptr;  // [out_features] or null
+  int64_t planes = 1;           // of its activations: 1 for 8 bits, 2 for 16
+  int64_t group_size = 0;       // inputs that share a scale; 0: one scale for a whole row
+
+  int64_t groups() const { return group_size == 0 ? 1 : divide_up(size.in_features, group_size); }
+
+  // Whether both multiply the same rows of q.
+  bool quantizes_like(const TernaryMatrix& other) const {
+    return size.in_features == other.size.in_features && planes == other.planes && group_size == other.group_size;
+  }
 };
 
 struct Product : TernaryProduct {
@@ -50,14 +58,14 @@ struct Product : TernaryProduct {
   int64_t rows() const { return tokens * planes; }
 };
 
-// Everything but the results, for one plane and one group.
+// Everything but the results, of rows that were quantised as the matrix says.
 Product product_of(const QuantizedRows& rows, const TernaryMatrix& matrix, int64_t tokens);
 
 // `active` [tokens][out_features], for layout row: results that nobody wants are undefined afterwards. Null: all.
 void run_product(Product& product, const KernelTable& table, const bool* active = nullptr);
 
 // Several matrices on the same rows, in one parallel region where their layout allows.
-void run_products(std::vector<Product>& products, const KernelTable& table);
+void run_products(Product* products, size_t count, const KernelTable& table);
 
 // Sets results that are not wanted to zero.
 void zero_inactive(const bool* active, const Product& product);
