@@ -24,6 +24,8 @@ SOURCES = [
     "csrc/ops/lm_head.cpp",
     "csrc/ops/fused.cpp",
     "csrc/run/fused.cpp",
+    "csrc/ops/glu.cpp",
+    "csrc/run/glu.cpp",
     "csrc/ops/packing.cpp",
     "csrc/ops/ternary.cpp",
     "csrc/run/ternary.cpp",

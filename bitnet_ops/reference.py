@@ -135,6 +135,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * inverse_rms * weight.float()).to(x.dtype)
 
 
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """The elementwise half of a gated linear unit (arXiv:2002.05202): ``y = activation(gate) * up``.
+
+    ``relu2`` is ``relu(gate)^2`` (arXiv:2109.08668), with +0 where the gate is closed, whatever ``up`` holds
+    there; ``silu`` is ``gate * sigmoid(gate)`` (arXiv:1702.03118); ``gelu_tanh`` is
+    ``0.5 * gate * (1 + tanh(u))`` with ``u = sqrt(2 / pi) * (gate + 0.044715 * gate^3)`` (arXiv:1606.08415),
+    written as ``gate * sigmoid(2 u)``, which is the same without the cancellation for negative gates. In
+    float32 arithmetic, rounded once to the dtype of ``gate``.
+
+    Args:
+        gate: float [..., N].
+        up: like ``gate``.
+        activation: ``"relu2"``, ``"silu"`` or ``"gelu_tanh"``.
+
+    Returns:
+        Shape and dtype of ``gate``.
+    """
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    dtype, gate, up = gate.dtype, gate.to(wide), up.to(wide)
+    if activation == "relu2":
+        closed = gate <= 0
+        gate, up = gate.masked_fill(closed, 0.0), up.masked_fill(closed, 0.0)
+        y = gate * gate * up
+    elif activation == "silu":
+        y = gate * torch.sigmoid(gate) * up
+    elif activation == "gelu_tanh":
+        twice_u = 2 * (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate * gate * gate)
+        y = gate * torch.sigmoid(twice_u) * up
+    else:
+        raise ValueError(f"activation: expected 'relu2', 'silu' or 'gelu_tanh', got {activation!r}")
+    return y.to(dtype)
+
+
 def lm_head(x: Tensor, weight: Tensor) -> Tensor:
     """Logits of the language-model head, in float32 whatever the storage dtype of ``weight``.
 

@@ -13,6 +13,7 @@ what was given.
 
 from ._attention import attention, cached_attention
 from ._fused import decoder_layers, norm_linear_add, norm_linears, norm_squared_relu_glu
+from ._glu import glu
 from ._head import gumbel_noise, lm_head, lm_head_top_k, screen_lm_head
 from ._norm import rms_norm
 from ._packing import pack_ternary, repack_ternary, unpack_ternary
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "decoder_layers",
+    "glu",
     "gumbel_noise",
     "lm_head",
     "lm_head_top_k",

@@ -27,11 +27,9 @@
 // A NaN among the visible scores makes its weight NaN, hence sum and every out[i]; whether max(a, NaN)
 // is a or NaN, in which instruction sets differ, therefore changes nothing.
 //
-// Isa provides, beside float_algorithms.h's,
+// Isa provides, beside float_algorithms.h's and exponential.h's,
 //     kAttentionRows, kAttentionRegisters    accumulators of a register block: rows x registers
 //     max(a, b) fold_max(v)
-//     power_of_two(v)                        2^n where the lowest bits of v's significand hold n + 0
-//     zero_below(x, limit, v)                x < limit ? +0 : v
 
 namespace bitnet_ops {
 namespace {

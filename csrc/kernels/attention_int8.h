@@ -1,6 +1,7 @@
 // Attention to a cache of bytes, in exact integers: keys and values are never widened to float32.
 //
-// Include this inside a kernel file's target region, before attention.h, after float_algorithms.h and tile_sums.h.
+// Include this inside a kernel file's target region, before attention.h, after float_algorithms.h,
+// exponential.h and tile_sums.h.
 //
 // A key is k = key_scale * k8, a value v = value_scale * v8. A query is rounded to 16 bits, q = q_scale * q16 with
 // q16 = 256 * hi + lo, and so are the weights of a span of 256 keys once the values' scales are in them, with one
@@ -29,26 +30,6 @@
 
 namespace bitnet_ops {
 namespace {
-
-// 2^x for x <= 0, or NaN; +0 below -126, where results would be subnormal. With n the integer nearest to x,
-// 2^x = 2^n * 2^r, |r| <= 1/2, and a polynomial whose relative error is below 2.0e-9 (Remez; p(0) is
-// exactly 1). Rounding adds less than 1.1 ulp: at most 1.3e-7 in all, over every float32.
-template <class Isa>
-typename Isa::F32 exp2(typename Isa::F32 x) {
-  using F32 = typename Isa::F32;
-  // 1.5 * 2^23: the addition itself rounds to an integer, which then stands in the lowest bits.
-  const F32 shifted = Isa::add(x, Isa::set1(12582912.0f));
-  const F32 n = Isa::add(shifted, Isa::set1(-12582912.0f));
-  const F32 r = Isa::fma(n, Isa::set1(-1.0f), x);
-  F32 p = Isa::set1(0x1.41fbbcp-13f);
-  p = Isa::fma(p, r, Isa::set1(0x1.5f3e52p-10f));
-  p = Isa::fma(p, r, Isa::set1(0x1.3b2d4cp-7f));
-  p = Isa::fma(p, r, Isa::set1(0x1.c6aee8p-5f));
-  p = Isa::fma(p, r, Isa::set1(0x1.ebfbdcp-3f));
-  p = Isa::fma(p, r, Isa::set1(0x1.62e430p-1f));
-  p = Isa::fma(p, r, Isa::set1(1.0f));
-  return Isa::zero_below(x, Isa::set1(-126.0f), Isa::mul(p, Isa::power_of_two(shifted)));
-}
 
 // Queries of some rows in their integer form, and what a span makes of a few of them.
 struct Int8Queries {

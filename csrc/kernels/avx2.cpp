@@ -33,8 +33,10 @@
 
 #include "kernels/float_algorithms.h"
 #include "kernels/tile_sums.h"
+#include "kernels/exponential.h"
 #include "kernels/attention_int8.h"
 #include "kernels/attention.h"
+#include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/ymm.h"
@@ -187,6 +189,7 @@ constexpr KernelTable kAvx2Kernels = {
     Float::logits_of_rows,
     ScreenRows<Ymm>::screen_rows,
     ScreenDriver<Ymm, Avx2Sums>::screen,
+    GluKernels<Ymm>::row,
 };
 
 }  // namespace bitnet_ops

@@ -20,8 +20,10 @@
 
 #include "kernels/float_algorithms.h"
 #include "kernels/tile_sums.h"
+#include "kernels/exponential.h"
 #include "kernels/attention_int8.h"
 #include "kernels/attention.h"
+#include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/avx512.h"
@@ -103,6 +105,7 @@ constexpr KernelTable kAvx512VbmiKernels = {
     Float::logits_of_rows,
     ScreenRows<Avx512>::screen_rows,
     ScreenDriver<Avx512, Avx512Sums>::screen,
+    GluKernels<Avx512>::row,
 };
 
 }  // namespace bitnet_ops

@@ -31,8 +31,10 @@
 
 #include "kernels/float_algorithms.h"
 #include "kernels/tile_sums.h"
+#include "kernels/exponential.h"
 #include "kernels/attention_int8.h"
 #include "kernels/attention.h"
+#include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/ymm.h"
@@ -160,6 +162,7 @@ constexpr KernelTable kAvxVnniKernels = {
     Float::logits_of_rows,
     ScreenRows<Ymm>::screen_rows,
     ScreenDriver<Ymm, DpbusdSums>::screen,
+    GluKernels<Ymm>::row,
 };
 
 }  // namespace bitnet_ops

@@ -223,6 +223,9 @@ struct Screen {
   float* approximate;  // likewise, the logit but for the error; where nothing is known, infinite (or NaN) and NaN
 };
 
+// What a gate goes through before it is multiplied: kernels/glu.h has the formulas.
+enum class Activation { kRelu2, kSilu, kGeluTanh };
+
 struct KernelTable {
   const char* isa;
 
@@ -287,6 +290,9 @@ struct KernelTable {
 
   // Bounds and approximations of the logits of tiles [tile_begin, tile_end), every token.
   void (*screen)(const Screen& screen, int64_t tile_begin, int64_t tile_end);
+
+  // out = activation(gate) * up. `out` may be the memory of `gate` or of `up`; any alignment.
+  void (*glu_row)(Activation activation, const float* gate, const float* up, float* out, int64_t count);
 };
 
 }  // namespace bitnet_ops

@@ -27,8 +27,10 @@
 // No target region: all of this is the baseline.
 #include "kernels/float_algorithms.h"
 #include "kernels/tile_sums.h"
+#include "kernels/exponential.h"
 #include "kernels/attention_int8.h"
 #include "kernels/attention.h"
+#include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/neon.h"
@@ -224,6 +226,7 @@ constexpr KernelTable kNeonKernels = {
     Float::logits_of_rows,
     ScreenRows<Neon>::screen_rows,
     ScreenDriver<Neon, SmullSums>::screen,
+    GluKernels<Neon>::row,
 };
 
 }  // namespace bitnet_ops

@@ -34,6 +34,7 @@ struct Neon {
   static F32 set1(float s) { return vdupq_n_f32(s); }
   static F32 add(F32 a, F32 b) { return vaddq_f32(a, b); }
   static F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }
+  static F32 div(F32 a, F32 b) { return vdivq_f32(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
   static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
   static void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
@@ -83,6 +84,7 @@ struct Neon {
   static F32 zero_below(F32 x, F32 limit, F32 v) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)));
   }
+  static F32 choose_at_most(F32 x, F32 limit, F32 a, F32 b) { return vbslq_f32(vcleq_f32(x, limit), a, b); }
 
   static float fold(F32 v) {
     const float32x2_t f32x2 = vadd_f32(vget_low_f32(v), vget_high_f32(v));

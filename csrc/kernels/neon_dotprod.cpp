@@ -32,8 +32,10 @@
 
 #include "kernels/float_algorithms.h"
 #include "kernels/tile_sums.h"
+#include "kernels/exponential.h"
 #include "kernels/attention_int8.h"
 #include "kernels/attention.h"
+#include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/neon.h"
@@ -68,6 +70,7 @@ constexpr KernelTable kNeonDotprodKernels = {
     Float::logits_of_rows,
     ScreenRows<Neon>::screen_rows,
     ScreenDriver<Neon, SdotSums>::screen,
+    GluKernels<Neon>::row,
 };
 
 }  // namespace bitnet_ops

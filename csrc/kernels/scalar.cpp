@@ -15,8 +15,10 @@
 #include "kernels/kernel_table.h"
 #include "kernels/float_algorithms.h"
 #include "kernels/tile_sums.h"
+#include "kernels/exponential.h"
 #include "kernels/attention_int8.h"
 #include "kernels/attention.h"
+#include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 
@@ -38,6 +40,7 @@ struct Scalar {
   static F32 set1(float s) { return s; }
   static F32 add(F32 a, F32 b) { return a + b; }
   static F32 mul(F32 a, F32 b) { return a * b; }
+  static F32 div(F32 a, F32 b) { return a / b; }
   static F32 fma(F32 a, F32 b, F32 c) { return std::fma(a, b, c); }
   template <class T>
   static F32 load(const T* p) {
@@ -62,6 +65,7 @@ struct Scalar {
   static float fold_max(F32 v) { return v; }
   static F32 power_of_two(F32 v) { return bits_float((float_bits(v) << 23) + kOneBits); }
   static F32 zero_below(F32 x, F32 limit, F32 v) { return x < limit ? 0.0f : v; }
+  static F32 choose_at_most(F32 x, F32 limit, F32 a, F32 b) { return x <= limit ? a : b; }
   static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
   static void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
@@ -201,6 +205,7 @@ constexpr KernelTable kScalarKernels = {
     Float::logits_of_rows,
     ScreenRows<Scalar>::screen_rows,
     ScreenDriver<Scalar, ScalarSums>::screen,
+    GluKernels<Scalar>::row,
 };
 
 }  // namespace bitnet_ops

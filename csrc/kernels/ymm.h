@@ -23,6 +23,7 @@ struct Ymm {
   static F32 set1(float s) { return _mm256_set1_ps(s); }
   static F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
   static F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+  static F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
   static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
@@ -73,6 +74,9 @@ struct Ymm {
     return _mm256_castsi256_ps(_mm256_add_epi32(exponent_u32x8, _mm256_set1_epi32(kOneBits)));
   }
   static F32 zero_below(F32 x, F32 limit, F32 v) { return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), v); }
+  static F32 choose_at_most(F32 x, F32 limit, F32 a, F32 b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, limit, _CMP_LE_OQ));
+  }
 
   static float fold(F32 v) {
     const __m128 f32x4 = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

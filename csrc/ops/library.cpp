@@ -14,6 +14,7 @@
 #include "ops/attention.h"
 #include "ops/decoder.h"
 #include "ops/fused.h"
+#include "ops/glu.h"
 #include "ops/lm_head.h"
 #include "ops/packing.h"
 #include "ops/tensors.h"
@@ -130,6 +131,7 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
       "norm_squared_relu_glu(Tensor x, Tensor norm_weight, float eps, Tensor gate, Tensor gate_scale, "
       "str gate_layout, Tensor up, Tensor up_scale, str up_layout) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("glu(Tensor gate, Tensor up, str activation) -> Tensor");
   m.def("lm_head(Tensor x, Tensor weight) -> Tensor");
   m.def("screen_lm_head(Tensor weight) -> (Tensor codes, Tensor bounds)");
   m.def(
@@ -164,6 +166,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("norm_linear_add", TORCH_BOX(&bitnet_ops::norm_linear_add));
   m.impl("norm_squared_relu_glu", TORCH_BOX(&bitnet_ops::norm_squared_relu_glu));
   m.impl("rms_norm", TORCH_BOX(&bitnet_ops::rms_norm));
+  m.impl("glu", TORCH_BOX(&bitnet_ops::glu));
   m.impl("lm_head", TORCH_BOX(&bitnet_ops::lm_head));
   m.impl("screen_lm_head", TORCH_BOX(&bitnet_ops::screen_lm_head));
   m.impl("lm_head_top_k", TORCH_BOX(&bitnet_ops::lm_head_top_k));

@@ -1,4 +1,4 @@
-// Kernels of one row: quantisation, RMSNorm, widening.
+// Kernels of one row: quantisation, RMSNorm, widening, gated linear units.
 
 #include "kernel_test.h"
 
@@ -74,9 +74,50 @@ void test_widening_every_value() {
   if (std::memcmp(wide[0].data, wide[1].data, 65536 * sizeof(float)) != 0) report("widening of every value");
 }
 
+const char* const kActivationNames[] = {"relu2", "silu", "gelu_tanh"};
+
+void test_glu_row(Activation activation, const Buffer<float>& gate, const Buffer<float>& up, const std::string& where) {
+  const int64_t count = static_cast<int64_t>(gate.count);
+  const std::string what = std::string("glu_row ") + kActivationNames[static_cast<int>(activation)] + where;
+  Buffer<float> expected(count), given(count), over_gate(count), over_up(count);
+  scalar->glu_row(activation, gate.data, up.data, expected.data, count);
+  tested->glu_row(activation, gate.data, up.data, given.data, count);
+  compare(expected, given, what);
+  for (int64_t i = 0; i < count; ++i) {
+    over_gate.data[i] = gate.data[i];
+    over_up.data[i] = up.data[i];
+  }
+  tested->glu_row(activation, over_gate.data, up.data, over_gate.data, count);
+  tested->glu_row(activation, gate.data, over_up.data, over_up.data, count);
+  compare(expected, over_gate, what + " over gate");
+  compare(expected, over_up, what + " over up");
+}
+
+void test_glu() {
+  Random random;
+  for (const Activation activation : {Activation::kRelu2, Activation::kSilu, Activation::kGeluTanh}) {
+    for (const int64_t length : kLengths) {
+      for (int kind = 0; kind < kRowKinds; ++kind) {
+        Buffer<float> gate(length), up(length);
+        fill_row(gate.data, length, static_cast<RowKind>(kind), random);
+        fill_row(up.data, length, static_cast<RowKind>((kind + static_cast<int>(length)) % kRowKinds), random);
+        test_glu_row(activation, gate, up, " of " + std::to_string(length) + ", kind " + std::to_string(kind));
+      }
+    }
+    // Every sign, exponent and first bits, with an odd rest: subnormal, infinite, NaN, and all arguments of exp.
+    Buffer<float> gate(65536), up(65536);
+    for (uint32_t i = 0; i < 65536; ++i) {
+      gate.data[i] = bits_float(i << 16 | (i % 3 == 0 ? 0 : static_cast<uint32_t>(random.next() >> 48)));
+      up.data[i] = i % 5 == 0 ? random.uniform() : bits_float(static_cast<uint32_t>(random.next() >> 32));
+    }
+    test_glu_row(activation, gate, up, " of every exponent");
+  }
+}
+
 }  // namespace
 
 void test_rows() {
+  test_glu();
   test_rows_of<float>();
   test_rows_of<BFloat16>();
   test_rows_of<Float16>();
