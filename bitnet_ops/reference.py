@@ -147,10 +147,10 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """The elementwise half of a gated linear unit (arXiv:2002.05202): ``y = activation(gate) * up``.
 
     ``relu2`` is ``relu(gate)^2`` (arXiv:2109.08668), with +0 where the gate is closed, whatever ``up`` holds
-    there; ``silu`` is ``gate * sigmoid(gate)`` (arXiv:1702.03118); ``gelu_tanh`` is ``0.5 * gate * (1 + tanh(u))``
-    with ``u = sqrt(2 / pi) * (gate + 0.044715 * gate^3)`` (arXiv:1606.08415), written as ``gate * sigmoid(2 u)``,
-    which is the same without the cancellation for negative gates. In float32 arithmetic, rounded once to the
-    dtype of ``gate``.
+    there; ``silu`` is ``gate * sigmoid(gate)`` (arXiv:1702.03118); ``gelu_tanh`` is
+    ``0.5 * gate * (1 + tanh(u))`` with ``u = sqrt(2 / pi) * (gate + 0.044715 * gate^3)`` (arXiv:1606.08415),
+    written as ``gate * sigmoid(2 u)``, which is the same without the cancellation for negative gates. In
+    float32 arithmetic, rounded once to the dtype of ``gate``.
 
     Args:
         gate: float [..., N].

@@ -423,6 +423,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
             (x, torch.rand(50), 1e-5, packed, weight_scale, "tile16", packed, weight_scale, "tile16"),
         ),
         "rms_norm": (namespace.rms_norm.default, (grad(x), grad(torch.rand(50)), 1e-5)),
+        "glu": (namespace.glu.default, (grad(x), grad(torch.randn(2, 3, 50)), "silu")),
         "lm_head": (namespace.lm_head.default, (grad(x), grad(torch.randn(70, 50)))),
         "attention": (namespace.attention.default, (*map(grad, (q, k, v)), cos, sin)),
         "attention with padding": (

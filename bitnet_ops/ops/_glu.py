@@ -12,8 +12,9 @@ from ._registry import OPS, check_device, fake_kernel, use_on_accelerators
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """The elementwise half of a gated linear unit (arXiv:2002.05202): ``y = activation(gate) * up``.
 
-    In float32 arithmetic, rounded once to the dtype of ``gate``. So the square of ``relu2`` in float16 cannot
-    overflow before ``up`` makes it small again, as it does where each step is rounded (from a gate of 256 on).
+    In float32 arithmetic, rounded once to the dtype of ``gate``. So in float16 the square of ``relu2``
+    cannot overflow before ``up`` makes it small again, as it does from a gate of 256 on where each step is
+    rounded.
 
     - ``"relu2"``: ``relu(gate)^2`` (arXiv:2109.08668). Where the gate is closed, at most 0, the result is +0
       whatever ``up`` holds there.
@@ -56,9 +57,9 @@ def _glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _glu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        y = reference.glu(*leaves, ctx.activation)
-        gradients = torch.autograd.grad(y, leaves, grad_y)
+        gate, up = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        y = reference.glu(gate, up, ctx.activation)
+        gradients = torch.autograd.grad(y, (gate, up), grad_y)
     return *gradients, None
 
 
