@@ -1,5 +1,7 @@
-"""Fixtures that every test file may use."""
+"""Fixtures that every test file may use, and what the terminal says about instruction sets and skips."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +11,31 @@ import torch
 import bitnet_ops
 
 
-@pytest.fixture(params=bitnet_ops.known_isas())
+def pytest_report_header() -> str:
+    tested = bitnet_ops.supported_isas()
+    others = [name for name in bitnet_ops.known_isas() if name not in tested]
+    line = f"instruction sets tested: {', '.join(tested)}"
+    if others:
+        line += f"; not tested, because this CPU lacks them: {', '.join(others)}"
+    if "avx_vnni" in others:
+        line += " (tests/test_kernels.py runs avx_vnni in another encoding where there is AVX-512 VNNI)"
+    return line
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for all skips: in the list of `-rs` each test file has lines of its own."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if not skipped:
+        return
+    reasons = Counter(re.sub("^Skipped: ", "", report.longrepr[2]) for report in skipped)
+    told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    terminalreporter.write_line(f"{len(skipped)} skipped: {told}", yellow=True)
+
+
+@pytest.fixture(params=bitnet_ops.supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every instruction set of this architecture, and proves that it did."""
+    """Runs the test once on every instruction set of this CPU, and proves that it did."""
     name = request.param
-    if name not in bitnet_ops.supported_isas():
-        pytest.skip(f"this CPU does not support {name} (tests/test_kernels.py runs avx_vnni, too)")
     with bitnet_ops.use_isa(name):
         assert bitnet_ops.isa() == name
         yield name

@@ -330,6 +330,7 @@ def test_cannot_be_saved_as_if_it_were_theirs(trained, tmp_path) -> None:
         trained.save_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     example = Path(__file__).parent.parent / "examples" / "accelerate_transformers.py"

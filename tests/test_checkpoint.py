@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -473,28 +474,37 @@ def test_the_synthetic_checkpoint(tmp_path: Path) -> None:
 
 
 def test_peak_memory_stays_near_the_packed_size(tmp_path: Path) -> None:
-    make_synthetic(
-        tmp_path / "large",
-        "--layers 12 --hidden 1024 --intermediate 4096 --heads 8 --kv-heads 8 --vocab 8192",
-    )
-    tiny_folder(tmp_path / "tiny")
+    """Only what grows with the model is counted: a first model takes what is taken once.
+
+    It has one layer of the same sizes. So it touches the code, starts the threads and leaves the C library
+    what one projection's conversion leaves. Two CPUs, because each thread takes a stack and a heap, and
+    because Linux counts pages CPU by CPU and adds the counts up late.
+    """
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    sizes = Sizes(vocab=64, hidden=512, intermediate=1024, layers=1, heads=4, kv_heads=4)
+    first = tiny_folder(tmp_path / "first", sizes)
+    second = tiny_folder(tmp_path / "second", replace(sizes, vocab=32768, layers=12))
     code = f"""
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import bitnet_ops
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
-bitnet_ops.from_pretrained({str(tmp_path / "tiny")!r})  # what the libraries take once is not the model's
+first = bitnet_ops.from_pretrained({str(first)!r})
 before = peak()
-model = bitnet_ops.from_pretrained({str(tmp_path / "large")!r})
-print(peak() - before, sum(t.numel() * t.element_size() for t in model.state_dict().values()))
+second = bitnet_ops.from_pretrained({str(second)!r})
+head = second.screened_head()
+held = [*second.state_dict().values(), head.codes, head.bounds]
+print(peak() - before, sum(tensor.nbytes for tensor in held))
 """
-    if not Path("/proc/self/status").exists():
-        pytest.skip("peak memory is read from /proc")
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     grown, packed_size = map(int, output.split())
-    # Beside the 67 MB of the model: one projection of 4096 x 1024 as stored (1 MB), as int8 (4 MB) and packed
-    # (1 MB), all of them twice for the allocator's leftovers, and 4 MB of code pages not touched before.
-    # The embedding twice (+17 MB), or int8 weights kept (+200 MB), would not fit.
-    assert grown < packed_size + (16 << 20)
+    # The model has 55 MB: the embedding 34, its copy in six bits 13, the packed weights 8. Beside them there
+    # may be the ends of three regions of 2 MB pages (weights, conversion, copy; at most 6 MB), a piece of
+    # the copy (1.6 MB), and what the C library keeps of freed memory; 5.5 to 8.3 MB in all were seen.
+    # The bound is half of two mistakes: int8 weights kept (+31 MB), the embedding twice (+34 MB).
+    assert 0.9 * packed_size < grown < packed_size + (16 << 20)
 
 
 def test_the_package_exports_the_functions() -> None:

@@ -76,7 +76,7 @@ def test_bit_linear(dtype: torch.dtype, bias: bool) -> None:
             assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_prefill_and_decode_give_the_bits_of_eager(padded: bool) -> None:
     # One layer, and sizes that are variables from the start, because every program takes seconds to compile.
     model = tiny_model(eos=None, layers=1)
@@ -91,9 +91,23 @@ def test_prefill_and_decode_give_the_bits_of_eager(padded: bool) -> None:
         assert all(map(torch.equal, ours, prefill_and_decode(model, ids, 4, mask)))
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
-@pytest.mark.parametrize("layouts", [("tile16",), ("tile16_base3", "row", "column")], ids=str)
+LAYOUTS = [("tile16",), ("tile16_base3", "row", "column")]
+FAST = [
+    (LAYOUTS[0], torch.float32, False),
+    (LAYOUTS[0], torch.bfloat16, False),
+    (LAYOUTS[1], torch.int8, True),
+]
+"""Each dtype and each layout, with and without gradients. All combinations take half a minute."""
+
+
+@pytest.mark.parametrize(
+    ("layouts", "dtype", "gradients"),
+    [
+        pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
+        for case in product(LAYOUTS, CACHE_DTYPES, (False, True))
+    ],
+    ids=str,
+)
 def test_every_cache_and_layout(dtype: torch.dtype, layouts: tuple[str, ...], gradients: bool) -> None:
     """AOTAutograd decides here what is copied and what is changed in place; code is generated above."""
     torch.set_grad_enabled(gradients)
@@ -160,7 +174,15 @@ def a_hook(model: BitNet) -> None:
 @pytest.mark.parametrize(
     ("change", "gradients"),
     # Of hooks, torch.compile by itself sees only those that were there when it compiled.
-    [*product((negate_up, another_layer_type, one_layer_less), (False, True)), (a_hook, False)],
+    [
+        *product((negate_up, another_layer_type, one_layer_less), (False,)),
+        (negate_up, True),
+        *(
+            pytest.param(change, True, marks=pytest.mark.slow)
+            for change in (another_layer_type, one_layer_less)
+        ),
+        (a_hook, False),
+    ],
 )
 def test_a_change_of_the_layers_is_seen(change: Callable[[BitNet], None], gradients: bool) -> None:
     model = tiny_model(eos=None).requires_grad_(False)

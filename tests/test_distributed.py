@@ -97,6 +97,7 @@ def test_packing_after_training(results: dict[str, Any]) -> None:
         assert torch.equal(bitnet_ops.from_pretrained("packed")(ids), expected)
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("All happy families are alike. " * 20)

@@ -109,7 +109,7 @@ def test_decode_step_is_one_operator_for_all_layers() -> None:
     assert not any("copy" in str(target) for target in called), "a cache is not copied"
 
 
-@pytest.mark.parametrize("kind", ["export", "aoti"])
+@pytest.mark.parametrize("kind", ["export", pytest.param("aoti", marks=pytest.mark.slow)])
 def test_decode_step_in_a_new_process(tmp_path: Path, kind: str) -> None:
     program, path = export_decode_step(MODEL), tmp_path / "step.pt2"
     if kind == "aoti":
@@ -135,6 +135,7 @@ def test_training_mode_is_refused() -> None:
         export_decode_step(tiny_model().train())
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     prompt = "It is a truth universally acknowledged"
     model = bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL)

@@ -7,12 +7,14 @@ NEON kernels on other CPUs, cross-compiled, in QEMU.
 
 import os
 import platform
-import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
+from tools import need
 
 import bitnet_ops
 
@@ -28,6 +30,8 @@ WARNINGS = {
     "g++": ["-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     "clang++": ["-Wall", "-Wextra", "-Werror"],
 }
+
+PACKAGES = {"g++": "g++", "clang++": "clang"}  # Debian's
 
 MACHINE = platform.machine().lower()
 ARCHITECTURE = {"amd64": "x86_64", "arm64": "aarch64"}.get(MACHINE, MACHINE)
@@ -75,15 +79,33 @@ def run(command: list[str]) -> dict[str, str]:
     return dict(line.split(": ", 1) for line in result.stdout.splitlines())
 
 
+Builder = Callable[[str, str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    """Gives the program of a compiler, an entry of BUILDS and an architecture, and makes each only once."""
+
+    @cache
+    def program(compiler: str, flags: str, architecture: str) -> Path:
+        path = tmp_path_factory.mktemp(f"{Path(compiler).name}-{flags}") / "kernel_test"
+        build(compiler, [*WARNINGS.get(compiler, []), *BUILDS[flags]], architecture, path)
+        return path
+
+    return program
+
+
 @pytest.mark.parametrize(
-    ("compiler", "flags"), [("g++", "optimised"), ("g++", "sanitized"), ("clang++", "optimised")]
+    ("compiler", "flags"),
+    [
+        ("g++", "optimised"),
+        pytest.param("g++", "sanitized", marks=pytest.mark.slow),
+        pytest.param("clang++", "optimised", marks=pytest.mark.slow),
+    ],
 )
-def test_every_kernel_equals_scalar(compiler: str, flags: str, tmp_path: Path) -> None:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    program = tmp_path / "kernel_test"
-    build(compiler, [*WARNINGS[compiler], *BUILDS[flags]], ARCHITECTURE, program)
-    outcome = run([str(program)])
+def test_every_kernel_equals_scalar(compiler: str, flags: str, built: Builder) -> None:
+    need(compiler, package=PACKAGES[compiler])
+    outcome = run([str(built(compiler, flags, ARCHITECTURE))])
     assert outcome.pop("chosen") == bitnet_ops.supported_isas()[0]
     assert outcome.keys() == set(bitnet_ops.known_isas())
     for name in bitnet_ops.supported_isas():
@@ -92,32 +114,19 @@ def test_every_kernel_equals_scalar(compiler: str, flags: str, tmp_path: Path) -
         assert "comparisons, 0 differences" in outcome["avx_vnni"]  # natively or in the other encoding
 
 
-@pytest.fixture(scope="module")
-def aarch64_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program for aarch64, cross-compiled once for each entry of BUILDS."""
-    compiler = shutil.which("aarch64-linux-gnu-g++")
-    if compiler is None:
-        pytest.skip("no aarch64-linux-gnu-g++ (Debian's package g++-aarch64-linux-gnu)")
-    program = tmp_path_factory.mktemp("aarch64") / "kernel_test"
-    build(compiler, BUILDS[request.param], "aarch64", program)
-    return program
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(ARCHITECTURE == "aarch64", reason="this CPU runs the NEON kernels itself")
 @pytest.mark.parametrize(
-    ("aarch64_program", "cpu"),
-    [*(("optimised", cpu) for cpu in EMULATED_CPUS), ("sanitized", "max")],
-    indirect=["aarch64_program"],
+    ("flags", "cpu"), [*(("optimised", cpu) for cpu in EMULATED_CPUS), ("sanitized", "max")]
 )
 def test_every_neon_kernel_equals_scalar(
-    aarch64_program: Path, cpu: str, monkeypatch: pytest.MonkeyPatch
+    flags: str, cpu: str, built: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-    if emulator is None:
-        pytest.skip("no qemu-aarch64 (Debian's package qemu-user-static)")
+    compiler = need("aarch64-linux-gnu-g++", package="g++-aarch64-linux-gnu")
+    emulator = need("qemu-aarch64-static", "qemu-aarch64", package="qemu-user-static")
     monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")  # its leak detector needs ptrace, QEMU has none
     libraries = "/usr/aarch64-linux-gnu"  # where Debian's cross compiler has them
-    outcome = run([emulator, "-cpu", cpu, "-L", libraries, str(aarch64_program)])
+    outcome = run([emulator, "-cpu", cpu, "-L", libraries, str(built(compiler, flags, "aarch64"))])
     assert outcome.pop("chosen") == EMULATED_CPUS[cpu][0]
     assert outcome.keys() == NEON_ISAS
     for name in NEON_ISAS:

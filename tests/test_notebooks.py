@@ -22,6 +22,7 @@ def test_there_are_notebooks():
     assert names >= {"quick_start", "inside_a_ternary_layer", "train_a_tiny_model", "compile_and_profile"}
 
 
+@pytest.mark.slow
 @each_notebook
 def test_it_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)

@@ -116,9 +116,10 @@ def test_samples_follow_the_probabilities() -> None:
     config = SamplingConfig(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.02)
     logits = random_logits(3, rows=1)
     expected = distribution(logits, config)[0]
-    draws = 20_000
-    sampler = Sampler(config, 1, seed=5)
-    counts = torch.bincount(torch.cat([sampler(logits) for _ in range(draws)]), minlength=VOCAB).double()
+    rows, steps = 200, 100  # rows are independent streams, as the next test shows
+    draws = rows * steps
+    sampler, logits = Sampler(config, rows, seed=5), logits.expand(rows, -1)
+    counts = torch.bincount(torch.cat([sampler(logits) for _ in range(steps)]), minlength=VOCAB).double()
     kept = expected > 0
     assert kept.sum() > 5
     assert not counts[~kept].any()

@@ -1,13 +1,13 @@
 """The pool of threads: shared by Python threads, rebuilt after a fork, sized by torch.set_num_threads."""
 
 import os
-import shutil
 import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tools import need
 from torch import Tensor
 
 import bitnet_ops
@@ -79,12 +79,14 @@ def test_a_forked_child_has_threads_of_its_own(threads: None) -> None:
     assert torch.equal(run(*work), expected)
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(name, marks=[] if name == "g++" else pytest.mark.slow) for name in BUILDS],
+)
 def test_the_pool_alone(build: str, tmp_path: Path) -> None:
     """A C++ program counts what ran: several callers, exceptions, nesting, one CPU, busy CPUs, a fork."""
     compiler, *flags = BUILDS[build]
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
+    need(compiler, package="clang" if compiler == "clang++" else compiler)
     program = tmp_path / "pool_test"
     sources = [ROOT / "tests/threads/pool_test.cpp", ROOT / "csrc/run/thread_pool.cpp"]
     warnings = ["-Wall", "-Wextra", "-Werror"]

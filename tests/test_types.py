@@ -83,10 +83,12 @@ def errors(tmp_path_factory, pytestconfig):
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_users_script_passes_strictly(errors):
     assert [line for line in errors if not line.startswith("wrong.py")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", WRONG)
 def test_a_mistake_is_found(errors, line):
     number = 3 + list(WRONG).index(line)

@@ -1,0 +1,25 @@
+"""Programs that are not Python packages, and what a test does without them."""
+
+import os
+import shutil
+
+import pytest
+
+
+def need(*names: str, package: str) -> str:
+    """The path of the first program that is there. Without any the test is skipped, but in CI it fails.
+
+    A skip in CI would read as passed for ever. `.ci/run` sets TOOLS_MAY_BE_MISSING, and says so, where it
+    could not install them.
+
+    Args:
+        names: of the program.
+        package: Debian's, that has it.
+    """
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    reason = f"no {' or '.join(names)} (Debian's package {package})"
+    if os.environ.get("CI") == "true" and not os.environ.get("TOOLS_MAY_BE_MISSING"):
+        pytest.fail(reason)
+    pytest.skip(reason)
