@@ -1,6 +1,8 @@
 """Valid checkpoints: every stored form loads to the weights it stands for; a saved model comes back equal."""
 
+import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -308,6 +310,24 @@ def test_a_copy_of_another_format_is_not_used(tmp_path: Path, monkeypatch: pytes
     head = load_screened(tmp_path / "b", monkeypatch).screened_head()
     assert head is not None
     assert not is_in_the_file(head.codes, tmp_path / "b")
+
+
+class _SmallPagesOnly(mmap.mmap):
+    """Memory on a kernel that was built without transparent huge pages, as madvise(2) describes it."""
+
+    def madvise(self, option: int, *rest: int) -> None:
+        if option == mmap.MADV_HUGEPAGE:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        super().madvise(option, *rest)
+
+
+def test_a_kernel_without_huge_pages_loads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = some_logits(from_pretrained(tiny_folder(tmp_path / "a")))
+    monkeypatch.setattr(mmap, "mmap", _SmallPagesOnly)
+    model = from_pretrained(tmp_path / "a")
+    assert torch.equal(some_logits(model), expected)
+    model.save_pretrained(tmp_path / "b")
+    assert torch.equal(some_logits(from_pretrained(tmp_path / "b")), expected)
 
 
 def test_without_mmap_the_model_does_not_depend_on_the_file(tmp_path: Path) -> None:
