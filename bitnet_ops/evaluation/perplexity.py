@@ -139,17 +139,19 @@ def sum_of_losses(
     training = model.training
     model.eval()
     nats = 0.0
-    with torch.inference_mode():
-        for some_ends, some_fresh in zip(
-            ends.split(windows_at_once), fresh.split(windows_at_once), strict=True
-        ):
-            windows = ids[some_ends.unsqueeze(1) + torch.arange(-length, 1)].to(device)
-            scored = (torch.arange(length) >= length - some_fresh.unsqueeze(1)).to(device)
-            hidden = model.hidden_states(windows[:, :-1])[scored]
-            losses, _ = token_losses(model, hidden, windows[:, 1:][scored])
-            nats += losses.sum().item()
-            done(int(some_fresh.sum()))
-    model.train(training)
+    try:
+        with torch.inference_mode():
+            for some_ends, some_fresh in zip(
+                ends.split(windows_at_once), fresh.split(windows_at_once), strict=True
+            ):
+                windows = ids[some_ends.unsqueeze(1) + torch.arange(-length, 1)].to(device)
+                scored = (torch.arange(length) >= length - some_fresh.unsqueeze(1)).to(device)
+                hidden = model.hidden_states(windows[:, :-1])[scored]
+                losses, _ = token_losses(model, hidden, windows[:, 1:][scored])
+                nats += losses.sum().item()
+                done(int(some_fresh.sum()))
+    finally:  # a notebook goes on after Ctrl-C
+        model.train(training)
     return nats
 
 
