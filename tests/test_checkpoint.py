@@ -382,6 +382,20 @@ def test_a_projection_with_bias_is_refused(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "b")
 
 
+def test_a_dtype_that_no_checkpoint_has_is_refused(tmp_path: Path) -> None:
+    model = from_pretrained(tiny_folder(tmp_path / "a"))
+    expected = some_logits(model)
+    message = (
+        r"model: expected torch.float32, torch.bfloat16, torch.float16, got torch.float64 at "
+        r"'model.embed_tokens.weight'; call model.float\(\) first"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.double().save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    model.float().save_pretrained(tmp_path / "b")
+    assert torch.equal(some_logits(from_pretrained(tmp_path / "b")), expected)
+
+
 def test_save_over_the_folder_it_came_from(tmp_path: Path) -> None:
     sizes = Sizes()
     folder = write_folder(tmp_path, sizes.config(), published_tensors(Weights.random(sizes)), files=2)
