@@ -1,8 +1,10 @@
 """Training: what is held out, determinism, resuming, the folder that comes out."""
 
+import io
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from bitnet_ops import BitLinearQAT, BitNet, BitNetConfig, from_pretrained
 from bitnet_ops.cli.main import commands
@@ -205,6 +208,24 @@ def test_evaluate_scores_every_token_once(corpus):
     short = evaluate(model, corpus.test, sequence_length=10)
     long = evaluate(model, corpus.test, sequence_length=len(ids))
     assert short.nats_per_token == pytest.approx(long.nats_per_token, rel=1e-5)
+
+
+def test_evaluation_shows_its_progress(corpus, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *rest, **options):
+            super().__init__(*rest, **{**options, "file": io.StringIO(), "disable": False})
+            self.quiet = options["disable"]
+            bars.append(self)
+
+    # The package's attribute of this name is the function.
+    monkeypatch.setattr(sys.modules["bitnet_ops.evaluation.perplexity"], "tqdm", Bar)
+    model = BitNet(CONFIG)
+    evaluate(model, corpus.test, 16)
+    evaluate(model, corpus.test, 16, progress=True)
+    assert [bar.quiet for bar in bars] == [True, None]  # None: only on a terminal
+    assert [bar.n for bar in bars] == [bar.total for bar in bars] == [len(corpus.test.ids) - 1] * 2
 
 
 def test_schedule_rises_and_falls():

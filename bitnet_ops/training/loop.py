@@ -173,7 +173,7 @@ def train(
         bar.update()
         if state.step % options.evaluate_every == 0 or state.step == options.steps:
             with autocast:
-                held_out = evaluate(model, corpus.validation, options.sequence_length)
+                held_out = evaluate(model, corpus.validation, options.sequence_length, progress=progress)
             state.seconds = time.perf_counter() - begin
             state.record(held_out)
             state.save(folder / CHECKPOINT)
@@ -190,7 +190,7 @@ def train(
     return TrainResult(model.eval(), state.best_step, state.seconds)
 
 
-def evaluate(model: BitNet, split: Split, sequence_length: int) -> HeldOut:
+def evaluate(model: BitNet, split: Split, sequence_length: int, *, progress: bool = False) -> HeldOut:
     """Mean cross-entropy over a split, every token once, with dropout off (`perplexity.sum_of_losses`).
 
     Windows of ``sequence_length`` start every half window, so a token is predicted from at least half a
@@ -200,8 +200,10 @@ def evaluate(model: BitNet, split: Split, sequence_length: int) -> HeldOut:
         model: float or packed; its mode is restored afterwards.
         split: the text.
         sequence_length: tokens in a window.
+        progress: show a progress bar where stderr is a terminal.
     """
-    nats = sum_of_losses(model, split.ids, sequence_length, max(1, sequence_length // 2))
+    stride = max(1, sequence_length // 2)
+    nats = sum_of_losses(model, split.ids, sequence_length, stride, progress=progress)
     loss = TextLoss(nats, len(split.ids) - 1, split.size_bytes)
     assert loss.bits_per_byte is not None  # it has a size
     return HeldOut(loss.nats_per_token, loss.bits_per_byte)
