@@ -1,5 +1,6 @@
 """Chat templates against transformers' rendering, the sandbox, and conversations with a cache."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bitnet_ops import BitNet
+from bitnet_ops.generation import chat
 from bitnet_ops.generation.chat import ChatSession, Continuation, render_chat
 
 CONVERSATION = [
@@ -164,6 +166,26 @@ def test_the_cache_has_the_wanted_dtype() -> None:
         ids = torch.tensor([session.last.prompt_ids])
         fresh = model.generate(ids, max_new_tokens=6, cache_dtype=torch.int8)
         assert fresh[0, ids.shape[1] :].tolist() == session.last.token_ids
+
+
+@pytest.mark.parametrize("session_of", [ChatSession, Continuation])
+def test_the_cache_grows_with_the_conversation(
+    session_of: type[ChatSession] | type[Continuation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "FIRST_TOKENS", 64)
+    model = tiny_model(eos=None, chat=True, context=1 << 30)  # a whole cache would take 481 GB
+    session = session_of(model)
+    capacities = []
+    for text in ("Hello", "It is a truth", " ".join(["and"] * 90)):
+        with contextlib.closing(session.reply(text)) as reply:  # may take all of the context
+            for _ in zip(range(20), reply, strict=False):
+                pass
+        assert session._cache is not None
+        assert not session._cache.keys.is_inference(), "it can be used like one that did not grow"
+        capacities.append(session._cache.capacity)
+        assert session.last is not None
+        assert_greedy(model, session.last.prompt_ids, session.last.token_ids)
+    assert capacities[0] < capacities[-1] <= 1024
 
 
 def test_models_that_cannot_chat_are_named() -> None:

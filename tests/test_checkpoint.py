@@ -1,6 +1,8 @@
 """Valid checkpoints: every stored form loads to the weights it stands for; a saved model comes back equal."""
 
+import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -312,6 +314,24 @@ def test_a_copy_of_another_format_is_not_used(tmp_path: Path, monkeypatch: pytes
     assert not is_in_the_file(head.codes, tmp_path / "b")
 
 
+class _SmallPagesOnly(mmap.mmap):
+    """Memory on a kernel that was built without transparent huge pages, as madvise(2) describes it."""
+
+    def madvise(self, option: int, *rest: int) -> None:
+        if option == mmap.MADV_HUGEPAGE:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        super().madvise(option, *rest)
+
+
+def test_a_kernel_without_huge_pages_loads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = some_logits(from_pretrained(tiny_folder(tmp_path / "a")))
+    monkeypatch.setattr(mmap, "mmap", _SmallPagesOnly)
+    model = from_pretrained(tmp_path / "a")
+    assert torch.equal(some_logits(model), expected)
+    model.save_pretrained(tmp_path / "b")
+    assert torch.equal(some_logits(from_pretrained(tmp_path / "b")), expected)
+
+
 def test_without_mmap_the_model_does_not_depend_on_the_file(tmp_path: Path) -> None:
     from_pretrained(tiny_folder(tmp_path / "a")).save_pretrained(tmp_path / "b")
     model = from_pretrained(tmp_path / "b", mmap=False)
@@ -362,6 +382,20 @@ def test_a_projection_with_bias_is_refused(tmp_path: Path) -> None:
     model.model.layers[1].mlp.up_proj = BitLinear.from_ternary(up.unpack(), 1.0, torch.ones(up.out_features))
     with pytest.raises(ValueError, match=r"without bias .*, got another at 'model\.layers\.1\.mlp\.up_proj'"):
         model.save_pretrained(tmp_path / "b")
+
+
+def test_a_dtype_that_no_checkpoint_has_is_refused(tmp_path: Path) -> None:
+    model = from_pretrained(tiny_folder(tmp_path / "a"))
+    expected = some_logits(model)
+    message = (
+        r"model: expected torch.float32, torch.bfloat16, torch.float16, got torch.float64 at "
+        r"'model.embed_tokens.weight'; call model.float\(\) first"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.double().save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    model.float().save_pretrained(tmp_path / "b")
+    assert torch.equal(some_logits(from_pretrained(tmp_path / "b")), expected)
 
 
 def test_save_over_the_folder_it_came_from(tmp_path: Path) -> None:

@@ -98,9 +98,18 @@ def test_scores_are_held_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(rows) == whole.tokens
 
 
-def test_mode_is_restored() -> None:
+def test_mode_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().train()
     measure(model, TEXT, context=16)
+    assert model.training
+
+    def interrupted(x: Tensor, weight: Tensor) -> Tensor:
+        assert not model.training
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "lm_head", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, TEXT, context=16)
     assert model.training
 
 

@@ -1,19 +1,31 @@
 """Training: what is held out, determinism, resuming, the folder that comes out."""
 
+import io
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
-from bitnet_ops import BitNet, BitNetConfig, from_pretrained
+from bitnet_ops import BitLinearQAT, BitNet, BitNetConfig, from_pretrained
 from bitnet_ops.cli.main import commands
 from bitnet_ops.training import corpus as text
-from bitnet_ops.training.loop import CHECKPOINT, LOG, TrainOptions, evaluate, schedule, train
+from bitnet_ops.training.loop import (
+    CHECKPOINT,
+    LOG,
+    TrainOptions,
+    evaluate,
+    make_optimizers,
+    schedule,
+    train,
+)
 
 CONFIG = BitNetConfig(
     vocab_size=300,
@@ -198,6 +210,24 @@ def test_evaluate_scores_every_token_once(corpus):
     assert short.nats_per_token == pytest.approx(long.nats_per_token, rel=1e-5)
 
 
+def test_evaluation_shows_its_progress(corpus, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *rest, **options):
+            super().__init__(*rest, **{**options, "file": io.StringIO(), "disable": False})
+            self.quiet = options["disable"]
+            bars.append(self)
+
+    # The package's attribute of this name is the function.
+    monkeypatch.setattr(sys.modules["bitnet_ops.evaluation.perplexity"], "tqdm", Bar)
+    model = BitNet(CONFIG)
+    evaluate(model, corpus.test, 16)
+    evaluate(model, corpus.test, 16, progress=True)
+    assert [bar.quiet for bar in bars] == [True, None]  # None: only on a terminal
+    assert [bar.n for bar in bars] == [bar.total for bar in bars] == [len(corpus.test.ids) - 1] * 2
+
+
 def test_schedule_rises_and_falls():
     options = TrainOptions(steps=1000, warmup=0.1, final_learning_rate=0.05)
     rates = [schedule(step / 1000, options) for step in range(1001)]
@@ -206,6 +236,57 @@ def test_schedule_rises_and_falls():
     assert rates[1000] == pytest.approx(0.05)
     assert all(a <= b for a, b in itertools.pairwise(rates[:101]))
     assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
+
+
+class _Products(TorchDispatchMode):
+    """Notes the dtypes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def muon_step(monkeypatch, capabilities):
+    """A step of Muon on a machine with such a CPU: (weight, gradient, its change), the state, the dtypes."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    torch.manual_seed(0)
+    model = BitNet(CONFIG, BitLinearQAT)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    before = [p.detach().clone() for p in matrices]
+    options = TrainOptions(**{**vars(OPTIONS), "optimizer": "muon", "autocast": None, "weight_decay": 0.0})
+    optimizer = make_optimizers(model, options)[0]
+    with _Products() as products:
+        optimizer.step()
+    steps = [(p.grad, start - p.detach()) for start, p in zip(before, matrices, strict=True)]
+    return steps, optimizer.state_dict(), products.dtypes
+
+
+def exact_muon_step(gradient):
+    """The first step by singular values, which is what the iteration works on, in float64."""
+    u, s, v = torch.linalg.svd(gradient.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    rows, columns = gradient.shape
+    return OPTIONS.matrix_learning_rate * math.sqrt(max(1, rows / columns)) * (u * s) @ v
+
+
+def test_muon_multiplies_in_the_dtype_that_the_machine_has_instructions_for(monkeypatch):
+    fast, fast_state, fast_dtypes = muon_step(monkeypatch, {"avx512_bf16": True, "amx_bf16": False})
+    plain, plain_state, plain_dtypes = muon_step(monkeypatch, {"avx512_bf16": False})
+    assert fast_dtypes == {torch.bfloat16}
+    assert plain_dtypes == {torch.float32}
+    assert str(fast_state) == str(plain_state), "a checkpoint of one machine resumes on another"
+    for (gradient, theirs), (_, ours) in zip(fast, plain, strict=True):
+        exact = exact_muon_step(gradient)
+        assert (ours - exact).norm() < (theirs - exact).norm() < 0.1 * exact.norm()
 
 
 def test_unknown_optimizer_is_named(tmp_path, corpus):

@@ -5,11 +5,12 @@ Where the system keeps a file in 2 MB pages the weights are read as fast from he
 system ends the process (SIGBUS). So only files that are replaced, never rewritten, should be mapped.
 """
 
-import contextlib
 import mmap
 
 import torch
 from torch import Tensor
+
+from ..layers.memory import ask_for_huge_pages
 
 
 class MappedFile:
@@ -24,9 +25,7 @@ class MappedFile:
         self._memory = mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
         self._begin = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
         self._end = self._begin + len(self._memory)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a wish: not every kernel has huge pages for files
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        ask_for_huge_pages(self._memory)
 
     def tensor(self, dtype: torch.dtype, count: int, offset: int) -> Tensor:
         """``count`` numbers from byte ``offset`` on, one-dimensional.

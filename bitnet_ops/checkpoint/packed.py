@@ -29,7 +29,7 @@ from ..layers.memory import HugePages
 from .codes import check_packed
 from .config_json import config_to_json
 from .errors import CheckpointError
-from .files import SINGLE_FILE, TensorFiles
+from .files import FLOAT_DTYPES, SINGLE_FILE, TORCH_DTYPE, TensorFiles
 from .head_copy import head_to_store
 from .text_files import TOKEN_FIELDS, save_text_files
 from .write import write_tensors
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 QUANT_METHOD = "bitnet_ops"
 
 CONFIG_FILE = "config.json"
+
+FLOATS = tuple(TORCH_DTYPE[name] for name in FLOAT_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
         folder: made where it does not exist.
 
     Raises:
-        ValueError: the model still has `BitLinearQAT` or other float projections.
+        ValueError: the model still has `BitLinearQAT` or other float projections, or a dtype that no
+            checkpoint has.
         OSError: the disk is full, or the folder cannot be written.
     """
     for name, module in model.named_modules():
@@ -140,6 +143,14 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
                 "save_pretrained: model: expected projections without bias and with one scale a row, "
                 f"got another at {name!r}"
             )
+    # Not state_dict(), which is tile16 always: here the layouts stay as they are.
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"save_pretrained: model: expected {', '.join(map(str, FLOATS))}, got {tensor.dtype} at "
+                f"{name!r}; call model.float() first"
+            )
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     # In the folder itself, because a rename is atomic only within one file system.
@@ -153,8 +164,7 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
             model.generation_config or {}
         )
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
-        # Not state_dict(), which is tile16 always: here the layouts stay as they are.
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **copy}
+        tensors |= copy
         write_tensors(draft / SINGLE_FILE, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
         files = sorted(draft.iterdir(), key=lambda file: file.name == CONFIG_FILE)  # config.json last
         for file in files:

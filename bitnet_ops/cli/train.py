@@ -164,11 +164,11 @@ def train(
         raise click.ClickException(str(error)) from error
     if options.full_precision:
         losses = {
-            "validation": evaluate(result.model, corpus.validation, options.sequence_length),
-            "test": evaluate(result.model, corpus.test, options.sequence_length),
+            name: evaluate(result.model, split, options.sequence_length, progress=True)
+            for name, split in (("validation", corpus.validation), ("test", corpus.test))
         }
     else:
-        losses = export(text, config, corpus, options, result, out)
+        losses = export(text, config, corpus, options, result, out, progress=True)
         click.echo(f'Wrote {out}. Try: bitnet-ops generate --model {out} "Once"', err=True)
     rows = {name: dataclasses.asdict(loss) for name, loss in losses.items()}
     click.echo(json.dumps({"best_step": result.best_step, **rows}))

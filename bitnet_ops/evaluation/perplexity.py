@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -108,18 +108,13 @@ def perplexity(
         raise ValueError(
             f"text: expected at least two tokens, of which the second is predicted, got {len(ids)}"
         )
-    with tqdm(
-        total=len(ids) - 1, desc="reading", unit="token", disable=None if progress else True, leave=False
-    ) as bar:
-        nats = sum_of_losses(model, ids, context, stride, done=bar.update)
+    nats = sum_of_losses(model, ids, context, stride, progress=progress)
     if not math.isfinite(nats):
         raise FloatingPointError("perplexity: expected finite scores, the model gave NaN or Inf")
     return TextLoss(nats, len(ids) - 1, len(text.encode()) if isinstance(text, str) else None)
 
 
-def sum_of_losses(
-    model: BitNet, ids: Tensor, context: int, stride: int, done: Callable[[int], object] = lambda tokens: None
-) -> float:
+def sum_of_losses(model: BitNet, ids: Tensor, context: int, stride: int, *, progress: bool = False) -> float:
     """Sum of the cross-entropies of ``ids[1:]`` in windows as `perplexity` describes them, in nats.
 
     Args:
@@ -127,7 +122,7 @@ def sum_of_losses(
         ids: int64 [tokens], at least two.
         context: at least 1.
         stride: 1 to ``context``.
-        done: is told how many tokens have been scored, batch after batch.
+        progress: show a progress bar where stderr is a terminal.
     """
     length = min(context, len(ids) - 1)
     ends = torch.arange(length, len(ids), stride)
@@ -139,17 +134,28 @@ def sum_of_losses(
     training = model.training
     model.eval()
     nats = 0.0
-    with torch.inference_mode():
-        for some_ends, some_fresh in zip(
-            ends.split(windows_at_once), fresh.split(windows_at_once), strict=True
+    try:
+        with (
+            torch.inference_mode(),
+            tqdm(
+                total=len(ids) - 1,
+                desc="reading",
+                unit="token",
+                disable=None if progress else True,
+                leave=False,
+            ) as bar,
         ):
-            windows = ids[some_ends.unsqueeze(1) + torch.arange(-length, 1)].to(device)
-            scored = (torch.arange(length) >= length - some_fresh.unsqueeze(1)).to(device)
-            hidden = model.hidden_states(windows[:, :-1])[scored]
-            losses, _ = token_losses(model, hidden, windows[:, 1:][scored])
-            nats += losses.sum().item()
-            done(int(some_fresh.sum()))
-    model.train(training)
+            for some_ends, some_fresh in zip(
+                ends.split(windows_at_once), fresh.split(windows_at_once), strict=True
+            ):
+                windows = ids[some_ends.unsqueeze(1) + torch.arange(-length, 1)].to(device)
+                scored = (torch.arange(length) >= length - some_fresh.unsqueeze(1)).to(device)
+                hidden = model.hidden_states(windows[:, :-1])[scored]
+                losses, _ = token_losses(model, hidden, windows[:, 1:][scored])
+                nats += losses.sum().item()
+                bar.update(int(some_fresh.sum()))
+    finally:  # a notebook goes on after Ctrl-C
+        model.train(training)
     return nats
 
 

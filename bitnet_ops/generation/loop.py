@@ -73,8 +73,8 @@ def prepare(
             "pad_token_id: expected a token id, because stop_strings can end one row before another and "
             "neither pad_token_id nor eos_token_id is known, got None"
         )
-    needed = prompt_length + max_new_tokens - 1  # the last token is never fed back
     if cache is None:
+        needed = prompt_length + max_new_tokens - 1  # the last token is never fed back
         dtype = settings.cache_dtype or torch.float32
         cache = KVCache(model.config, batch, needed, dtype=dtype, device=model.device)
     else:
@@ -86,7 +86,7 @@ def prepare(
             raise ValueError(
                 f"cache: expected fewer tokens than the {prompt_length} of input_ids, got {cache.length}"
             )
-        cache.reserve(needed)
+        cache.reserve(prompt_length)  # it grows with the text, which may end long before max_new_tokens
     return Request(input_ids, attention_mask, cache, max_new_tokens, settings)
 
 
@@ -113,6 +113,8 @@ def decode(model: GenerationMixin, request: Request, watch_stop_strings: bool = 
         draft = lookup.draft(left - 1) if lookup is not None and drafting else []
         begin = time.perf_counter()
         held = cache.length + new_ids.shape[1]
+        # Not in inference mode, whose tensors could not be written to outside of it.
+        cache.reserve(held + len(draft))
         chosen = _choose(model, cache, sampler, head, new_ids, mask, draft)
         if lookup is not None:
             seconds = time.perf_counter() - begin if drafting else None

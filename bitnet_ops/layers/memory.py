@@ -5,6 +5,7 @@ bus to finding out where each page lies (bench/LOG.md). Most matrices are no lar
 many share a region.
 """
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -56,10 +57,17 @@ def give_back_freed_memory() -> None:
         trim(ctypes.c_size_t(0))
 
 
+def ask_for_huge_pages(memory: mmap.mmap) -> None:
+    """Wishes for 2 MB pages. Small ones do as well, so nothing happens where the system has no others."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them, or without them for files
+            memory.madvise(mmap.MADV_HUGEPAGE)
+
+
 def _region(room: int) -> mmap.mmap | bytearray:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return bytearray(room)
     # Private, because huge pages for shared memory are a setting of their own, usually off.
     region = mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
+    ask_for_huge_pages(region)
     return region

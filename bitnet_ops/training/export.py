@@ -18,7 +18,14 @@ GENERATION = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 
 
 def export(
-    text: Path, config: DecoderConfig, corpus: Corpus, options: TrainOptions, result: TrainResult, folder: Path
+    text: Path,
+    config: DecoderConfig,
+    corpus: Corpus,
+    options: TrainOptions,
+    result: TrainResult,
+    folder: Path,
+    *,
+    progress: bool = False,
 ) -> dict[str, HeldOut]:
     """Packs the best weights of a run into a folder that `from_pretrained` loads.
 
@@ -35,7 +42,7 @@ def export(
     model.tokenizer = corpus.tokenizer
     model.generation_config = dict(GENERATION)
     losses = {
-        name: evaluate(model, split, options.sequence_length)
+        name: evaluate(model, split, options.sequence_length, progress=progress)
         for name, split in (("validation", corpus.validation), ("test", corpus.test))
     }
     prompt = torch.tensor([corpus.tokenizer.encode("").ids])

@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..model import BitNet
 from ..evaluation.perplexity import TextLoss, sum_of_losses
 from ..layers.linear import BitLinearQAT
 from .corpus import Corpus, Split
+from .muon import Float32Muon
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -71,9 +72,7 @@ class TrainOptions:
         """Whether products run in bfloat16 on this machine."""
         if self.autocast is not None:
             return self.autocast
-        if self.device.startswith("cuda"):
-            return bool(torch.cuda.is_bf16_supported())
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return has_bfloat16(self.device)
 
 
 @dataclass
@@ -174,7 +173,7 @@ def train(
         bar.update()
         if state.step % options.evaluate_every == 0 or state.step == options.steps:
             with autocast:
-                held_out = evaluate(model, corpus.validation, options.sequence_length)
+                held_out = evaluate(model, corpus.validation, options.sequence_length, progress=progress)
             state.seconds = time.perf_counter() - begin
             state.record(held_out)
             state.save(folder / CHECKPOINT)
@@ -191,7 +190,7 @@ def train(
     return TrainResult(model.eval(), state.best_step, state.seconds)
 
 
-def evaluate(model: BitNet, split: Split, sequence_length: int) -> HeldOut:
+def evaluate(model: BitNet, split: Split, sequence_length: int, *, progress: bool = False) -> HeldOut:
     """Mean cross-entropy over a split, every token once, with dropout off (`perplexity.sum_of_losses`).
 
     Windows of ``sequence_length`` start every half window, so a token is predicted from at least half a
@@ -201,8 +200,10 @@ def evaluate(model: BitNet, split: Split, sequence_length: int) -> HeldOut:
         model: float or packed; its mode is restored afterwards.
         split: the text.
         sequence_length: tokens in a window.
+        progress: show a progress bar where stderr is a terminal.
     """
-    nats = sum_of_losses(model, split.ids, sequence_length, max(1, sequence_length // 2))
+    stride = max(1, sequence_length // 2)
+    nats = sum_of_losses(model, split.ids, sequence_length, stride, progress=progress)
     loss = TextLoss(nats, len(split.ids) - 1, split.size_bytes)
     assert loss.bits_per_byte is not None  # it has a size
     return HeldOut(loss.nats_per_token, loss.bits_per_byte)
@@ -215,6 +216,18 @@ def schedule(progress: float, options: TrainOptions) -> float:
     fall = (progress - options.warmup) / (1 - options.warmup)
     low = options.final_learning_rate
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * fall))
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether products in bfloat16 are at least as fast as in float32 there."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    if kind != "cpu":
+        return True
+    # Public since torch 2.11. Before, nothing is known, and float32 is right everywhere.
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def make_optimizers(model: BitNet, options: TrainOptions) -> list[torch.optim.Optimizer]:
@@ -233,8 +246,9 @@ def make_optimizers(model: BitNet, options: TrainOptions) -> list[torch.optim.Op
         groups = [group(matrices, options.learning_rate, options.weight_decay), rest_group]
         return [torch.optim.AdamW(groups, betas=betas, fused=True)]
     if options.optimizer == "muon":
+        muon = torch.optim.Muon if has_bfloat16(options.device) else Float32Muon
         return [
-            torch.optim.Muon([group(matrices, options.matrix_learning_rate, options.weight_decay)]),
+            muon([group(matrices, options.matrix_learning_rate, options.weight_decay)]),
             torch.optim.AdamW([rest_group], betas=betas, fused=True),
         ]
     raise ValueError(f'options.optimizer: expected "adamw" or "muon", got {options.optimizer!r}')
