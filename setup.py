@@ -38,6 +38,7 @@ SOURCES = [
     "csrc/layouts/tile16_base3.cpp",
     "csrc/kernels/scalar.cpp",
 ]
+SOURCES_BY_SYSTEM = {"linux": ["csrc/platform/linux.cpp"]}
 SOURCES_BY_ARCHITECTURE = {
     "x86_64": [
         "csrc/kernels/avx2.cpp",
@@ -78,7 +79,11 @@ def extension(CppExtension):
     root = Path(__file__).parent
     return CppExtension(
         "bitnet_ops._C",
-        SOURCES + SOURCES_BY_ARCHITECTURE.get(architecture, []),
+        [
+            *SOURCES,
+            *SOURCES_BY_SYSTEM.get(platform.system().lower(), []),
+            *SOURCES_BY_ARCHITECTURE.get(architecture, []),
+        ],
         # Headers are no objects of their own; named here, a change to one rebuilds.
         depends=sorted(path.relative_to(root).as_posix() for path in (root / "csrc").rglob("*.h")),
         extra_compile_args=[

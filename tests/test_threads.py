@@ -86,7 +86,8 @@ def test_the_pool_alone(build: str, tmp_path: Path) -> None:
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")
     program = tmp_path / "pool_test"
-    sources = [ROOT / "tests/threads/pool_test.cpp", ROOT / "csrc/run/thread_pool.cpp"]
+    files = ["tests/threads/pool_test.cpp", "csrc/run/thread_pool.cpp", "csrc/platform/linux.cpp"]
+    sources = [ROOT / file for file in files]
     warnings = ["-Wall", "-Wextra", "-Werror"]
     flags += ["-std=c++17", *warnings, "-pthread", f"-I{ROOT / 'csrc'}"]
     compiled = subprocess.run([compiler, *flags, "-o", program, *sources], capture_output=True, text=True)
