@@ -96,6 +96,7 @@ class Pool {
     const int64_t helpers = hire(threads - 1);
     work_.store(work, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
+    float_control_.store(float_control(), std::memory_order_relaxed);
     helpers_.store(helpers, std::memory_order_relaxed);
     ended_.store(0, std::memory_order_relaxed);
     const uint64_t number = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
@@ -117,15 +118,16 @@ class Pool {
     if (error) std::rethrow_exception(error);
   }
 
-  // Sees to it that there are so many workers, or as many as the system allows, and returns how many.
-  int64_t hire(int64_t wanted) {
+  // Sees to it that there are so many workers, or as many as the system has threads and memory for, and returns how many.
+  int64_t hire(int64_t wanted) noexcept {
     while (static_cast<int64_t>(workers_.size()) < wanted) {
-      workers_.push_back(std::make_unique<Worker>(static_cast<int64_t>(workers_.size())));
+      const size_t before = workers_.size();
       try {
+        workers_.push_back(std::make_unique<Worker>(static_cast<int64_t>(before)));
         std::thread(&Pool::serve, this, std::ref(*workers_.back())).detach();
-      } catch (const std::system_error&) {
-        workers_.pop_back();
-        return static_cast<int64_t>(workers_.size());
+      } catch (const std::exception&) {  // std::system_error or std::bad_alloc
+        workers_.resize(before);
+        return static_cast<int64_t>(before);
       }
     }
     return wanted;
@@ -162,11 +164,13 @@ class Pool {
     while (next_of(ticket) < parts_of(ticket)) {
       const Work work = work_.load(std::memory_order_relaxed);
       const void* context = context_.load(std::memory_order_relaxed);
+      const uint64_t control = float_control_.load(std::memory_order_relaxed);
       if (worker >= helpers_.load(std::memory_order_relaxed)) return false;
       // If it succeeds, the work is still the one that was read: it cannot end before this part has.
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
         continue;
       }
+      set_float_control(control);
       try {
         work(context, next_of(ticket));
       } catch (...) {
@@ -206,6 +210,7 @@ class Pool {
   std::atomic<uint64_t> ticket_{0};
   std::atomic<Work> work_{nullptr};
   std::atomic<const void*> context_{nullptr};
+  std::atomic<uint64_t> float_control_{0};  // the caller's: bits must not depend on who calculates
   std::atomic<int64_t> helpers_{0};  // workers that may take part
   SleepWord ended_{0};               // parts
   std::atomic<bool> caller_sleeps_{false};
