@@ -16,7 +16,13 @@ from functools import cache
 from pathlib import Path
 
 CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = ("read_bandwidth.cpp", "multiply_rate.cpp", "region_cost.cpp", CSRC / "run/thread_pool.cpp")
+SOURCES = (
+    "read_bandwidth.cpp",
+    "multiply_rate.cpp",
+    "region_cost.cpp",
+    CSRC / "run/thread_pool.cpp",
+    CSRC / "platform/linux.cpp",
+)
 
 INSTRUCTIONS = {
     "avx512_vbmi": "vpdpbusd zmm",

@@ -1,4 +1,4 @@
-// What it costs to share work out among threads: csrc/thread_pool.cpp without PyTorch. Part of the library that
+// What it costs to share work out among threads: csrc/run/thread_pool.cpp without PyTorch. Part of the library that
 // probes.py builds and loads.
 
 #include <chrono>

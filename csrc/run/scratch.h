@@ -3,8 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
+
+#include "platform/system.h"
 
 namespace bitnet_ops {
 
@@ -13,7 +14,7 @@ class Scratch {
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { free_aligned(data_); }
 
   // Memory for this call, aligned to a cache line; its contents are undefined. Throws std::bad_alloc.
   void* reserve(size_t bytes) {
@@ -21,11 +22,11 @@ class Scratch {
     // hold its memory for the life of the thread.
     const bool wasteful = bytes_ > kKeepBytes && bytes < bytes_ / 2;
     if (bytes > bytes_ || wasteful) {
-      std::free(data_);
+      free_aligned(data_);
       data_ = nullptr;
       bytes_ = 0;
       const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      data_ = std::aligned_alloc(kAlignment, rounded);
+      data_ = allocate_aligned(kAlignment, rounded);
       if (data_ == nullptr) throw std::bad_alloc();
       bytes_ = rounded;
     }

@@ -1,20 +1,15 @@
 #include "run/thread_pool.h"
 
-#include <linux/futex.h>
-#include <pthread.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-
 #include <atomic>
 #include <chrono>
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
+
+#include "platform/processor.h"
+#include "platform/system.h"
 
 namespace bitnet_ops {
 namespace {
@@ -34,15 +29,7 @@ constexpr microseconds kLeastPatience{10};
 constexpr microseconds kPatienceWithOthers{50};
 // Who looks for something sees the clock more often than this, unless the system took its processor away.
 constexpr microseconds kInterruption{100};
-constexpr int kLooksPerClock = 16;  // reading the clock takes as long as a look or two (a pause is 10 to 40 ns)
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("isb");  // what other spin locks use: longer than yield, which is no wait on most cores
-#endif
-}
+constexpr int kLooksPerClock = 16;  // reading the clock takes as long as a look or two
 
 // Looks for `patience` at most, less where others need this processor. Whether it was done.
 template <class Done>
@@ -51,50 +38,12 @@ bool look(microseconds patience, const Done& done) {
   for (Clock::time_point before = begin, now = begin; now - begin < patience && now - before < kInterruption;) {
     for (int i = 0; i < kLooksPerClock; ++i) {
       if (done()) return true;
-      pause();
+      spin_pause();
     }
     before = now;
     now = Clock::now();
   }
   return done();
-}
-
-using Futex = std::atomic<uint32_t>;
-static_assert(sizeof(Futex) == sizeof(uint32_t), "what the system takes for a futex");
-
-// Sleeps until wake(), unless the futex has another value already. May also end for no reason.
-void sleep_at(Futex& futex, uint32_t value) {
-  syscall(SYS_futex, &futex, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
-}
-
-void wake(Futex& futex) { syscall(SYS_futex, &futex, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0); }
-
-// ---- CPUs -----------------------------------------------------------------------------------------
-
-// Those that the calling thread may run on; none where there are more than the set can hold.
-cpu_set_t own_cpus() {
-  cpu_set_t cpus;
-  if (sched_getaffinity(0, sizeof cpus, &cpus) != 0) CPU_ZERO(&cpus);
-  return cpus;
-}
-
-// Where workers of the calling thread shall run: where it may itself, but not on the CPU where it is. Left to itself,
-// the system often wakes a thread on the CPU of the one who wakes it, above all on a virtual machine whose other CPU has
-// been idle for a while; the two then share one CPU for milliseconds (bench/LOG.md).
-cpu_set_t cpus_of_workers() {
-  cpu_set_t cpus = own_cpus();
-  const int own = sched_getcpu();
-  if (own >= 0 && CPU_COUNT(&cpus) > 1) CPU_CLR(own, &cpus);
-  return cpus;
-}
-
-// Only the CPU where the calling thread is.
-cpu_set_t current_cpu() {
-  cpu_set_t cpus;
-  CPU_ZERO(&cpus);
-  const int own = sched_getcpu();
-  if (own >= 0) CPU_SET(own, &cpus);
-  return cpus;
 }
 
 // ---- one worker -----------------------------------------------------------------------------------
@@ -105,38 +54,20 @@ class Worker {
   explicit Worker(int64_t number) : number(number) {}
 
   const int64_t number;
-  Futex asleep{0};  // 1 while it sleeps, or is about to
+  SleepWord asleep{0};  // 1 while it sleeps, or is about to
   std::atomic<bool> at_work{false};  // it may have begun a part that has not ended
-
-  // Its own first act.
-  void introduce_itself() {
-    pthread_setname_np(pthread_self(), "bitnet_ops");
-    pthread_getcpuclockid(pthread_self(), &cpu_clock_);
-    id_.store(static_cast<pid_t>(syscall(SYS_gettid)), std::memory_order_release);
-  }
-
-  // Does nothing where that is how things are already.
-  void run_on(const cpu_set_t& cpus) {
-    const pid_t id = id_.load(std::memory_order_acquire);
-    if (id == 0 || CPU_EQUAL(&cpus, &cpus_)) return;
-    sched_setaffinity(id, sizeof cpus, &cpus);
-    cpus_ = cpus;
-  }
+  ThreadHandle thread;
 
   // Whether it is at work and has not run since the last time it was, and was asked.
   bool is_stuck() {
-    timespec time;
-    if (!at_work.load(std::memory_order_acquire) || clock_gettime(cpu_clock_, &time) != 0) return false;
-    const int64_t before = cpu_ns_;
-    cpu_ns_ = time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
-    return cpu_ns_ == before;
+    if (!at_work.load(std::memory_order_acquire)) return false;
+    const uint64_t before = time_run_;
+    time_run_ = thread.time_run();
+    return time_run_ != 0 && time_run_ == before;
   }
 
  private:
-  clockid_t cpu_clock_{};
-  std::atomic<pid_t> id_{0};
-  cpu_set_t cpus_{};
-  int64_t cpu_ns_ = 0;
+  uint64_t time_run_ = 0;
 };
 
 // ---- all of them ----------------------------------------------------------------------------------
@@ -165,16 +96,19 @@ class Pool {
     const int64_t helpers = hire(threads - 1);
     work_.store(work, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
+    float_control_.store(float_control(), std::memory_order_relaxed);
     helpers_.store(helpers, std::memory_order_relaxed);
     ended_.store(0, std::memory_order_relaxed);
     const uint64_t number = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
     // Sequentially consistent, like asleep: either a worker sees this ticket or it is seen to sleep.
     ticket_.store(number << 32 | static_cast<uint64_t>(parts) << 16);
-    const cpu_set_t cpus = cpus_of_workers();
+    // Left to itself, the system often wakes a thread on the processor of the one who wakes it, above all on a virtual
+    // machine whose other processor has been idle for a while; the two then share one for milliseconds (bench/LOG.md).
+    const Processors processors = processors_beside_caller();
     for (int64_t i = 0; i < helpers; ++i) {
       Worker& worker = *workers_[static_cast<size_t>(i)];
-      worker.run_on(cpus);
-      if (worker.asleep.load() != 0 && worker.asleep.exchange(0) != 0) wake(worker.asleep);
+      worker.thread.run_on(processors);
+      if (worker.asleep.load() != 0 && worker.asleep.exchange(0) != 0) wake_one(worker.asleep);
     }
     take_parts(kCaller);
     await_end(static_cast<uint32_t>(parts), helpers);
@@ -184,15 +118,16 @@ class Pool {
     if (error) std::rethrow_exception(error);
   }
 
-  // Sees to it that there are so many workers, or as many as the system allows, and returns how many.
-  int64_t hire(int64_t wanted) {
+  // Sees to it that there are so many workers, or as many as the system has threads and memory for, and returns how many.
+  int64_t hire(int64_t wanted) noexcept {
     while (static_cast<int64_t>(workers_.size()) < wanted) {
-      workers_.push_back(std::make_unique<Worker>(static_cast<int64_t>(workers_.size())));
+      const size_t before = workers_.size();
       try {
+        workers_.push_back(std::make_unique<Worker>(static_cast<int64_t>(before)));
         std::thread(&Pool::serve, this, std::ref(*workers_.back())).detach();
-      } catch (const std::system_error&) {
-        workers_.pop_back();
-        return static_cast<int64_t>(workers_.size());
+      } catch (const std::exception&) {  // std::system_error or std::bad_alloc
+        workers_.resize(before);
+        return static_cast<int64_t>(before);
       }
     }
     return wanted;
@@ -204,11 +139,11 @@ class Pool {
     const auto ended = [&] { return ended_.load(std::memory_order_acquire) == parts; };
     while (!look(kPatienceWithOthers, ended)) {
       bool lends = false;
-      const cpu_set_t cpu = current_cpu();
+      const Processors own = processor_of_caller();
       for (int64_t i = 0; i < helpers; ++i) {
         Worker& worker = *workers_[static_cast<size_t>(i)];
         if (!worker.is_stuck()) continue;
-        worker.run_on(cpu);
+        worker.thread.run_on(own);
         lends = true;
       }
       if (!lends) continue;
@@ -229,11 +164,13 @@ class Pool {
     while (next_of(ticket) < parts_of(ticket)) {
       const Work work = work_.load(std::memory_order_relaxed);
       const void* context = context_.load(std::memory_order_relaxed);
+      const uint64_t control = float_control_.load(std::memory_order_relaxed);
       if (worker >= helpers_.load(std::memory_order_relaxed)) return false;
       // If it succeeds, the work is still the one that was read: it cannot end before this part has.
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
         continue;
       }
+      set_float_control(control);
       try {
         work(context, next_of(ticket));
       } catch (...) {
@@ -242,7 +179,7 @@ class Pool {
       }
       // Sequentially consistent, like caller_sleeps_: either the caller sees the end or it is seen to sleep.
       if (ended_.fetch_add(1) + 1 == parts_of(ticket) && caller_sleeps_.load()) {
-        wake(ended_);
+        wake_one(ended_);
         return true;
       }
       ticket = ticket_.load(std::memory_order_acquire);
@@ -251,7 +188,7 @@ class Pool {
   }
 
   void serve(Worker& worker) {
-    worker.introduce_itself();
+    worker.thread.introduce_caller("bitnet_ops");
     const auto found_work = [&] { return has_work(worker.number); };
     microseconds patience = kPatience;
     for (;;) {
@@ -273,8 +210,9 @@ class Pool {
   std::atomic<uint64_t> ticket_{0};
   std::atomic<Work> work_{nullptr};
   std::atomic<const void*> context_{nullptr};
+  std::atomic<uint64_t> float_control_{0};  // the caller's: bits must not depend on who calculates
   std::atomic<int64_t> helpers_{0};  // workers that may take part
-  Futex ended_{0};                   // parts
+  SleepWord ended_{0};               // parts
   std::atomic<bool> caller_sleeps_{false};
   std::vector<std::unique_ptr<Worker>> workers_;  // under busy_
 
@@ -285,12 +223,13 @@ class Pool {
 // Never destroyed: workers wait on it until the process ends.
 std::atomic<Pool*> pool{nullptr};
 
+// A forked child has none of its parent's threads: it starts with a pool of its own. Said when this is loaded, because a
+// child that is forked in the midst of a first call would wait for ever for its end.
+const bool forked_children_start_anew = (call_in_forked_children([] { pool.store(nullptr); }), true);
+
 Pool& the_pool() {
   Pool* current = pool.load(std::memory_order_acquire);
   if (current == nullptr) {
-    // A forked child has none of its parent's threads: it starts with a pool of its own.
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-    static_cast<void>(registered);
     Pool* fresh = new Pool;
     if (pool.compare_exchange_strong(current, fresh)) {
       current = fresh;

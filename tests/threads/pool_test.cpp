@@ -6,9 +6,11 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -17,6 +19,23 @@
 
 using bitnet_ops::kMostParts;
 using bitnet_ops::run_parts;
+
+namespace {
+
+// What this thread may still allocate before memory is short; without end where it is negative.
+thread_local int allocations_left = -1;
+
+}  // namespace
+
+void* operator new(size_t bytes) {
+  void* memory = allocations_left == 0 ? nullptr : std::malloc(bytes == 0 ? 1 : bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  if (allocations_left > 0) --allocations_left;
+  return memory;
+}
+
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t /*bytes*/) noexcept { std::free(memory); }
 
 namespace {
 
@@ -142,16 +161,93 @@ void check_callers(int callers, int calls) {
   for (std::thread& thread : threads) thread.join();
 }
 
-void check_fork() {
+// More threads than ever before, each time, so that workers are wanted; their number stays even.
+void check_short_memory() {
+  int64_t threads = 8;
+  for (int allocations = 0; allocations < 8; ++allocations) {
+    threads += 2;
+    Account account(100);
+    allocations_left = allocations;
+    bool threw = false;
+    try {
+      run_parts(threads, 100, work, &account);
+    } catch (const std::bad_alloc&) {
+      threw = true;
+    }
+    allocations_left = -1;
+    expect(!threw, "fewer workers where memory is short, and no error");
+    for (const std::atomic<int>& runs : account.runs) expect(runs.load() == 1, "every part runs once");
+    check_meeting();
+  }
+}
+
+// A meeting where each finds out how its processor rounds.
+struct Rounding {
+  std::atomic<int> there{0};
+  std::atomic<int> rounded_down{0};
+};
+
+void round_third(const void* context, int64_t /*part*/) {
+  Rounding& rounding = *const_cast<Rounding*>(static_cast<const Rounding*>(context));
+  volatile float one = 1.0f, three = 3.0f;
+  const volatile float third = one / three;
+  if (third < 0x1.555556p-2f) rounding.rounded_down.fetch_add(1);
+  rounding.there.fetch_add(1);
+  while (rounding.there.load() < 2) std::this_thread::yield();
+}
+
+void check_rounding() {
+  for (const int mode : {FE_TONEAREST, FE_DOWNWARD, FE_TONEAREST}) {
+    std::fesetround(mode);
+    Rounding rounding;
+    run_parts(2, 2, round_third, &rounding);
+    expect(rounding.rounded_down.load() == (mode == FE_DOWNWARD ? 2 : 0), "workers calculate as their caller does");
+  }
+}
+
+void expect_good_child() {
   const pid_t child = fork();
   if (child == 0) {
+    alarm(100);  // a child that hangs dies
     check_meeting();
     check_many_calls(7, 50);
     _exit(0);
   }
   int status = 0;
   expect(waitpid(child, &status, 0) == child && status == 0, "a forked child");
+}
+
+void check_fork() {
+  expect_good_child();
   check_many_calls(8, 50);
+}
+
+// GCC's thread sanitizer takes new threads of a child for running ones of the parent.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kFindsRaces = true;
+#else
+constexpr bool kFindsRaces = false;
+#endif
+
+// A child gets none of its parent's threads, so nobody will ever end the work that was under way. That work allocates
+// nothing, because the allocators of some sanitizers do not survive a fork meanwhile.
+void check_fork_during_work() {
+  std::atomic<bool> over{false};
+  std::atomic<int> began{0};
+  std::thread other([&] {
+    Account account(40);
+    while (!over.load()) {
+      run_parts(3, 40, work, &account);
+      began.fetch_add(1);
+    }
+  });
+  while (began.load() == 0) std::this_thread::yield();
+  part_rounds = 20000;  // nearly all the time is within parts
+  for (int i = 0; i < 10; ++i) expect_good_child();
+  part_rounds = 200;
+  over = true;
+  other.join();
+  check_many_calls(10, 50);
 }
 
 void check_one_cpu() {
@@ -192,6 +288,14 @@ int main(int argc, char** argv) {
     check_one_cpu();
   }
   passed("busy CPUs");
+  check_short_memory();
+  passed("short memory");
+  check_rounding();
+  passed("rounding");
   check_fork();
   passed("fork");
+  if (!kFindsRaces) {
+    check_fork_during_work();
+    passed("fork during work");
+  }
 }
