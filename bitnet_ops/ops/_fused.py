@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._registry import OPS, check_device, fake_kernel, without_gradient
+from ._registry import OPS, batch_rows, check_device, fake_kernel, without_gradient
 
 
 def norm_linears(
@@ -54,6 +54,9 @@ def _(
     for matrix, scale in zip(packed, weight_scale, strict=True):
         check_device("norm_linears", x, norm_weight=norm_weight, packed=matrix, weight_scale=scale)
     return [x.new_empty((*x.shape[:-1], size)) for size in out_features]
+
+
+batch_rows("norm_linears")
 
 
 def norm_linear_add(
@@ -107,6 +110,9 @@ def _(
         residual=residual,
     )
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+batch_rows("norm_linear_add", 6)  # residual
 
 
 def norm_squared_relu_glu(
@@ -178,6 +184,9 @@ def _(
         up_scale=up_scale,
     )
     return x.new_empty((*x.shape[:-1], gate_scale.shape[0]))
+
+
+batch_rows("norm_squared_relu_glu")
 
 
 def decoder_layers(
