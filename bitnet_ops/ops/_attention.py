@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._registry import OPS, check_device, fake_kernel, use_on_accelerators, without_gradient
+from ._registry import (
+    OPS,
+    batch_first,
+    check_device,
+    fake_kernel,
+    one_by_one,
+    use_on_accelerators,
+    without_gradient,
+)
 
 
 def attention(
@@ -69,6 +77,24 @@ def _attention_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("bitnet_ops::attention", _attention_backward, setup_context=_attention_setup)
+
+
+def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    attend, size = OPS.attention.default, info.batch_size
+    if in_dims[3] is not None or in_dims[4] is not None:  # cos and sin
+        return one_by_one(attend, size, in_dims, arguments)
+    # Sequences do not know of each other: those of all calls are one batch.
+    dims = dict(enumerate(in_dims))
+    q, k, v, cos, sin, start = (*arguments, None)[:6]
+    q, k, v, start = (
+        None if x is None else x.flatten(0, 1)
+        for x in (batch_first(x, dims.get(place), size) for place, x in ((0, q), (1, k), (2, v), (5, start)))
+    )
+    y: Tensor = attend(q, k, v, cos, sin, start)
+    return y.unflatten(0, (size, len(y) // size)), 0
+
+
+torch.library.register_vmap("bitnet_ops::attention", _attention_vmap)
 
 
 use_on_accelerators("attention", reference.attention)
