@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-OTHER_KERNELS = {"x86_64": "neon", "amd64": "neon", "aarch64": "avx", "arm64": "avx"}  # of other architectures
+# Kernels of other architectures, by this machine's.
+OTHER_KERNELS = {"x86_64": "neon", "amd64": "neon", "aarch64": "avx", "arm64": "avx"}
 
 
 def sources() -> list[Path]:
