@@ -54,12 +54,16 @@ def build(compiler: str, flags: list[str], architecture: str, program: Path) -> 
     torch_free = [
         csrc / "run/dispatch.cpp",
         csrc / "platform/cpu_features.cpp",
+        csrc / "platform/linux.cpp",
         *(csrc / "layouts").glob("*.cpp"),
     ]
     prefixes = ("scalar", KERNEL_PREFIX.get(architecture, "scalar"))
     kernels = [file for file in (csrc / "kernels").glob("*.cpp") if file.name.startswith(prefixes)]
     sources = [*(ROOT / "tests/kernels").glob("*.cpp"), *torch_free, *kernels]
-    objects = [program.with_name(f"{source.stem}.o") for source in sources]
+    # Several folders may have a file of the same name.
+    objects = [
+        program.with_name("-".join(source.relative_to(ROOT).with_suffix(".o").parts)) for source in sources
+    ]
 
     def execute(*arguments: str | Path) -> None:
         command = [compiler, *BASELINE, f"-I{csrc}", *flags, *map(str, arguments)]
