@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _C, ops
@@ -201,7 +202,8 @@ class Plan:
         """Runs the layers on x, float32 [B, T, hidden_size]."""
         layers, collected = self._layers(), self._collected
         assert layers is not None, "a plan is its decoder's"
-        if collected is None or _has_any_global_hook():
+        # Inside torch.func.vmap, operators on rows know what to do with the new axis, the layers as one do not.
+        if collected is None or _has_any_global_hook() or is_functorch_wrapped_tensor(x):
             return run_modules(layers, 0, len(layers), x, context)
         if type(x) is not Tensor:  # such as a FakeTensor, of weights without data
             return run(collected.runs, layers, x, context)
