@@ -1,5 +1,5 @@
-// The operators as PyTorch sees them: schemas, and which function is behind each. All of it stands on torch's stable ABI
-// (torch/csrc/stable), so one binary serves torch >= 2.10.
+// The operators as PyTorch sees them: schemas, and which function is behind each. All of it stands on torch's stable
+// ABI (torch/csrc/stable), so one binary serves torch >= 2.10.
 //
 // Threads: parallel regions are cut into equal runs of rows or tiles. A cut never divides a sum, so results do not
 // depend on it.

@@ -14,7 +14,8 @@ struct Packed {
   Layout layout;
   Tensor tensor;
 
-  Packed(const char* op, const Tensor& packed, int64_t out_features, int64_t in_features, const std::string& layout_name)
+  Packed(const char* op, const Tensor& packed, int64_t out_features, int64_t in_features,
+         const std::string& layout_name)
       : size{out_features, in_features}, layout(check_layout(op, layout_name)) {
     check_size(op, "out_features", out_features);
     check_size(op, "in_features", in_features);

@@ -1,5 +1,5 @@
-// Brings whole matrices into a layout and out of it: shares tiles or panels out among threads. csrc/layouts has the loops;
-// every way between layouts leads over tile16.
+// Brings whole matrices into a layout and out of it: shares tiles or panels out among threads. csrc/layouts has the
+// loops; every way between layouts leads over tile16.
 #pragma once
 
 #include <cstdint>

@@ -32,7 +32,7 @@ struct AttentionCache {
   }
 };
 
-// One call as attention_ops.cpp makes it, with other numbers of rows at once.
+// One call as csrc/ops/attention.cpp makes it, with other numbers of rows at once.
 void run_attention(const KernelTable& table, Attention attention, int64_t tokens_at_once) {
   const int64_t rows = tokens_at_once * attention.group;
   const int64_t width = value_width(attention.head_dim);
