@@ -413,6 +413,10 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
             namespace.attention.default,
             (*map(grad, (q, k, v)), cos, sin, torch.tensor([0, -2])),
         ),
+        "attention with a window": (
+            namespace.attention.default,
+            (*map(grad, (q, k, v)), cos, sin, None, 0.5, 3),
+        ),
         **{
             f"cached_attention, {dtype}": (
                 namespace.cached_attention.default,

@@ -47,10 +47,13 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
       "lm_head_top_k(Tensor x, Tensor weight, int k, Tensor? codes=None, Tensor? bounds=None, "
       "float temperature=1.0, Tensor? noise=None) -> (Tensor logits, Tensor ids, Tensor rescored)");
   m.def("gumbel_noise(Tensor seed, int size) -> Tensor");
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? start=None) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? start=None, float? scale=None, "
+      "int window=0) -> Tensor");
   m.def(
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
-      "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
+      "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None, float? scale=None, "
+      "int window=0) -> Tensor");
   m.def(
       "decoder_layers(Tensor x, Tensor[] weights, int[] structure, float[] constants, Tensor cos, Tensor sin, "
       "Tensor? start=None, Tensor(a!)? keys=None, Tensor(b!)? values=None, Tensor(c!)? key_scale=None, "
