@@ -304,6 +304,7 @@ def test_bit_linear_qat(dtype: torch.dtype) -> None:
 # What is compiled again is decided before the back end sees it, so these tests do without one.
 
 
+@pytest.mark.slow
 def test_training_steps() -> None:
     """One program for all steps, eager's bits until gradients are summed in another order, and it learns.
 
