@@ -57,11 +57,8 @@ class Context(NamedTuple):
             **options: ``scale`` and ``window``, as for these operators.
         """
         cos, sin = self.cos[rotation], self.sin[rotation]
-        options = {k: v for k, v in options.items() if v}  # WIP until ops have them
         if self.cache is not None and self.start is not None:
-            return ops.cached_attention(
-                q, k, v, cos, sin, self.start, *self.cache.of_layer(slot), **options
-            )
+            return ops.cached_attention(q, k, v, cos, sin, self.start, *self.cache.of_layer(slot), **options)
         attention = reference.attention if training else ops.attention
         return attention(q, k, v, cos, sin, self.start, **options)
 
@@ -76,9 +73,7 @@ def rotation_tables(config: DecoderConfig, positions: Tensor) -> tuple[Tensor, T
     Returns:
         Two of float32 [tables, *positions.shape, head_dim / 2].
     """
-    tables = [
-        reference.rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-    ]
+    tables = [reference.rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)]
     if config.local_rope_theta is not None:
         tables.append(reference.rotary_embedding(positions, config.head_dim, config.local_rope_theta))
     cos, sin = zip(*tables, strict=True)

@@ -119,7 +119,9 @@ class LayerLists(NamedTuple):
         if type(projection) is not BitLinear or not projection.packed_weight.is_cpu:
             return False
         layout, bias = packing.LAYOUTS.index(projection.layout), projection.bias
-        self.structure.extend((int(norm is not None), projection.out_features, projection.in_features, layout))
+        self.structure.extend(
+            (int(norm is not None), projection.out_features, projection.in_features, layout)
+        )
         self.structure.extend((projection.activation_bits, projection.group_size, int(bias is not None)))
         if norm is not None and not self._add_norm(norm):
             return False

@@ -141,8 +141,7 @@ Attention call_of(const AttentionSizes& sizes, const float* cos, const float* si
   attention.kv_heads = sizes.kv_heads;
   attention.group = sizes.heads / sizes.kv_heads;
   attention.head_dim = sizes.head_dim;
-  constexpr double kLog2E = 1.4426950408889634;
-  attention.scale = static_cast<float>(kLog2E * scale.value_or(1.0 / std::sqrt(static_cast<double>(sizes.head_dim))));
+  attention.scale = score_scale(scale, sizes.head_dim);
   attention.window = window;
   attention.cache = cache.type;
   attention.capacity = cache.capacity;
