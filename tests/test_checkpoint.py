@@ -27,8 +27,7 @@ from tiny_checkpoints import (
 )
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, ops, reference
-from bitnet_ops import from_pretrained
+from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, from_pretrained, ops, reference
 from bitnet_ops.checkpoint import CheckpointError, packed, save_pretrained
 
 SIZES = [

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Sizes, Weights, byte_tokenizer, published_tensors, tiny_folder, write_folder
 from torch import Tensor
 
-from bitnet_ops import repack
-from bitnet_ops import from_pretrained
+from bitnet_ops import from_pretrained, repack
 from bitnet_ops.checkpoint import CheckpointError
 from bitnet_ops.layers import packing
 

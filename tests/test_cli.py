@@ -17,8 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from text_models import tiny_model
 
-from bitnet_ops import __version__, isa
-from bitnet_ops import from_pretrained
+from bitnet_ops import __version__, from_pretrained, isa
 from bitnet_ops.cli import main as cli
 from bitnet_ops.cli import options as cli_options
 from bitnet_ops.cli.main import commands

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from text_models import tiny_model
 from torch import Tensor, nn
 
-from bitnet_ops.decoder.cache import CACHE_DTYPES, KVCache
 from bitnet_ops import BitNet
+from bitnet_ops.decoder.cache import CACHE_DTYPES, KVCache
 from bitnet_ops.layers.linear import BitLinear, BitLinearQAT
 
 Forward = Callable[..., Tensor]

@@ -8,9 +8,8 @@ import torch
 from click.testing import CliRunner
 from tiny_checkpoints import Sizes, tiny_folder
 
-from bitnet_ops import BitLinear, from_pretrained, reference
+from bitnet_ops import BitLinear, BitNet, from_pretrained, reference
 from bitnet_ops.cli.main import commands
-from bitnet_ops import BitNet
 from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
 from bitnet_ops.layers.linear import best_layout
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from bitnet_ops.decoder.model import KNOWN
-from bitnet_ops.decoder.plan import collect
 from text_models import tiny_model
 from torch import Tensor
 from torch.library import opcheck
 
 from bitnet_ops import KVCache, ops, reference, use_isa
+from bitnet_ops.decoder.model import KNOWN
+from bitnet_ops.decoder.plan import collect
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Below, at and above a register (8, 16), a tile (16), a block of activations (64), and longer.

@@ -18,8 +18,7 @@ import torch
 from tiny_checkpoints import Sizes, Weights, pack_rows, published_tensors, write_folder
 from torch import Tensor, nn
 
-from bitnet_ops import BitLinear, KVCache, reference
-from bitnet_ops import from_pretrained
+from bitnet_ops import BitLinear, KVCache, from_pretrained, reference
 from bitnet_ops.checkpoint import hf
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.reference import rotary_embedding

@@ -21,8 +21,7 @@ from transformers.integrations.bitnet import (
     unpack_weights,
 )
 
-from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, BitNetConfig, reference
-from bitnet_ops import from_pretrained
+from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, BitNetConfig, from_pretrained, reference
 
 U = 2.0**-24
 

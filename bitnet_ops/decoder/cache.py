@@ -21,9 +21,10 @@ class CacheTensors(NamedTuple):
     key_scales: Tensor | None
     value_scales: Tensor | None
 
-    def of_layer(self, slot: int) -> list[Tensor | None]:
+    def of_layer(self, slot: int) -> CacheTensors:
         """The tensors of one layer, as `ops.cached_attention` takes them."""
-        return [None if tensor is None else tensor[slot] for tensor in self]
+        scales = (None if scale is None else scale[slot] for scale in (self.key_scales, self.value_scales))
+        return CacheTensors(self.keys[slot], self.values[slot], *scales)
 
 
 class Context(NamedTuple):
@@ -62,7 +63,7 @@ class Context(NamedTuple):
         attention = reference.attention if training else ops.attention
         return attention(q, k, v, cos, sin, self.start, **options)
 
-    def arguments(self) -> tuple[Tensor | None, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """The arguments of `ops.decoder_layers` from ``cos`` on, but the slot."""
         return self.cos, self.sin, self.start, *(self.cache or (None, None, None, None))
 

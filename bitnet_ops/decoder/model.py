@@ -75,8 +75,8 @@ class Attention(nn.Module):
         )
         if self.attn_sub_norm is not None:
             y = self.attn_sub_norm(y)
-        y = self.o_proj(y)
-        return y
+        out: Tensor = self.o_proj(y)
+        return out
 
 
 class FeedForward(nn.Module):
@@ -97,8 +97,8 @@ class FeedForward(nn.Module):
         y = glu(self.gate_proj(x), self.up_proj(x), self.activation)
         if self.ffn_sub_norm is not None:
             y = self.ffn_sub_norm(y)
-        y = self.down_proj(y)
-        return y
+        out: Tensor = self.down_proj(y)
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -140,7 +140,8 @@ class DecoderLayer(nn.Module):
         y = self.self_attn(self.input_layernorm(x), context, slot)
         x = x + self.dropout(self._behind(self.post_attention_norm, y))
         y = self.mlp(self.feed_forward_norm(x))
-        return x + self.dropout(self._behind(self.post_feed_forward_norm, y))
+        x = x + self.dropout(self._behind(self.post_feed_forward_norm, y))
+        return x
 
     def _behind(self, norm: nn.Module | None, y: Tensor) -> Tensor:
         if norm is not None:

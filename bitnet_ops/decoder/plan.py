@@ -101,8 +101,9 @@ class LayerLists(NamedTuple):
             return False
         if not all(norm is None or mine._add_norm(norm) for norm in norms):
             return False
-        for list_, own in zip(self, mine, strict=True):
-            list_.extend(own)  # type: ignore[arg-type]
+        self.weights.extend(mine.weights)
+        self.structure.extend(mine.structure)
+        self.constants.extend(mine.constants)
         return True
 
     def _add_norm(self, norm: nn.Module) -> bool:
@@ -135,7 +136,7 @@ class Run(NamedTuple):
     """Consecutive layers that one operator runs, or (lists is None) a layer that runs as a module."""
 
     first: int
-    count: int
+    number: int
     lists: LayerLists | None
 
 
@@ -150,7 +151,7 @@ def collect(layers: nn.ModuleList, known: Known) -> list[Run]:
     for place, layer in enumerate(layers):
         current = runs[-1].lists if runs else None
         if current is not None and current.add(layer, known):
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            runs[-1] = runs[-1]._replace(number=runs[-1].number + 1)
             continue
         lists = LayerLists([], [], [])
         runs.append(Run(place, 1, lists if lists.add(layer, known) else None))
@@ -161,7 +162,8 @@ def run(runs: Sequence[Run], layers: nn.ModuleList, x: Tensor, context: Context)
     """The layers on x, float32 [B, T, hidden_size], with operators that take all weights as arguments."""
     for first, number, lists in runs:
         if lists is not None and lists.apply_to(x):
-            x = ops.decoder_layers(x, *lists, *context.arguments(), first)  # type: ignore[arg-type]
+            weights, structure, constants = lists
+            x = ops.decoder_layers(x, weights, structure, constants, *context.arguments(), first)
         else:
             x = run_modules(layers, first, number, x, context)
     return x
@@ -204,7 +206,7 @@ class Plan:
         """Runs the layers on x, float32 [B, T, hidden_size]."""
         layers, collected = self._layers(), self._collected
         assert layers is not None, "a plan is its decoder's"
-        # Inside torch.func.vmap, operators on rows know what to do with the new axis, the layers as one do not.
+        # In torch.func.vmap, operators on rows know what to do with one more axis; the layers as one do not.
         if collected is None or _has_any_global_hook() or is_functorch_wrapped_tensor(x):
             return run_modules(layers, 0, len(layers), x, context)
         if type(x) is not Tensor:  # such as a FakeTensor, of weights without data
