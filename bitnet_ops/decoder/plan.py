@@ -163,7 +163,7 @@ def run(runs: Sequence[Run], layers: nn.ModuleList, x: Tensor, context: Context)
     for first, number, lists in runs:
         if lists is not None and lists.apply_to(x):
             weights, structure, constants = lists
-            x = ops.decoder_layers(x, weights, structure, constants, *context.arguments(), first)
+            x = ops.decoder_layers(x, weights, structure, constants, *context.arguments(), slot=first)
         else:
             x = run_modules(layers, first, number, x, context)
     return x
