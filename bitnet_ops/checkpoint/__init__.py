@@ -1,6 +1,7 @@
 """Checkpoints: models as folders on disk.
 
 load.py         the order of the checks, and the model
+projections.py  what the next two have in common
 hf.py           weights in the published Hugging Face formats (packed, ternary, master)
 packed.py       weights in our own format, and save_pretrained
 config_json.py  config.json

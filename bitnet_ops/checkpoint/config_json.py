@@ -1,102 +1,138 @@
-"""config.json: the published fields, in the form of transformers 4 and of transformers 5, and back."""
+"""config.json: what a family has published there (bitnet_ops/families), and what only our own folders have.
+
+A folder of ours has the fields of its family, so that people and other programs can read it. In
+"quantization_config" are, where they are not the usual ones,
+
+    use_rms_norm, rms_norm_eps      of the norms inside projections, as transformers calls them
+    activation_bits, group_size     as in `DecoderConfig`
+
+and what the family has no field for is in the object "decoder_config", as `DecoderConfig` calls it.
+"""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..decoder.config import BitNetConfig
+from .. import families
+from ..decoder.config import DecoderConfig, RopeScaling
+from ..families import Family, SettingError
 from .errors import CheckpointError
 
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
-"""Fields without which a model has no shape. transformers would fall back to the sizes of 2B4T, and the
-first tensor would then not fit: naming the field helps more."""
+QUANT_METHOD = "bitnet_ops"
 
-DEFAULTS = {"tie_word_embeddings": False}
-"""Where transformers' default, which counts for an absent field, is not that of BitNetConfig."""
+EXTRAS = "decoder_config"
 
-ONLY: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-    ("model_type", "bitnet", ("bitnet",)),
-    ("hidden_act", "relu2", ("relu2",)),
-    ("attention_bias", False, (False, None)),
-    ("mlp_bias", False, (False, None)),
-    ("rope_scaling", None, (None, {}, {"rope_type": "default"}, {"type": "default"})),
-)
-"""(field, value where it is absent, values that this architecture supports)."""
+THEIR_EPS = 1e-6
+"""What "rms_norm_eps" of "quantization_config" is to transformers where it is absent."""
 
 
-def parse_config(data: dict[str, Any], file: Path) -> BitNetConfig:
-    """Turns the content of config.json into a checked `BitNetConfig`.
+def parse_config(data: dict[str, Any], file: Path) -> DecoderConfig:
+    """Turns the content of config.json into a checked `DecoderConfig` (`BitNetConfig` for "bitnet").
 
     Raises:
         CheckpointError: a field is missing, out of range, or asks for something that is not supported.
     """
-    for name, default, supported in ONLY:
-        value = data.get(name, default)
-        # `in` would take 0 for False.
-        if not any(value == one and type(value) is type(one) for one in supported):
-            raise CheckpointError.at(
-                file, name, " or ".join(repr(one) for one in supported), f"{value!r:.200}"
-            )
-    for name in REQUIRED:
-        if name not in data:
-            raise CheckpointError.at(file, name, "this field", "nothing")
-    known = {field.name for field in dataclasses.fields(BitNetConfig)}
-    fields = DEFAULTS | {name: value for name, value in data.items() if name in known}
-    if fields["num_key_value_heads"] is None:  # as transformers reads it: as many as query heads
-        fields["num_key_value_heads"] = data["num_attention_heads"]
-    fields.update(_rope_theta(data, file))
     try:
-        config = BitNetConfig(**fields)
+        config = _config(data)
+        head_dim = data.get("head_dim")
+        if head_dim is not None and head_dim != config.head_dim:
+            raise SettingError(
+                "head_dim", f"hidden_size / num_attention_heads = {config.head_dim}", f"{head_dim!r:.200}"
+            )
+    except SettingError as error:
+        raise CheckpointError.at(file, error.field, error.expected, error.given) from None
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    head_dim = data.get("head_dim")
-    if head_dim is not None and head_dim != config.head_dim:
-        raise CheckpointError.at(
-            file, "head_dim", f"hidden_size / num_attention_heads = {config.head_dim}", f"{head_dim!r:.200}"
-        )
     return config
 
 
-def config_to_json(config: BitNetConfig, quantization: dict[str, Any]) -> dict[str, Any]:
+def family_of(data: dict[str, Any], file: Path) -> Family:
+    """The family that the content of config.json names.
+
+    Raises:
+        CheckpointError: it is not known.
+    """
+    try:
+        return families.family_of(data)
+    except SettingError as error:
+        raise CheckpointError.at(file, error.field, error.expected, error.given) from None
+
+
+def config_to_json(config: DecoderConfig, quantization: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json for a model whose weights are stored as ``quantization`` says."""
-    return {
-        "architectures": ["BitNetForCausalLM"],
-        **{name: default for name, default, _ in ONLY if default is not None},
-        **dataclasses.asdict(config),
-        "quantization_config": quantization,
-    }
+    quantization = dict(quantization)
+    if config.projection_norms:
+        quantization |= {"use_rms_norm": True, "rms_norm_eps": config.projection_norm_eps}
+    for name in ("activation_bits", "group_size"):
+        if getattr(config, name) != _default(name):
+            quantization[name] = getattr(config, name)
+    family = families.family_to_write(config)
+    data = family.write(config) | {"quantization_config": quantization}
+    # From the beginning, because without it the other sizes may make no model at all.
+    extras: dict[str, Any] = {"head_dim": config.head_dim}
+    for _ in range(2):  # what a field is where it is absent follows from others, which may be among them
+        extras |= _differences(config, _config(data | {EXTRAS: extras}))
+    if "head_dim" in family.same or config.q_size == config.hidden_size:
+        del extras["head_dim"]
+    if extras:
+        data[EXTRAS] = extras
+    return data
 
 
-def _rope_theta(data: dict[str, Any], file: Path) -> dict[str, Any]:
-    """``rope_theta`` from either style: a field (transformers 4) or inside rope_parameters (5)."""
-    parameters = data.get("rope_parameters")
-    if parameters is None:
-        return {}
-    if not isinstance(parameters, dict):
-        raise CheckpointError.at(file, "rope_parameters", "an object", f"{parameters!r:.200}")
-    for name, supported in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)):
-        if parameters.get(name, supported) != supported:
-            raise CheckpointError.at(
-                file, f"rope_parameters.{name}", repr(supported), f"{parameters[name]!r:.200}"
-            )
-    unknown = parameters.keys() - {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+def _config(data: dict[str, Any]) -> DecoderConfig:
+    family = families.family_of(data)
+    fields = family.settings(data)
+    quantization = data.get("quantization_config")
+    if isinstance(quantization, dict):  # what else it may be is for the loader of weights to say
+        own = quantization.get("quant_method") == QUANT_METHOD
+        fields |= _quantization_fields(quantization, family, own)
+        if own:
+            fields |= _extras(data.get(EXTRAS, {}))
+    return family.config(**fields)
+
+
+def _quantization_fields(quantization: dict[str, Any], family: Family, own: bool) -> dict[str, Any]:
+    names = ("activation_bits", "group_size") if own else ()
+    fields = {name: quantization[name] for name in names if name in quantization}
+    norms = quantization.get("use_rms_norm")
+    if not isinstance(norms, (bool, type(None))):
+        raise SettingError("quantization_config.use_rms_norm", "true or false", f"{norms!r:.200}")
+    if not norms:
+        return fields
+    if not own and not family.projection_norms:
+        raise SettingError(
+            "quantization_config.use_rms_norm",
+            "false (the norms of this architecture have names of their own)",
+            f"{norms!r:.200}",
+        )
+    eps = quantization.get("rms_norm_eps")
+    return fields | {"projection_norms": True, "projection_norm_eps": THEIR_EPS if eps is None else eps}
+
+
+def _extras(extras: Any) -> dict[str, Any]:
+    if not isinstance(extras, dict):
+        raise SettingError(EXTRAS, "an object", f"{extras!r:.200}")
+    known = {field.name for field in dataclasses.fields(DecoderConfig)}
+    unknown = sorted(extras.keys() - known)
     if unknown:
-        raise CheckpointError.at(
-            file, "rope_parameters", "rope_theta and rope_type", f"also {sorted(unknown)!r:.200}"
-        )
-    if "rope_theta" not in parameters:
-        return {}
-    theta = parameters["rope_theta"]
-    if data.get("rope_theta") not in (None, theta):
-        raise CheckpointError.at(
-            file, "rope_theta", f"rope_parameters.rope_theta = {theta!r:.200}", f"{data['rope_theta']!r:.200}"
-        )
-    return {"rope_theta": theta}
+        raise SettingError(EXTRAS, "fields of DecoderConfig", f"also {unknown!r:.200}")
+    scaling = extras.get("rope_scaling")
+    if scaling is None:
+        return extras
+    try:
+        return extras | {"rope_scaling": RopeScaling(**scaling)}
+    except TypeError:  # no object, or with other fields
+        raise SettingError(f"{EXTRAS}.rope_scaling", "a RopeScaling", f"{scaling!r:.200}") from None
+
+
+def _differences(config: DecoderConfig, other: DecoderConfig) -> Iterator[tuple[str, Any]]:
+    """Fields in which ``config`` differs, as JSON has them."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(other, field.name):
+            yield field.name, dataclasses.asdict(value) if isinstance(value, RopeScaling) else value
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(DecoderConfig) if field.name == name)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoder.config import BitNetConfig
+from ..decoder.config import DecoderConfig
 from ..decoder.head import FORMAT, ScreenedHead, copy_tensors
 from .files import TORCH_DTYPE, TensorFiles, tensor_bytes
 
@@ -42,7 +42,7 @@ SAMPLE_BYTES = 4096  # a page: less is not read from a disk
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def table_name(config: BitNetConfig) -> str:
+def table_name(config: DecoderConfig) -> str:
     """The name of the tensor that makes scores."""
     return EMBEDDING if config.tie_word_embeddings else HEAD
 

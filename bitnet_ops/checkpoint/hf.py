@@ -11,6 +11,9 @@ with i = n div N/4, so each of the four quarters of the matrix fills one pair of
 
 weight_scale is the multiplier (``y = acc * x_scale * weight_scale``) in the linear class "autobitlinear",
 and its reciprocal in "bitlinear". Master weights are quantised here (`reference.quantize_weight`).
+
+A bias [N] is added to the result, except that "autobitlinear" with a scale multiplies it, too:
+``(acc * x_scale + bias) * weight_scale``.
 """
 
 from collections.abc import Callable
@@ -22,12 +25,14 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
+from ..families import Family
 from ..layers import packing
-from ..layers.linear import best_layout
+from ..layers.linear import BitLinear, best_layout
 from ..layers.memory import HugePages
 from .codes import check_codes
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles
+from .projections import Projection, check_bias, read_bias
 
 WEIGHTS_PER_BYTE = 4
 
@@ -43,25 +48,38 @@ class PublishedProjections:
     """Reads projections in the published layout.
 
     Attributes:
+        family: says what modules are called.
         has_scale: whether the file holds a scale (packed or ternary), and not master weights.
         reciprocal: whether that scale is the reciprocal of the multiplier.
         workspace: where one projection after another is converted. Memory that is taken and given back for
             each of them would leave holes between what stays.
     """
 
+    family: Family
     has_scale: bool
     reciprocal: bool
     workspace: HugePages = field(default_factory=HugePages, compare=False)
 
     @classmethod
-    def from_config(cls, quantization: dict[str, Any] | None, file: Path) -> "PublishedProjections":
+    def from_config(
+        cls, quantization: dict[str, Any] | None, family: Family, file: Path
+    ) -> "PublishedProjections":
         """Understands "quantization_config" of config.json; None where there is none.
 
         Raises:
             CheckpointError: it asks for something that is not supported.
         """
         if quantization is None:
-            return cls(has_scale=False, reciprocal=False)
+            if not family.all_ternary:
+                raise CheckpointError.at(
+                    file,
+                    "quantization_config",
+                    f"this field, because most models of model_type {family.model_type!r} are not ternary "
+                    "(for float weights of one that is: {'quant_method': 'bitnet', 'linear_class': "
+                    "'autobitlinear', 'quantization_mode': 'online'})",
+                    "nothing",
+                )
+            return cls(family, has_scale=False, reciprocal=False)
         # Absent fields mean what they mean to transformers' BitNetQuantConfig.
         linear_class = quantization.get("linear_class", "bitlinear")
         mode = quantization.get("quantization_mode", "offline")
@@ -73,13 +91,6 @@ class PublishedProjections:
                 raise CheckpointError.at(
                     file, f"quantization_config.{name}", " or ".join(map(repr, known)), f"{value!r:.200}"
                 )
-        if quantization.get("use_rms_norm") not in (None, False):
-            raise CheckpointError.at(
-                file,
-                "quantization_config.use_rms_norm",
-                "false (the norms of this architecture have names of their own)",
-                f"{quantization['use_rms_norm']!r:.200}",
-            )
         skipped = quantization.get("modules_to_not_convert")
         if skipped not in (None, [], ["lm_head"]):
             raise CheckpointError.at(
@@ -90,26 +101,23 @@ class PublishedProjections:
             )
         # transformers has no online mode of "bitlinear": that class always reads packed weights.
         return cls(
-            has_scale=linear_class == "bitlinear" or mode == "offline", reciprocal=linear_class == "bitlinear"
+            family,
+            has_scale=linear_class == "bitlinear" or mode == "offline",
+            reciprocal=linear_class == "bitlinear",
         )
 
-    def check(self, files: TensorFiles, name: str, out_features: int, in_features: int) -> list[str]:
-        """Checks the headers of a projection's tensors.
+    def stored_name(self, module: str) -> str:
+        """The published name of a module."""
+        return self.family.stored_name(module)
 
-        Args:
-            files: where they lie.
-            name: of the module, such as "model.layers.0.self_attn.q_proj".
-            out_features: N.
-            in_features: K.
-
-        Returns:
-            The names of the tensors that `read` will use.
-        """
+    def check(self, files: TensorFiles, name: str, layer: BitLinear) -> list[str]:
+        """Checks the headers of a projection's tensors; see `ProjectionReader`."""
         weight, scale = f"{name}.weight", f"{name}.weight_scale"
-        whole = (out_features, in_features)
+        out_features, in_features = whole = (layer.out_features, layer.in_features)
+        bias = check_bias(files, name, layer)
         if not self.has_scale:
             files.expect(weight, FLOAT_DTYPES, whole)
-            return [weight]
+            return [weight, *bias]
         stored = files.tensors.get(weight)
         if stored is not None and stored.dtype in FLOAT_DTYPES and not self.reciprocal:
             files.expect(weight, FLOAT_DTYPES, whole)
@@ -122,19 +130,10 @@ class PublishedProjections:
         else:
             files.expect(weight, ("U8",), (-(-out_features // WEIGHTS_PER_BYTE), in_features))
         files.expect(scale, FLOAT_DTYPES, (1,), ())
-        return [weight, scale]
+        return [weight, scale, *bias]
 
-    def read(
-        self, files: TensorFiles, name: str, out_features: int, in_features: int, memory: HugePages
-    ) -> tuple[Tensor, str, Tensor]:
-        """Converts a projection that `check` has passed.
-
-        Returns:
-            ``(packed_weight, layout, weight_scale)`` as `bitnet_ops.BitLinear` holds them.
-
-        Raises:
-            CheckpointError: a value is not what the format allows.
-        """
+    def read(self, files: TensorFiles, name: str, layer: BitLinear, memory: HugePages) -> Projection:
+        """Converts a projection that `check` has passed."""
         weight = f"{name}.weight"
         self.workspace.reuse()
         stored = files.tensor(weight, self.workspace.empty)
@@ -157,11 +156,13 @@ class PublishedProjections:
                     )
         files.forget(stored)
         layout = best_layout()
-        packed = memory.empty(packing.packed_shape(out_features, in_features, layout), torch.uint8)
+        shape = packing.packed_shape(layer.out_features, layer.in_features, layout)
+        packed = memory.empty(shape, torch.uint8)
         tiles = CHUNK_ROWS // packing.TILE_ROWS  # both candidates for the best layout are made of tiles
         for rows, out in zip(w.split(CHUNK_ROWS), packed.split(tiles), strict=True):
             out.copy_(ops.pack_ternary(rows, layout))
-        return packed, layout, memory.copy(scale.reshape(1).expand(out_features))
+        bias = read_bias(files, name, layer, scale if self.has_scale and not self.reciprocal else 1.0)
+        return Projection(packed, layout, memory.copy(scale.reshape(1).expand(layer.out_features)), bias)
 
     def _read_scale(self, files: TensorFiles, name: str) -> Tensor:
         stored = files.read(name).float()

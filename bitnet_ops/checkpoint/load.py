@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +15,16 @@ from ..decoder.model import LanguageModel
 from ..layers.linear import BitLinear
 from ..layers.memory import HugePages
 from ..layers.norm import RMSNorm
-from .config_json import parse_config
+from .config_json import QUANT_METHOD, family_of, parse_config
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json
 from .head_copy import CHUNK_ROWS, HEAD, is_bound, is_finite, stored_head, stored_names, table_name
 from .hf import PublishedProjections
-from .packed import CONFIG_FILE, QUANT_METHOD, PackedProjections
+from .packed import CONFIG_FILE, PackedProjections
+from .projections import ProjectionReader
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
 
 Model = TypeVar("Model", bound=LanguageModel)
-
-
-class ProjectionReader(Protocol):
-    """How the weights of a projection are stored; `hf` and `packed` have one each."""
-
-    def check(self, files: TensorFiles, name: str, out_features: int, in_features: int) -> list[str]:
-        """Checks the headers and returns the names of the tensors that `read` uses."""
-
-    def read(
-        self, files: TensorFiles, name: str, out_features: int, in_features: int, memory: HugePages
-    ) -> tuple[Tensor, str, Tensor]:
-        """Gives ``(packed_weight, layout, weight_scale)``, in ``memory`` where they are not in the files."""
 
 
 def load(
@@ -81,15 +70,16 @@ def load(
 
 def _projection_reader(data: dict[str, Any], file: Path) -> ProjectionReader:
     quantization = data.get("quantization_config")
+    family = family_of(data, file)
     if quantization is None:
-        return PublishedProjections.from_config(None, file)
+        return PublishedProjections.from_config(None, family, file)
     if not isinstance(quantization, dict):
         raise CheckpointError.at(file, "quantization_config", "an object", f"{quantization!r:.200}")
     method = quantization.get("quant_method")
     if method == QUANT_METHOD:
         return PackedProjections.from_config(quantization, file)
     if method == "bitnet":
-        return PublishedProjections.from_config(quantization, file)
+        return PublishedProjections.from_config(quantization, family, file)
     raise CheckpointError.at(
         file, "quantization_config.quant_method", f"'bitnet' or {QUANT_METHOD!r}", f"{method!r:.200}"
     )
@@ -101,8 +91,11 @@ def _check_plausible(config: DecoderConfig, files: TensorFiles, file: Path) -> N
     Even without memory a billion layers take for ever, and sizes above 2^63 overflow inside torch.
     """
     most = 5 * files.total_bytes  # no format stores more than 5 weights a byte
-    for name in ("vocab_size", "intermediate_size"):
-        size = getattr(config, name)
+    for name, size in (
+        ("vocab_size", config.vocab_size),
+        ("intermediate_size", config.intermediate_size),
+        ("num_attention_heads, head_dim", config.q_size),
+    ):
         if size * config.hidden_size > most:
             raise CheckpointError.at(
                 file,
@@ -131,9 +124,10 @@ def _load_weights(
     memory = HugePages()
     used: list[str] = []
     steps: list[Callable[[], None]] = []
-    for name, module in model.named_modules():
+    for ours, module in model.named_modules():
+        name = projections.stored_name(ours)
         if isinstance(module, BitLinear):
-            used += projections.check(files, name, module.out_features, module.in_features)
+            used += projections.check(files, name, module)
             steps.append(partial(_load_projection, files, projections, memory, name, module))
         elif isinstance(module, (RMSNorm, nn.Embedding, nn.Linear)):
             weight = f"{name}.weight"
@@ -164,9 +158,8 @@ def _load_weights(
 def _load_projection(
     files: TensorFiles, projections: ProjectionReader, memory: HugePages, name: str, module: BitLinear
 ) -> None:
-    module.packed_weight, module.layout, module.weight_scale = projections.read(
-        files, name, module.out_features, module.in_features, memory
-    )
+    for attribute, value in projections.read(files, name, module, memory)._asdict().items():
+        setattr(module, attribute, value)
 
 
 def _load_norm(files: TensorFiles, name: str, module: RMSNorm) -> None:

@@ -4,7 +4,8 @@ The layout of a Hugging Face checkpoint with one difference: a projection is sto
 `bitnet_ops.BitLinear` holds it,
 
     packed_weight   uint8, drawn in `bitnet_ops.layers.packing`
-    weight_scale    float32 [N], the multiplier
+    weight_scale    float32, the multiplier: [N], or [ceil(K / group_size), N] with "group_size"
+    bias            float32 [N], where config.json gives the projection one
 
 "quantization_config" of config.json names the layouts: "layout" that of most projections, "layouts" those of
 the others, by the names of their modules. A folder of any layouts loads on any machine.
@@ -20,24 +21,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .. import ops
 from ..layers import packing
 from ..layers.linear import BitLinear, BitLinearQAT, best_layout, native_layouts
 from ..layers.memory import HugePages
 from .codes import check_packed
-from .config_json import config_to_json
+from .config_json import QUANT_METHOD, config_to_json
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, SINGLE_FILE, TORCH_DTYPE, TensorFiles
 from .head_copy import binding, head_to_store, table_name
+from .projections import Projection, check_bias, read_bias
 from .text_files import TOKEN_FIELDS, save_text_files
 from .write import write_tensors
 
 if TYPE_CHECKING:
+    from ..decoder.config import DecoderConfig
     from ..decoder.model import LanguageModel
-
-QUANT_METHOD = "bitnet_ops"
 
 CONFIG_FILE = "config.json"
 
@@ -79,34 +79,41 @@ class PackedProjections:
                 raise CheckpointError.at(file, f"quantization_config.{field}", known, f"{layout!r:.200}")
         return cls(quantization["layout"], layouts)
 
-    def check(self, files: TensorFiles, name: str, out_features: int, in_features: int) -> list[str]:
-        """Checks the headers of a projection's tensors and returns their names (see `hf`)."""
-        weight, scale = f"{name}.packed_weight", f"{name}.weight_scale"
-        shape = packing.packed_shape(out_features, in_features, self.layout_of(name))
-        files.expect(weight, ("U8",), tuple(shape))
-        files.expect(scale, ("F32",), (out_features,))
-        return [weight, scale]
+    def stored_name(self, module: str) -> str:
+        """The name itself: modules are stored as they are called."""
+        return module
 
-    def read(
-        self, files: TensorFiles, name: str, out_features: int, in_features: int, memory: HugePages
-    ) -> tuple[Tensor, str, Tensor]:
-        """Gets a projection that `check` has passed, as (packed_weight, layout, weight_scale)."""
+    def check(self, files: TensorFiles, name: str, layer: BitLinear) -> list[str]:
+        """Checks the headers of a projection's tensors; see `ProjectionReader`."""
+        weight, scale = f"{name}.packed_weight", f"{name}.weight_scale"
+        layout = self.layout_of(name)
+        files.expect(weight, ("U8",), packing.packed_shape(layer.out_features, layer.in_features, layout))
+        files.expect(scale, ("F32",), tuple(layer.weight_scale.shape))
+        if layer.group_size != 0 and layout != "tile16":
+            raise files.error(weight, "layout 'tile16', because it has group scales", repr(layout))
+        return [weight, scale, *check_bias(files, name, layer)]
+
+    def read(self, files: TensorFiles, name: str, layer: BitLinear, memory: HugePages) -> Projection:
+        """Gets a projection that `check` has passed."""
+        out_features, in_features = layer.out_features, layer.in_features
         layout = self.layout_of(name)
         weight = f"{name}.packed_weight"
         packed = files.tensor(weight, memory.empty)
         check_packed(files, weight, packed, out_features, in_features, layout)
         scale = files.tensor(f"{name}.weight_scale", memory.empty)
-        if not (scale.isfinite() & (scale > 0)).all():
+        least_is_fine = scale >= 0 if layer.group_size else scale > 0  # a group may have no weights but 0
+        if not (scale.isfinite() & least_is_fine).all():
             raise files.error(
                 f"{name}.weight_scale", "finite numbers above 0", "a NaN, an infinity, 0 or less"
             )
+        bias = read_bias(files, name, layer)
         if layout in native_layouts():
-            return packed, layout, scale
+            return Projection(packed, layout, scale, bias)
         # Packed on a machine with other instructions.
         here = best_layout()
         repacked = memory.copy(ops.repack_ternary(packed, out_features, in_features, layout, here))
         files.forget(packed)
-        return repacked, here, scale
+        return Projection(repacked, here, scale, bias)
 
     def layout_of(self, name: str) -> str:
         """The layout of a projection by its module's name."""
@@ -128,7 +135,7 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
 
     Raises:
         ValueError: the model still has `BitLinearQAT` or other float projections, or a dtype that no
-            checkpoint has.
+            checkpoint has, or a projection that is not as ``model.config`` says.
         OSError: the disk is full, or the folder cannot be written.
     """
     for name, module in model.named_modules():
@@ -138,11 +145,8 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
                 f"save_pretrained: model: expected BitLinear projections, got {type(module).__name__} at "
                 f"{name!r}{hint}"
             )
-        if isinstance(module, BitLinear) and (module.bias is not None or module.group_size != 0):
-            raise ValueError(
-                "save_pretrained: model: expected projections without bias and with one scale a row, "
-                f"got another at {name!r}"
-            )
+        if isinstance(module, BitLinear):
+            _check_is_as_configured(model.config, name, module)
     # Not state_dict(), which is tile16 always: here the layouts stay as they are.
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
@@ -177,6 +181,22 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _check_is_as_configured(config: "DecoderConfig", name: str, layer: BitLinear) -> None:
+    """The file says it once for all projections, so that one of another kind would be lost."""
+    part = name.removesuffix(".linear").rpartition(".")[2]
+    if part == "o_proj":
+        bias = config.attention_output_bias
+    else:
+        bias = config.attention_bias if part in ("q_proj", "k_proj", "v_proj") else config.mlp_bias
+    expected = (bias, config.activation_bits, config.group_size)
+    if (layer.bias is not None, layer.activation_bits, layer.group_size) != expected:
+        raise ValueError(
+            f"save_pretrained: model: expected projections {'with' if bias else 'without'} bias and with "
+            f"activation_bits={config.activation_bits}, group_size={config.group_size}, as model.config "
+            f"says, got another at {name!r}: {layer}"
+        )
 
 
 def _layouts(model: "LanguageModel") -> dict[str, Any]:

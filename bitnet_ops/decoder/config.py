@@ -11,7 +11,6 @@ Every ternary model in use is the same four steps with optional parts::
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +73,7 @@ class DecoderConfig:
         qk_norm: a norm over each head of the queries and of the keys.
         post_norms: a norm behind the attention and behind the feed-forward block.
         projection_norms: a norm of its own inside every projection, in front of its weights.
+        projection_norm_eps: added to the mean square in these; None for ``rms_norm_eps``.
         attention_bias: a bias in ``q_proj``, ``k_proj``, ``v_proj``.
         attention_output_bias: a bias in ``o_proj``; None for that of the others.
         mlp_bias: a bias in ``gate_proj``, ``up_proj``, ``down_proj``.
@@ -110,6 +110,7 @@ class DecoderConfig:
     qk_norm: bool = False
     post_norms: bool = False
     projection_norms: bool = False
+    projection_norm_eps: float = None  # type: ignore[assignment]  # likewise, a number
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
@@ -149,8 +150,11 @@ class DecoderConfig:
         _check_sizes(self, "head_dim")
         if self.head_dim % 2:
             self._refuse("head_dim", "an even number, because rotary embedding turns pairs")
+        if self.projection_norm_eps is None:
+            self._set(projection_norm_eps=self.rms_norm_eps)
         for name, low, high in (
             ("rms_norm_eps", 0.0, 1.0),
+            ("projection_norm_eps", 0.0, 1.0),
             ("initializer_range", 0.0, 1e3),
             ("dropout", 0.0, 1.0),
         ):
@@ -167,16 +171,20 @@ class DecoderConfig:
                 self._refuse(field.name, "true or false")
         if self.activation not in ACTIVATIONS:
             self._refuse("activation", " or ".join(map(repr, ACTIVATIONS)))
-        if self.activation_bits not in (8, 16):
+        # The type as well: `in` would take 8.0 for 8.
+        if type(self.activation_bits) is not int or self.activation_bits not in (8, 16):
             self._refuse("activation_bits", "8 or 16")
-        if self.group_size not in (0, 64, 128, 256):
+        if type(self.group_size) is not int or self.group_size not in (0, 64, 128, 256):
             self._refuse("group_size", "0, 64, 128 or 256")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             self._refuse("rope_scaling", "a RopeScaling or None")
-        if type(self.window) is not int or self.window < 0:
-            self._refuse("window", "an int of at least 0")
-        self._set(local_layers=tuple(self.local_layers))
-        if not all(type(n) is int and 0 <= n < self.num_hidden_layers for n in self.local_layers):
+        if type(self.window) is not int or not 0 <= self.window < 2**31:
+            self._refuse("window", "an int in [0, 2^31)")
+        if isinstance(self.local_layers, (list, range)):  # a list, as JSON has it
+            self._set(local_layers=tuple(self.local_layers))
+        if not isinstance(self.local_layers, tuple) or not all(
+            type(n) is int and 0 <= n < self.num_hidden_layers for n in self.local_layers
+        ):
             self._refuse("local_layers", f"numbers of layers in [0, {self.num_hidden_layers})")
         if bool(self.local_layers) != bool(self.window):
             self._refuse("local_layers", "some where window is not 0, none where it is")
@@ -219,10 +227,15 @@ class DecoderConfig:
     def replace(self, **changes: Any) -> "DecoderConfig":
         """A copy with some fields changed.
 
-        ``head_dim`` follows ``hidden_size`` and ``num_attention_heads`` where it did before.
+        What None stands for follows the other fields where it did before: ``head_dim``,
+        ``attention_output_bias`` and ``projection_norm_eps``.
         """
         if self.head_dim * self.num_attention_heads == self.hidden_size:
             changes.setdefault("head_dim", None)
+        if self.attention_output_bias == self.attention_bias:
+            changes.setdefault("attention_output_bias", None)
+        if self.projection_norm_eps == self.rms_norm_eps:
+            changes.setdefault("projection_norm_eps", None)
         return dataclasses.replace(self, **changes)
 
     def _set(self, **fields: Any) -> None:
@@ -265,7 +278,7 @@ def _check_sizes(config: Any, *names: str) -> None:
 
 def _check_number(config: Any, name: str, low: float, high: float, *, above: bool = False) -> None:
     value = getattr(config, name)
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not fits or not low <= value < high or (above and value == low):
         expected = f"a number in {'(' if above else '['}{low}, {high})"
         raise ValueError(f"{type(config).__name__}.{name}: expected {expected}, got {value!r}")

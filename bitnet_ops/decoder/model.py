@@ -42,7 +42,9 @@ def projection(
     if linear is BitLinear:
         options = {"activation_bits": config.activation_bits, "group_size": config.group_size}
     made = linear(in_features, out_features, bias=bias, **options)
-    return NormedLinear(RMSNorm(in_features, config.rms_norm_eps), made) if config.projection_norms else made
+    if not config.projection_norms:
+        return made
+    return NormedLinear(RMSNorm(in_features, config.projection_norm_eps), made)
 
 
 class Attention(nn.Module):

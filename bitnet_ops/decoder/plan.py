@@ -162,8 +162,8 @@ def run(runs: Sequence[Run], layers: nn.ModuleList, x: Tensor, context: Context)
     """The layers on x, float32 [B, T, hidden_size], with operators that take all weights as arguments."""
     for first, number, lists in runs:
         if lists is not None and lists.apply_to(x):
-            weights, structure, constants = lists
-            x = ops.decoder_layers(x, weights, structure, constants, *context.arguments(), slot=first)
+            arguments: tuple[Any, ...] = (*lists, *context.arguments(), first)
+            x = ops.decoder_layers(x, *arguments)
         else:
             x = run_modules(layers, first, number, x, context)
     return x

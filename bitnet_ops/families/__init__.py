@@ -1,1 +1,35 @@
-"""What each family of models calls its settings and tensors."""
+"""Families of models: what each calls its settings and its tensors, a page each and no forward pass.
+
+family.py   what a page says, and how config.json's fields become a `DecoderConfig` and back
+bitnet.py   model_type "bitnet"
+llama.py    model_type "llama"
+"""
+
+from typing import Any
+
+from ..decoder.config import BitNetConfig, DecoderConfig
+from .bitnet import BITNET
+from .family import Family, SettingError
+from .llama import LLAMA
+
+__all__ = ["FAMILIES", "Family", "SettingError", "family_of", "family_to_write"]
+
+FAMILIES = {family.model_type: family for family in (BITNET, LLAMA)}
+"""By the field "model_type" of config.json."""
+
+
+def family_of(data: dict[str, Any]) -> Family:
+    """The family that the content of config.json names.
+
+    Raises:
+        SettingError: it is none of `FAMILIES`.
+    """
+    name = data.get("model_type", BITNET.model_type)
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise SettingError("model_type", " or ".join(map(repr, FAMILIES)), f"{name!r:.200}")
+    return FAMILIES[name]
+
+
+def family_to_write(config: DecoderConfig) -> Family:
+    """The family whose fields describe a model best; what they leave out is written beside them."""
+    return BITNET if isinstance(config, BitNetConfig) else LLAMA
