@@ -7,21 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import json
+
 import torch
 import torch.nn.functional as F
 from tiny_checkpoints import Sizes, Weights, published_tensors, write_folder
 from torch import Tensor, nn
 from transformers import BitNetConfig as TheirConfig
-from transformers import BitNetForCausalLM, BitNetQuantConfig
+from transformers import BitNetForCausalLM, BitNetQuantConfig, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.bitnet import (
+    BitLinear as TheirBitLinear,
+)
 from transformers.integrations.bitnet import (
     VALUES_PER_ITEM,
     AutoBitLinear,
+    WeightQuant,
     pack_weights,
     replace_with_bitnet_linear,
     unpack_weights,
 )
 
 from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, BitNetConfig, from_pretrained, reference
+from bitnet_ops.layers.linear import NormedLinear
 
 U = 2.0**-24
 
@@ -201,3 +208,160 @@ def shipped_model() -> BitNetForCausalLM:
     theirs.load_state_dict(state, assign=True)
     theirs.tie_weights()
     return theirs.eval().requires_grad_(False)
+
+
+# Llama-class models
+
+LLAMA_FORMATS = ("bitlinear", "autobitlinear", "ternary", "online")
+"""Packed in either class, "autobitlinear" unpacked as transformers saves it, and its masters."""
+
+
+@dataclass
+class LlamaPair:
+    """The same Llama-class checkpoint in both implementations, float32, and its folder."""
+
+    folder: Path
+    ours: BitNet
+    theirs: LlamaForCausalLM
+
+
+def make_llama(folder: Path, form: str, seed: int = 0, *, norms: bool = False, **fields: Any) -> LlamaPair:
+    """Fills transformers' own model with random numbers, writes it down and loads it with `from_pretrained`.
+
+    Args:
+        folder: of the checkpoint.
+        form: one of `LLAMA_FORMATS`.
+        seed: of the weights.
+        norms: "use_rms_norm".
+        **fields: of LlamaConfig.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    defaults = {"vocab_size": 97, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    config = LlamaConfig(attn_implementation="eager", **(defaults | fields))
+    quantization = BitNetQuantConfig(
+        linear_class="bitlinear" if form == "bitlinear" else "autobitlinear",
+        quantization_mode="online" if form == "online" else "offline",
+        use_rms_norm=norms,
+        rms_norm_eps=1e-4,  # neither their default nor that of the other norms
+    )
+    theirs = replace_with_bitnet_linear(LlamaForCausalLM(config), ["lm_head"], quantization)
+    tensors: dict[str, Tensor] = {}
+    for name, module in theirs.named_modules():
+        tensor = f"{name}.weight"
+        if isinstance(module, (AutoBitLinear, TheirBitLinear)):
+            shape = (module.out_features, module.in_features)
+            scale = normal(1).exp() * shape[1] ** -0.5
+            if form == "online":
+                tensors[tensor] = normal(*shape) * scale
+            else:
+                w = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
+                packed = pack_weights(w.clone())  # it changes its argument
+                tensors[tensor] = w.float() if form == "ternary" else packed
+                tensors[f"{name}.weight_scale"] = 1 / scale if form == "bitlinear" else scale
+            if module.bias is not None:
+                # "autobitlinear" multiplies it with the scale.
+                size = 1.0 if form in ("bitlinear", "online") else 1 / scale
+                tensors[f"{name}.bias"] = 0.3 * size * normal(shape[0])
+        elif isinstance(module, (nn.Embedding, nn.Linear)):
+            if not (config.tie_word_embeddings and isinstance(module, nn.Linear)):
+                tensors[tensor] = normal(*module.weight.shape)
+        elif not list(module.children()) and hasattr(module, "weight"):
+            tensors[tensor] = 1 + 0.2 * normal(*module.weight.shape)
+    fields = json.loads(config.to_json_string(use_diff=False))
+    ours = from_pretrained(
+        write_folder(folder, fields | {"quantization_config": quantization.to_dict()}, tensors)
+    )
+    state = dict(tensors)
+    if form == "autobitlinear":
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.uint8:
+                state[name] = unpack_weights(tensor, dtype=torch.float32)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    theirs.load_state_dict(state, assign=True)
+    theirs.eval().requires_grad_(False)
+    return LlamaPair(folder, ours, theirs)
+
+
+def layer_and_norm(module: nn.Module) -> tuple[BitLinear, nn.Module | None]:
+    """A projection of ours and the norm inside it."""
+    if isinstance(module, NormedLinear):
+        assert isinstance(module.linear, BitLinear)
+        return module.linear, module.norm
+    assert isinstance(module, BitLinear)
+    return module, None
+
+
+def biased_bound(x: Tensor, layer: BitLinear) -> Tensor:
+    """`linear_bound` and what a bias adds: the product with a scale or the sum rounds, on each side."""
+    bound = linear_bound(x, layer)
+    if layer.bias is None:
+        return bound
+    return bound + 4 * U * (layer.bias.double().abs() + layer(x).double().abs() + bound)
+
+
+def exact_llama(theirs: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    """The model in float64, [B, T] to [B, T, V], written out from the formulas; only the numbers are theirs."""
+    config = theirs.config
+
+    def norm(x: Tensor, module: Any) -> Tensor:
+        root = (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
+        return x / root * module.weight.double()
+
+    def linear(x: Tensor, module: Any) -> Tensor:
+        if module.rms_norm is not None:
+            x = norm(x, module.rms_norm)
+        s = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        x = (x * s).round().clamp(-128, 127) / s
+        bias = 0.0 if module.bias is None else module.bias.double()
+        if isinstance(module, TheirBitLinear):
+            w = unpack_weights(module.weight, dtype=torch.float64)
+            return x @ w.T / module.weight_scale.double() + bias
+        if module.online_quant:
+            w = WeightQuant.apply(module.weight).sign().double()
+            return x @ w.T * module.weight.double().abs().mean() + bias
+        return (x @ module.weight.double().T + bias) * module.weight_scale.double()
+
+    half = config.head_dim // 2
+    rope = config.rope_parameters
+    frequency = rope["rope_theta"] ** -(torch.arange(half, dtype=torch.float64) / half)
+    if rope["rope_type"] == "linear":
+        frequency = frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / rope["factor"])
+    time = torch.arange(ids.shape[1], dtype=torch.float64)
+    angle = time[:, None] * frequency
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, config.head_dim))
+
+    def rotate(x: Tensor) -> Tensor:  # [B, T, heads, d]; the pair (i, i + d/2) is a complex number
+        turned = torch.complex(x[..., :half], x[..., half:]) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    embedding = theirs.model.embed_tokens.weight.double()
+    x = embedding[ids]
+    for layer in theirs.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        n = norm(x, layer.input_layernorm)
+        q = rotate(heads(linear(n, attention.q_proj)))
+        k, v = rotate(heads(linear(n, attention.k_proj))), heads(linear(n, attention.v_proj))
+        group = torch.arange(q.shape[2]) * k.shape[2] // q.shape[2]
+        k, v = k[:, :, group], v[:, :, group]
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / config.head_dim**0.5
+        scores = scores.masked_fill(time[None] > time[:, None], -torch.inf)
+        y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(-2)
+        x = x + linear(y, attention.o_proj)
+        m = norm(x, layer.post_attention_layernorm)
+        gate = linear(m, mlp.gate_proj)
+        x = x + linear(gate * gate.sigmoid() * linear(m, mlp.up_proj), mlp.down_proj)
+    head = embedding if config.tie_word_embeddings else theirs.lm_head.weight.double()
+    return norm(x, theirs.model.norm) @ head.T

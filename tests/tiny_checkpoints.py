@@ -11,9 +11,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+"""So short a context that positions within a test are stretched."""
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """Of a tiny model; the default shares no factor with a tile except what the published packing needs."""
+    """Of a tiny model; the default shares no factor with a tile except what the published packing needs.
+
+    ``head`` is head_dim where it is not hidden / heads. A llama has the parts of its family, all biases, and
+    with ``norms`` one inside every projection ("use_rms_norm").
+    """
 
     vocab: int = 61
     hidden: int = 24
@@ -21,10 +35,13 @@ class Sizes:
     layers: int = 2
     heads: int = 3
     kv_heads: int = 3
+    head: int | None = None
+    llama: bool = False
+    norms: bool = False
 
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head or self.hidden // self.heads
 
     def config(self, **changes: Any) -> dict[str, Any]:
         """config.json in the style of transformers 4, as published; a change of None leaves a field out."""
@@ -49,17 +66,29 @@ class Sizes:
                 "linear_class": "autobitlinear",
                 "quantization_mode": "offline",
             },
-        } | changes
+        }
+        if self.llama:
+            fields |= {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "hidden_act": "silu",
+                "head_dim": self.head_dim,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "rope_scaling": LLAMA3_ROPE,
+                "quantization_config": {"quant_method": "bitnet", "use_rms_norm": self.norms},
+            }
+        fields |= changes
         return {name: value for name, value in fields.items() if value is not None}
 
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) by the names inside a layer."""
-        kv = self.kv_heads * self.head_dim
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.q_proj": (q, self.hidden),
             "self_attn.k_proj": (kv, self.hidden),
             "self_attn.v_proj": (kv, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
+            "self_attn.o_proj": (self.hidden, q),
             "mlp.gate_proj": (self.intermediate, self.hidden),
             "mlp.up_proj": (self.intermediate, self.hidden),
             "mlp.down_proj": (self.hidden, self.intermediate),
@@ -89,12 +118,15 @@ class Weights:
                 weights.ternary[full] = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
                 # Rounded to bfloat16, so that every storage dtype holds the same number.
                 weights.scale[full] = (normal(1).exp() * shape[1] ** -0.5).bfloat16()
-            for name, size in (
-                ("input_layernorm", sizes.hidden),
-                ("post_attention_layernorm", sizes.hidden),
-                ("self_attn.attn_sub_norm", sizes.hidden),
-                ("mlp.ffn_sub_norm", sizes.intermediate),
-            ):
+            norms = {"input_layernorm": sizes.hidden, "post_attention_layernorm": sizes.hidden}
+            if not sizes.llama:
+                norms |= {"self_attn.attn_sub_norm": sizes.hidden, "mlp.ffn_sub_norm": sizes.intermediate}
+            for name, (out_features, in_features) in sizes.projection_shapes().items():
+                if sizes.llama:
+                    weights.floats[f"{prefix}.{name}.bias"] = normal(out_features).bfloat16()
+                if sizes.norms:
+                    norms[f"{name}.rms_norm"] = in_features
+            for name, size in norms.items():
                 weights.floats[f"{prefix}.{name}.weight"] = (1 + 0.2 * normal(size)).bfloat16()
         weights.floats["model.norm.weight"] = (1 + 0.2 * normal(sizes.hidden)).bfloat16()
         weights.floats["model.embed_tokens.weight"] = normal(sizes.vocab, sizes.hidden).bfloat16()
