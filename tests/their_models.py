@@ -3,11 +3,10 @@
 Notation: u = 2^-24 is the unit roundoff of float32.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import json
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 from transformers import BitNetConfig as TheirConfig
 from transformers import BitNetForCausalLM, BitNetQuantConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitnet import (
-    BitLinear as TheirBitLinear,
-)
-from transformers.integrations.bitnet import (
     VALUES_PER_ITEM,
     AutoBitLinear,
     WeightQuant,
     pack_weights,
     replace_with_bitnet_linear,
     unpack_weights,
+)
+from transformers.integrations.bitnet import (
+    BitLinear as TheirBitLinear,
 )
 
 from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, BitNetConfig, from_pretrained, reference
