@@ -32,9 +32,10 @@ from their_models import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitNet, DecoderConfig, KVCache, RopeScaling, from_pretrained
+from bitnet_ops import BitLinear, BitNet, DecoderConfig, KVCache, RopeScaling, from_pretrained, reference
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import Context, rotation_tables
+from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
 from bitnet_ops.layers import packing
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -253,13 +254,13 @@ def test_feed_forward(llama: LlamaPair) -> None:
 
 def test_end_to_end_without_flips(pair: LlamaPair) -> None:
     """In short texts through small models the median sequence has no flip: there both differ by rounding."""
-    ids = prompts(36, 20)
+    ids = prompts(15, 20)
     exact = exact_llama(pair.theirs, ids)
     limit = 2 * median_error(pair.theirs(ids).logits, exact)
     assert limit < 1e-5 * exact.abs().max(), "most sequences have a flip"
     assert median_error(pair.ours(ids), exact) <= limit
     cache = KVCache(pair.ours.config, len(ids), 20)
-    steps = [pair.ours(piece, cache=cache) for piece in (ids[:, :5], *ids[:, 5:].split(1, dim=1))]
+    steps = [pair.ours(piece, cache=cache) for piece in ids.split([5, 1, 1, 13], dim=1)]
     assert median_error(torch.cat(steps, dim=1), exact) <= limit
     accelerated = bitnet_ops.accelerate(pair.theirs)
     assert median_error(accelerated(ids).logits, exact) <= limit
@@ -406,13 +407,39 @@ def test_every_field_is_kept(tmp_path: Path, config_type: type[DecoderConfig]) -
 
 def test_group_scales_and_wide_activations(tmp_path: Path) -> None:
     for changes in ({"activation_bits": 8, "group_size": 0}, {"activation_bits": 16}, {"activation_bits": 8}):
-        # What attention has not everywhere is left out.
-        model = random_packed(full_config(**changes, window=0, local_layers=(), query_scale=None))
+        # Without what is not in every operator yet, and with one epsilon.
+        rest = {"window": 0, "local_layers": (), "query_scale": None, "projection_norm_eps": None}
+        model = random_packed(full_config(**changes, **rest))
         model.save_pretrained(tmp_path)
         again = from_pretrained(tmp_path)
         assert again.config == model.config
         for name, tensor in state(model).items():
             assert torch.equal(tensor, state(again)[name]), name
+        ids = torch.randint(61, (1, 9))
+        assert torch.equal(again(ids), model(ids))
+        layouts = layouts_for(model, [LayerSparsity(0.1, 0.1)] * 2)
+        if model.config.group_size:
+            assert set(layouts.values()) == {"tile16"}
+        else:
+            assert layouts["model.layers.1.mlp.down_proj.linear"] == "column"
+
+
+def test_sparsity(llama: LlamaPair) -> None:
+    """SiLU closes no gate; what down_proj multiplies with is counted behind the norm inside it."""
+    model, ids = llama.ours, prompts(2, 20)
+    seen: list[Tensor] = []
+    handles = [
+        layer_and_norm(layer.mlp.down_proj)[0].register_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[0])
+        )
+        for layer in model.model.layers
+    ]
+    measured = measure_sparsity(model, ids)
+    for handle in handles:
+        handle.remove()
+    used = [(reference.quantize_activations(x)[0] != 0).float().mean().item() for x in seen]
+    assert measured == [LayerSparsity(1.0, share) for share in used]
+    assert "row" not in layouts_for(model, [LayerSparsity(1.0, 0.1)] * 2).values()
 
 
 def test_a_projection_that_is_not_as_configured_is_not_saved(llama: LlamaPair, tmp_path: Path) -> None:
@@ -472,12 +499,12 @@ def test_the_commands(tmp_path: Path, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", LLAMA_FORMATS)
+@pytest.mark.parametrize("form", ["bitlinear", "autobitlinear", "online"])  # "ternary" is the same numbers
 def test_end_to_end(tmp_path: Path, form: str) -> None:
     """Mean errors over cases, seeds and prompts; flips make them, so that few models prove nothing."""
     ours, theirs, size = [], [], 0.0
     for number, case in enumerate(CASES.values()):
-        for seed in range(4):
+        for seed in range(3):
             pair = make_llama(tmp_path / f"{number}-{seed}", form, seed, num_hidden_layers=5, **case)
             ids = prompts(40, LENGTH, seed)
             exact = exact_llama(pair.theirs, ids)
