@@ -14,7 +14,8 @@ from setuptools import setup
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch that the wheel may meet
 
-FOLDERS = ("ops", "run", "layouts", "platform")
+FOLDERS = ("ops", "run", "layouts")
+PLATFORM = ("cpu_features.cpp", f"{platform.system().lower()}.cpp")
 KERNELS = {"x86_64": ("scalar", "avx"), "aarch64": ("scalar", "neon")}  # beginnings of file names
 ARCHITECTURE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -49,7 +50,12 @@ def extension(CppExtension):
         "bitnet_ops._C",
         [
             *(file for folder in FOLDERS for file in files(f"{folder}/*.cpp")),
-            *(file for name in KERNELS.get(architecture, ("scalar",)) for file in files(f"kernels/{name}*.cpp")),
+            *(file for name in PLATFORM for file in files(f"platform/{name}")),
+            *(
+                file
+                for name in KERNELS.get(architecture, ("scalar",))
+                for file in files(f"kernels/{name}*.cpp")
+            ),
         ],
         # Headers are no objects of their own; named here, a change to one rebuilds.
         depends=files("**/*.h"),

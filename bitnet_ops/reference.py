@@ -386,12 +386,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor | None = None,
+    scale: float | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Causal self-attention with rotary positions, and several query heads to a key-value head.
 
-    ``y[t] = softmax over s <= t of (rotate(q[t]) . rotate(k[s]) / sqrt(head_dim)) @ v[s]``, where query head
-    h reads key-value head ``h // (heads / kv_heads)``.
+    ``y[t] = softmax over s <= t of (rotate(q[t]) . rotate(k[s]) * scale) @ v[s]``, where query head h reads
+    key-value head ``h // (heads / kv_heads)``. With a window, over ``t - window < s <= t``
+    (arXiv:2004.05150).
 
     Args:
         q: float [B, T, heads * head_dim].
@@ -401,6 +409,8 @@ def attention(
         sin: likewise.
         start: int64 [B], at most 0: the position of each sequence's first token. Tokens at negative positions
             are padding: no token sees them, and their result is 0. None for a batch without padding.
+        scale: what the products of queries and keys are multiplied with, 1 / sqrt(head_dim) for None.
+        window: how many positions a token sees, its own among them; 0 for all.
 
     Returns:
         [B, T, heads * head_dim] in the dtype of ``q``.
@@ -411,12 +421,16 @@ def attention(
     rows = positions.clamp(min=0).unsqueeze(1)
     q, k = (rotate(x, cos[rows], sin[rows]).to(v.dtype) for x in (q, k))
     mask = real = None
-    if start is not None:
+    if start is not None or window > 0:
         real = positions >= 0
         # Padding sees itself, so that no row of the softmax is empty; its result is dropped.
         sees = real.unsqueeze(1) | torch.eye(len(token), dtype=torch.bool, device=q.device)
-        mask = (sees & (token <= token.unsqueeze(1))).unsqueeze(1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        distance = token.unsqueeze(1) - token
+        near = (distance >= 0) & ((distance < window) if window > 0 else True)
+        mask = (sees & near).unsqueeze(1)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
     y = y.transpose(1, 2).flatten(2)
     return y if real is None else torch.where(real.unsqueeze(-1), y, 0.0)
 
@@ -467,6 +481,8 @@ def cached_attention(
     values: Tensor,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    scale: float | None = None,
+    window: int = 0,
 ) -> Tensor:
     """`attention` to the tokens of a cache as well, which the new ones are written to first.
 
@@ -485,6 +501,8 @@ def cached_attention(
         key_scale: float32 [B, kv_heads, spans * 256] where the cache is int8, changed in place. Each head's
             vector is rounded by `quantize_activations`.
         value_scale: likewise.
+        scale: as for `attention`.
+        window: as for `attention`.
 
     Returns:
         float32 [B, T, heads * head_dim].
@@ -516,10 +534,11 @@ def cached_attention(
         v = v[:, :, :longest, :head_dim] * value_scale[:, :, :longest, None]
     group = q.shape[2] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    seen = torch.arange(longest, device=q.device) <= positions.unsqueeze(-1)  # [B, T, S]
+    distance = positions.unsqueeze(-1) - torch.arange(longest, device=q.device)  # [B, T, S]
+    seen = (distance >= 0) & ((distance < window) if window > 0 else True)
     # Places that no row has written may hold anything, even NaN, which a weight of 0 does not remove.
     v = torch.where(seen.any(1)[:, None, :, None], v, 0.0)
-    scores = q.transpose(1, 2).float() @ k.transpose(2, 3) / head_dim**0.5
+    scores = q.transpose(1, 2).float() @ k.transpose(2, 3) * (head_dim**-0.5 if scale is None else scale)
     weights = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
     y = (weights @ v).transpose(1, 2).flatten(2)
     return torch.where(real.unsqueeze(-1), y, 0.0)

@@ -18,7 +18,7 @@ def pytest_report_header() -> str:
     if others:
         line += f"; not tested, because this CPU lacks them: {', '.join(others)}"
     if "avx_vnni" in others:
-        line += " (tests/test_kernels.py runs avx_vnni in another encoding where there is AVX-512 VNNI)"
+        line += " (`pytest -m slow` runs avx_vnni in another encoding where there is AVX-512 VNNI)"
     return line
 
 

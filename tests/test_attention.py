@@ -39,9 +39,12 @@ class Inputs:
         self.cos, self.sin = reference.rotary_embedding(torch.arange(tokens), head_dim, 10000.0)
         self.start = torch.zeros(batch, dtype=torch.int64)
         self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.scale: float | None = None
+        self.window = 0
 
     def run(self) -> Tensor:
-        return ops.attention(self.q, self.k, self.v, self.cos, self.sin, self.start)
+        options: dict[str, Any] = {"scale": self.scale, "window": self.window}
+        return ops.attention(self.q, self.k, self.v, self.cos, self.sin, self.start, **options)
 
     def row(self, row: int) -> "Inputs":
         """One sequence alone, without its padding."""
@@ -70,7 +73,8 @@ class Inputs:
         cache = self.cache(dtype)
         done, out = 0, []
         for q, k, v in zip(*(x.split(pieces, dim=1) for x in (self.q, self.k, self.v)), strict=True):
-            out.append(operator(q, k, v, self.cos, self.sin, self.start + done, *cache))
+            options = {"scale": self.scale, "window": self.window}
+            out.append(operator(q, k, v, self.cos, self.sin, self.start + done, *cache, **options))
             done += q.shape[1]
         return torch.cat(out, dim=1)
 
@@ -90,7 +94,8 @@ def softmax_bound(x: Inputs, k: Tensor, v: Tensor, int8: bool = False) -> Tensor
     heads = x.q.unflatten(-1, (-1, x.head_dim))
     group = heads.shape[2] // x.kv_heads
     key_norm = k.unflatten(-1, (-1, x.head_dim)).norm(dim=-1).amax(1).repeat_interleave(group, 1)
-    score = heads.norm(dim=-1) * key_norm.unsqueeze(1) / x.head_dim**0.5  # largest possible, [B, T, heads]
+    scale = x.head_dim**-0.5 if x.scale is None else x.scale
+    score = heads.norm(dim=-1) * key_norm.unsqueeze(1) * scale  # largest possible, [B, T, heads]
     keys = torch.arange(1, x.q.shape[1] + 1)[:, None]
     relative = torch.expm1(2 * (x.head_dim + 9) * score * U) + (4 * score + 1.1 * keys + 12) * U
     if int8:
@@ -208,6 +213,124 @@ def test_slices_of_a_fused_projection() -> None:
     assert torch.equal(ops.attention(x.q, x.k, spread, x.cos, x.sin), x.run())
 
 
+# ---- windows and scales -----------------------------------------------------------------------------
+
+# One token, inside a block, one block, across blocks, one span and a few positions.
+WINDOWS = [1, 5, 64, 100, 259]
+
+
+def windowed(shape: tuple[int, ...], window: int, scale: float | None = None) -> Inputs:
+    x = Inputs(*shape)
+    x.start -= torch.arange(shape[0]) * (shape[1] // 3)
+    x.window, x.scale = window, scale
+    return x
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_window_equals_reference(isa: str, shape: tuple[int, ...], window: int) -> None:
+    x = windowed(shape, window)
+    inputs = (x.q.double(), x.k.double(), x.v.double(), x.cos, x.sin, x.start)
+    assert_within(x.run(), reference.attention(*inputs, window=window), softmax_bound(x, x.k, x.v))
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_cached_window_equals_reference(dtype: torch.dtype, window: int) -> None:
+    x = windowed((2, 300, 4, 2, 20), window, 0.2)
+    given = x.through_cache(dtype, [290, 9, 1])
+    expected = x.through_cache(dtype, [300], reference.cached_attention)
+    assert_within(given, expected.double(), 1.2 * softmax_bound(x, x.k, x.v, dtype == torch.int8))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", CACHES)
+def test_window_has_the_same_bits_everywhere(isa: str, dtype: torch.dtype, window: int) -> None:
+    """For every instruction set, however tokens are cut into calls, and beside other sequences."""
+    x = windowed((2, 340, 6, 2, 36), window)
+    with bitnet_ops.use_isa("scalar"):
+        whole = x.through_cache(dtype, [340])
+    for pieces in ([340], [1] * 340, [255, 1, 1, 83], [64, 64, 142, 70], [3, 197, 140]):
+        assert torch.equal(x.through_cache(dtype, pieces), whole)
+    if dtype == torch.float32:
+        assert torch.equal(x.run(), whole)
+    one = x.row(1)
+    assert torch.equal(one.through_cache(dtype, [one.q.shape[1]])[0], whole[1, -one.q.shape[1] :])
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+def test_a_window_beyond_the_context_is_none(isa: str, dtype: torch.dtype) -> None:
+    x = windowed((2, 300, 4, 2, 20), 0)
+    plain, decoded = x.run(), x.through_cache(dtype, [298, 1, 1])
+    for window in (300, 301, 2**62):
+        x.window = window
+        assert torch.equal(x.run(), plain)
+        assert torch.equal(x.through_cache(dtype, [298, 1, 1]), decoded)
+    x.window = 299
+    assert not torch.equal(x.run(), plain)
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize(("tokens", "window"), [(1, 700), (3, 1), (40, 300), (700, 90)])
+def test_threads_and_windows(tokens: int, window: int, dtype: torch.dtype, threads: None) -> None:
+    x = windowed((1, 1500, 20, 5, 64), window)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(x.through_cache(dtype, [1500 - tokens, tokens]))
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+def test_positions_below_the_window_may_hold_anything(isa: str, dtype: torch.dtype) -> None:
+    x = windowed((2, 600, 4, 2, 20), 70)
+    x.start[:] = 0
+    expected = x.through_cache(dtype, [600])[:, 590:]
+    for tensor in (x.k, x.v):
+        tensor[:, : 590 - 69] = math.nan  # of int8 caches the scales
+    for pieces in ([590, 10], [590, *([1] * 10)], [520, 80]):
+        assert torch.equal(x.through_cache(dtype, pieces)[:, 590:], expected)
+
+
+def test_a_window_of_one_gives_the_value_itself(isa: str) -> None:
+    x = windowed((1, 130, 4, 2, 16), 1)
+    values = x.v.unflatten(2, (2, 16)).repeat_interleave(2, dim=2).flatten(2)
+    assert torch.equal(x.run(), values)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 0.3, -0.2, 1.0])
+def test_scale_equals_reference(isa: str, scale: float) -> None:
+    x = windowed((2, 100, 4, 2, 20), 0, scale)
+    inputs = (x.q.double(), x.k.double(), x.v.double(), x.cos, x.sin, x.start)
+    expected = reference.attention(*inputs, scale=scale)
+    x.scale = abs(scale)
+    bound = softmax_bound(x, x.k, x.v)
+    x.scale = scale
+    assert_within(x.run(), expected, bound)
+
+
+def test_no_scale_is_that_of_the_head() -> None:
+    for head_dim in (2, 12, 20, 64, 80, 128, 256):
+        x = Inputs(1, 30, 2, 1, head_dim)
+        plain = x.run(), x.through_cache(torch.int8, [30])
+        x.scale = head_dim**-0.5
+        assert torch.equal(x.run(), plain[0])
+        assert torch.equal(x.through_cache(torch.int8, [30]), plain[1])
+
+
+@pytest.mark.parametrize("operator", [ops.attention, ops.cached_attention])
+def test_wrong_scale_and_window(operator: Any) -> None:
+    x = Inputs(1, 3, 4, 2, 12)
+    cache = x.cache(torch.float32) if operator is ops.cached_attention else ()
+    arguments = (x.q, x.k, x.v, x.cos, x.sin, x.start, *cache)
+    for scale in (math.nan, math.inf):
+        with pytest.raises(RuntimeError, match=f"argument 'scale': expected a finite number.*, got {scale}"):
+            operator(*arguments, scale=scale)
+    with pytest.raises(RuntimeError, match=r"argument 'window': expected a number of positions.*, got -1"):
+        operator(*arguments, window=-1)
+
+
 # ---- inputs that break softmax ----------------------------------------------------------------------
 
 
@@ -296,15 +419,19 @@ def test_zero_sizes() -> None:
 # ---- gradients, GPU path, errors --------------------------------------------------------------------
 
 
-def test_gradients() -> None:
+@pytest.mark.parametrize(("scale", "window"), [(None, 0), (0.5, 7)])
+def test_gradients(scale: float | None, window: int) -> None:
     x = Inputs(2, 20, 4, 2, 12)
     x.start[1] = -5
+    x.scale, x.window = scale, window
     inputs = [tensor.requires_grad_() for tensor in (x.q, x.k, x.v)]
     grad = torch.randn_like(x.q)
     given = torch.autograd.grad(x.run(), inputs, grad)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = torch.autograd.grad(
-        reference.attention(*wide, x.cos.double(), x.sin.double(), x.start), wide, grad.double()
+        reference.attention(*wide, x.cos.double(), x.sin.double(), x.start, scale, window),
+        wide,
+        grad.double(),
     )
     for one, other in zip(given, exact, strict=True):
         # Sums of at most 20 * 2 * 12 products of order one.

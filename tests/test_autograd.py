@@ -10,7 +10,6 @@ from text_models import tiny_model
 from torch import Tensor
 
 from bitnet_ops import BitNet, KVCache, ops, reference
-from bitnet_ops.decoder.fused import norm_linear_add
 from bitnet_ops.layers import packing
 
 
@@ -196,27 +195,20 @@ def test_a_chain_of_operators_trains() -> None:
 def forward_only() -> dict[str, Callable[[Tensor], Any]]:
     """Every operator that has no gradient, as a function of an input of shape [1, 2, 64]."""
     packed, scale = ops.pack_ternary(torch.randint(-1, 2, (64, 64), dtype=torch.int8)), torch.ones(64)
-    norm = torch.ones(64)
     cos, sin = reference.rotary_embedding(torch.arange(64), 64, 10000.0)
     start = torch.tensor([0])
     keys, values = torch.zeros(1, 1, 1, 64, 64), torch.zeros(1, 1, 64, 64)
-    matrix = (packed, scale, "tile16")
     return {
         "quantize_activations": lambda x: ops.quantize_activations(x),
-        "norm_linears": lambda x: ops.norm_linears(x, norm, 1e-5, [packed] * 2, [scale] * 2, [64] * 2),
-        "norm_linear_add": lambda x: ops.norm_linear_add(x, norm, 1e-5, *matrix, x.detach()),
-        "norm_squared_relu_glu": lambda x: ops.norm_squared_relu_glu(x, norm, 1e-5, *matrix, *matrix),
         "lm_head_top_k": lambda x: ops.lm_head_top_k(x, torch.randn(9, 64), 2),
         "cached_attention": lambda x: ops.cached_attention(x, x, x, cos, sin, start, keys, values),
         "decoder_layers": lambda x: ops.decoder_layers(
             x,
-            [norm] * 4,
-            1e-5,
-            [packed] * 7,
-            [scale] * 7,
-            ["tile16"] * 7,
-            cos,
-            sin,
+            [packed, scale] * 7,
+            [64, 0, 0, 0, *[0] * 8, *[0, 64, 64, 0, 8, 0, 0] * 7],  # no norms, no biases
+            [0.0, 1.0],
+            cos[None],
+            sin[None],
             start,
             keys[None],
             values[None],
@@ -297,7 +289,7 @@ def test_prompt_tuning_in_eval_mode() -> None:
 def test_norms_of_a_packed_model_train_in_eval_mode() -> None:
     model = tiny_model(eos=None).requires_grad_(False)
     norms = [p for name, p in model.named_parameters() if "norm" in name]
-    for norm in norms:  # one at a time: each makes another part of the fused path step aside
+    for norm in norms:  # one at a time: each makes another layer step aside
         norm.requires_grad_()
         (gradient,) = torch.autograd.grad(model(torch.tensor([[1, 2, 3]])).square().sum(), norm)
         assert gradient.isfinite().all()
@@ -319,12 +311,3 @@ def test_gradients_do_not_pass_a_cache_silently() -> None:
     with torch.no_grad():
         assert torch.equal(prompted(model, prompt, ids, plain), scores)
     assert torch.equal(model(ids, cache=cache), model(ids, cache=plain))
-
-
-def test_a_residual_that_needs_a_gradient_gets_it() -> None:
-    layer = tiny_model(eos=None).requires_grad_(False).model.layers[0]
-    x = torch.randn(1, 2, layer.mlp.gate_proj.out_features)
-    residual = torch.randn(1, 2, layer.mlp.gate_proj.in_features, requires_grad=True)
-    y = norm_linear_add(layer.mlp.ffn_sub_norm, layer.mlp.down_proj, x, residual, layer.dropout)
-    (gradient,) = torch.autograd.grad(y.sum(), residual)
-    assert torch.equal(gradient, torch.ones_like(residual))

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import bitnet_ops
-from bitnet_ops import BitLinearQAT, KVCache, pack
+from bitnet_ops import BitLinearQAT, BitNet, KVCache, pack
 from bitnet_ops.decoder.config import BitNetConfig
-from bitnet_ops import BitNet
 
 # Heads of 20 fill no register; 5 query heads to 1 fill no register block; 300 tokens are more than a span of
 # 256 keys, and not a multiple of a block of 64.

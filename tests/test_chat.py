@@ -74,6 +74,35 @@ def test_faulty_and_hostile_templates(template: str, message: str) -> None:
     assert conversation == CONVERSATION
 
 
+NESTED = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+BRANCHING = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}"
+DOUBLING = "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = DOUBLE %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        NESTED,
+        BRANCHING,
+        "{{ 'a' * 10**10 }}",
+        "{{ 10**10 * [0] }}",
+        "{{ 10 ** (10 ** 10) }}",
+        DOUBLING.replace("DOUBLE", "ns.x ~ ns.x"),
+        DOUBLING.replace("DOUBLE", "ns.x + ns.x"),
+        DOUBLING.replace("ns.x = DOUBLE", "ns.x %}{{ ns.x }}{{ ns.x }}{% endset"),
+        DOUBLING.replace("'a'", "2").replace("DOUBLE", "ns.x * ns.x"),
+    ],
+)
+def test_a_template_has_an_end(template: str) -> None:
+    with pytest.raises(ValueError, match=r"chat_template: SecurityError: expected at most"):
+        render_chat(template, CONVERSATION)
+
+
+def test_every_rendering_may_take_as_many_steps() -> None:
+    template = "{% for a in range(300) %}{% for b in range(500) %}{% endfor %}{% endfor %}{{ 'a' ~ 3 ~ no }}"
+    assert [render_chat(template, CONVERSATION) for _ in range(3)] == ["a3"] * 3
+
+
 @pytest.mark.parametrize("bad", [{"role": "user"}, {"role": "user", "content": 3}, "hello"])
 def test_wrong_messages_are_named(bad: Any) -> None:
     with pytest.raises(ValueError, match="messages: expected mappings with texts 'role' and 'content', got "):

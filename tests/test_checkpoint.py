@@ -4,11 +4,14 @@ import errno
 import json
 import mmap
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,11 +26,12 @@ from tiny_checkpoints import (
     untied,
     write_folder,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, ops, reference
-from bitnet_ops import from_pretrained
+from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, from_pretrained, ops, reference
 from bitnet_ops.checkpoint import CheckpointError, packed, save_pretrained
+from bitnet_ops.checkpoint.files import TensorFiles
 
 SIZES = [
     Sizes(),
@@ -279,6 +283,19 @@ def another_table(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.embed_tokens.weight"][7, 3] += 1
 
 
+def rows_in_other_places(tensors: dict[str, torch.Tensor]) -> None:
+    table = tensors["model.embed_tokens.weight"]
+    table[[3, 170]] = table[[170, 3]]
+
+
+def other_codes(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["screened_head.codes"][5, 9] ^= 1
+
+
+def other_bounds(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["screened_head.bounds"][0, 17] *= 2
+
+
 def a_shorter_copy(tensors: dict[str, torch.Tensor]) -> None:
     tensors["screened_head.codes"] = tensors["screened_head.codes"][1:].clone()
 
@@ -287,20 +304,149 @@ def half_a_copy(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["screened_head.bounds"]
 
 
-@pytest.mark.parametrize("change", [another_table, a_shorter_copy, half_a_copy])
-def test_a_copy_that_does_not_fit_is_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, torch.Tensor]], None]
-) -> None:
-    head_model(tmp_path)
-    tensors = load_file(tmp_path / "b" / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "b" / "model.safetensors")
-    model = load_screened(tmp_path / "b", monkeypatch)
+def nothing(tensors: dict[str, torch.Tensor]) -> None:
+    """Written again by another program: that cannot be told from a change."""
+
+
+def assert_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_screened(folder, monkeypatch)
     head = model.screened_head()
     assert head is not None
+    assert not is_in_the_file(head.codes, folder)
     codes, bounds = ops.screen_lm_head(model.head_weight)
     assert torch.equal(head.codes, codes)
     assert torch.equal(head.bounds, bounds)
+
+
+@pytest.mark.parametrize("keep_metadata", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        another_table, rows_in_other_places, other_codes, other_bounds, a_shorter_copy, half_a_copy, nothing,
+    ],
+)  # fmt: skip
+def test_a_copy_in_a_file_of_another_writer_is_made_anew(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    keep_metadata: bool,
+) -> None:
+    head_model(tmp_path)
+    file = tmp_path / "b" / "model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    change(tensors)
+    save_file(tensors, file, metadata if keep_metadata else None)
+    assert_made_anew(tmp_path / "b", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "screened_head.codes", "screened_head.bounds"])
+def test_a_copy_beside_numbers_changed_in_place_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Small tensors are digested in full, and so are the bounds of any size."""
+    head_model(tmp_path)
+    with TensorFiles(tmp_path / "b") as files:
+        place = files.tensors[name].offset + files.tensors[name].nbytes // 2
+    with (tmp_path / "b" / "model.safetensors").open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    assert_made_anew(tmp_path / "b", monkeypatch)
+
+
+def test_a_copy_beside_the_settings_of_another_folder_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = head_model(tmp_path)
+    with torch.no_grad():
+        model.head_weight[7, 3] += 1
+    model.save_pretrained(tmp_path / "c")
+    (tmp_path / "c" / "config.json").replace(tmp_path / "b" / "config.json")
+    assert_made_anew(tmp_path / "b", monkeypatch)
+
+
+def test_a_copy_that_only_had_a_checksum_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head_model(tmp_path)
+    file = tmp_path / "b" / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["screened_head"]["digest"]
+    config["quantization_config"]["screened_head"]["table"] = 1
+    file.write_text(json.dumps(config))
+    assert_made_anew(tmp_path / "b", monkeypatch)
+
+
+def test_a_copy_is_made_anew_before_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = head_model(tmp_path)
+    model.head_weight.data[7] *= 3  # unseen by PyTorch's version counter
+    model.save_pretrained(tmp_path / "b")
+    again = load_screened(tmp_path / "b", monkeypatch)
+    head = again.screened_head()
+    assert head is not None
+    assert is_in_the_file(head.codes, tmp_path / "b")
+    for stored, made in zip((head.codes, head.bounds), ops.screen_lm_head(model.head_weight), strict=True):
+        assert torch.equal(stored, made)
+
+
+def test_a_table_that_is_not_finite_is_stored_without_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = head_model(tmp_path)
+    with torch.no_grad():
+        model.head_weight[7, 3] = float("nan")
+    model.save_pretrained(tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight': expected finite numbers, got a NaN"):
+        load_screened(tmp_path / "b", monkeypatch)
+
+
+class _BytesRead(TorchDispatchMode):
+    """Notes which memory operators look at; views do not look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranges: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not any(result.alias_info for result in func._schema.returns):
+            self.ranges += [(x.data_ptr(), x.nbytes) for x in args if isinstance(x, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_untouched_table_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    sizes = Sizes(layers=1, hidden=64, heads=4, kv_heads=2, vocab=1 << 16)  # 8 MB, above LEAST_BYTES
+    weights = Weights.random(sizes)
+    weights = weights if tied else untied(weights)
+    model = from_pretrained(
+        write_folder(tmp_path / "a", sizes.config(tie_word_embeddings=tied), published_tensors(weights))
+    )
+    model.save_pretrained(tmp_path / "b")
+    sampled = 0
+    part = TensorFiles.part
+
+    def counting(self: TensorFiles, *place: Any) -> bytes:
+        nonlocal sampled
+        data = part(self, *place)
+        sampled += len(data)
+        return data
+
+    monkeypatch.setattr(TensorFiles, "part", counting)
+    with _BytesRead() as read:
+        again = from_pretrained(tmp_path / "b")
+    head = again.screened_head()
+    assert head is not None
+    assert is_in_the_file(head.codes, tmp_path / "b")
+    assert torch.equal(again.head_weight, model.head_weight)
+    begin, end = (again.head_weight.data_ptr() + part for part in (0, again.head_weight.nbytes))
+    looked_at = sum(nbytes for pointer, nbytes in read.ranges if begin <= pointer < end)
+    assert 0 < looked_at <= 16 * 64 * again.head_weight.itemsize, "a tile, for the shapes of the copy"
+    assert sampled == 2 * 64 * 4096 + head.bounds.nbytes
 
 
 def test_a_copy_of_another_format_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,8 +631,11 @@ def test_chat_template_of_the_tokenizer_config(tmp_path: Path, field: object, ex
 
 
 def make_synthetic(folder: Path, options: str) -> None:
-    script = Path(__file__).parents[1] / "bench" / "make_synthetic_checkpoint.py"
-    subprocess.run([sys.executable, str(script), str(folder), *options.split()], check=True)
+    script = str(Path(__file__).parents[1] / "bench" / "make_synthetic_checkpoint.py")
+    with patch.object(sys, "argv", [script, str(folder), *options.split()]):
+        runpy.run_path(
+            script, run_name="__main__"
+        )  # in this process: another one takes seconds to import torch
 
 
 def test_the_synthetic_checkpoint(tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from tiny_checkpoints import (
 )
 from torch import Tensor
 
-from bitnet_ops import repack
-from bitnet_ops import from_pretrained
+from bitnet_ops import from_pretrained, repack
 from bitnet_ops.checkpoint import CheckpointError
 from bitnet_ops.layers import packing
 
@@ -253,6 +252,16 @@ def test_quantization_that_is_no_object(folder: Path) -> None:
             "quantization_config",
             {"quant_method": "bitnet", "use_rms_norm": True, "rms_norm_eps": -1},
             ["projection_norm_eps", "-1"],
+        ),
+        (
+            "quantization_config",
+            {
+                "quant_method": "bitnet",
+                "linear_class": "autobitlinear",
+                "quantization_mode": "online",
+                "modules_to_not_convert": [],
+            },
+            ["modules_to_not_convert"],
         ),
     ],
     ids=str,
@@ -867,7 +876,7 @@ def test_fuzz_json_fields(subject: Path, name: str) -> None:
         if subject.name.startswith("our"):
             fields["decoder_config"] = {
                 "qk_norm": False, "residual_scale": 1.0, "logit_scale": 1.0, "rope_scaling": None,
-                "local_layers": [], "dropout": 0.0,
+                "local_layers": [1], "window": 3, "query_scale": 0.3, "dropout": 0.0,
             }  # fmt: skip
             if rope["rope_type"] != "default":
                 fields["decoder_config"]["rope_scaling"] = {"kind": "linear", "factor": 2.0}

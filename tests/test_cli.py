@@ -17,8 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from text_models import tiny_model
 
-from bitnet_ops import __version__, isa
-from bitnet_ops import from_pretrained
+from bitnet_ops import __version__, from_pretrained, isa
 from bitnet_ops.cli import main as cli
 from bitnet_ops.cli import options as cli_options
 from bitnet_ops.cli.main import commands
@@ -331,9 +330,12 @@ def start(*arguments: object, **named: object) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize(
     ("arguments", "code", "stream", "text"),
     [
-        (["--version"], 0, "stdout", f"bitnet-ops, version {__version__}\n"),
-        (["generate"], 2, "stderr", "Missing argument 'PROMPT'"),
         (["generate", "--model", ".", "It"], 1, "stderr", "config.json"),
+        # A process takes seconds to start, and the tests above get these codes without one.
+        pytest.param(
+            ["--version"], 0, "stdout", f"bitnet-ops, version {__version__}\n", marks=pytest.mark.slow
+        ),
+        pytest.param(["generate"], 2, "stderr", "Missing argument 'PROMPT'", marks=pytest.mark.slow),
     ],
 )
 def test_exit_codes(arguments: list[str], code: int, stream: str, text: str, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from text_models import tiny_model
 from torch import Tensor, nn
 
-from bitnet_ops.decoder.cache import CACHE_DTYPES, KVCache
 from bitnet_ops import BitNet
+from bitnet_ops.decoder.cache import CACHE_DTYPES, KVCache
 from bitnet_ops.layers.linear import BitLinear, BitLinearQAT
 
 Forward = Callable[..., Tensor]
@@ -76,7 +76,8 @@ def test_bit_linear(dtype: torch.dtype, bias: bool) -> None:
             assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("padded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
 def test_prefill_and_decode_give_the_bits_of_eager(padded: bool) -> None:
     # One layer, and sizes that are variables from the start, because every program takes seconds to compile.
     model = tiny_model(eos=None, layers=1)
@@ -280,7 +281,7 @@ def gradients(dtype: torch.dtype, compiled: bool) -> tuple[Tensor, list[Tensor]]
     return y.detach(), [t.grad for t in (x, layer.weight, layer.bias) if t.grad is not None]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_bit_linear_qat(dtype: torch.dtype) -> None:
     """The product is a sum of integers, so it has eager's bits if the quantised values have.
 
@@ -303,6 +304,7 @@ def test_bit_linear_qat(dtype: torch.dtype) -> None:
 # What is compiled again is decided before the back end sees it, so these tests do without one.
 
 
+@pytest.mark.slow
 def test_training_steps() -> None:
     """One program for all steps, eager's bits until gradients are summed in another order, and it learns.
 

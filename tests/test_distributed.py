@@ -15,7 +15,10 @@ from torch import Tensor
 import bitnet_ops
 from bitnet_ops import BitLinearQAT, BitNet, pack
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+]
 
 
 def torchrun(*arguments: str, folder: Path) -> str:
@@ -97,7 +100,6 @@ def test_packing_after_training(results: dict[str, Any]) -> None:
         assert torch.equal(bitnet_ops.from_pretrained("packed")(ids), expected)
 
 
-@pytest.mark.slow
 def test_the_example(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("All happy families are alike. " * 20)

@@ -9,9 +9,9 @@ import torch
 from text_models import CORPUS, assert_greedy, tiny_model
 from torch import Tensor
 
+from bitnet_ops import BitNet
 from bitnet_ops.decoder.cache import KVCache
 from bitnet_ops.decoder.config import BitNetConfig
-from bitnet_ops import BitNet
 from bitnet_ops.generation import loop as decoding
 from bitnet_ops.layers.linear import BitLinearQAT
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from text_models import assert_greedy, byte_level_tokenizer
-from tiny_checkpoints import LLAMA3_ROPE
+from tiny_checkpoints import LLAMA3_ROPE, Sizes, Weights, published_tensors, untied, write_folder
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -29,6 +29,7 @@ from their_models import (
     make_llama,
     median_error,
 )
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bitnet_ops
@@ -130,6 +131,45 @@ def test_the_config(llama: LlamaPair, case: dict[str, Any]) -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
+
+
+def test_both_styles_of_the_config(tmp_path: Path) -> None:
+    """transformers 4 wrote rope_theta and rope_scaling, some with "type"; 5 writes rope_parameters."""
+    sizes = Sizes(llama=True)
+    tensors = published_tensors(Weights.random(sizes), reciprocal=True)
+    old_type = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_type"}
+    old = {"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE}
+    configs = [
+        from_pretrained(write_folder(tmp_path, sizes.config(**fields), tensors)).config
+        for fields in (
+            old,
+            old | {"rope_scaling": old_type | {"type": "llama3"}},
+            old | {"rope_scaling": LLAMA3_ROPE | {"rope_theta": 500.0}},
+            {
+                "rope_theta": None,
+                "rope_scaling": None,
+                "rope_parameters": LLAMA3_ROPE | {"rope_theta": 500.0},
+            },
+            {"rope_theta": 500.0, "rope_scaling": None, "rope_parameters": LLAMA3_ROPE},
+        )
+    ]
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
+    assert {(config.rope_theta, config.rope_scaling) for config in configs} == {(500.0, scaling)}
+
+
+def test_absent_fields_are_as_in_transformers(tmp_path: Path) -> None:
+    """The defaults of LlamaConfig."""
+    sizes = Sizes(llama=True)
+    names = ("hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "bos_token_id",
+             "eos_token_id", "head_dim", "num_key_value_heads")  # fmt: skip
+    tensors = published_tensors(untied(Weights.random(sizes)), reciprocal=True)
+    config = from_pretrained(write_folder(tmp_path, sizes.config(**dict.fromkeys(names)), tensors)).config
+    theirs = LlamaConfig(num_attention_heads=3, hidden_size=24)
+    for name in (*names[1:2], *names[4:]):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.activation == theirs.hidden_act
+    assert {"rope_theta": config.rope_theta, "rope_type": "default"} == theirs.rope_parameters
+    assert config.rope_scaling is None
 
 
 def test_norms(llama: LlamaPair) -> None:
@@ -407,9 +447,7 @@ def test_every_field_is_kept(tmp_path: Path, config_type: type[DecoderConfig]) -
 
 def test_group_scales_and_wide_activations(tmp_path: Path) -> None:
     for changes in ({"activation_bits": 8, "group_size": 0}, {"activation_bits": 16}, {"activation_bits": 8}):
-        # Without what is not in every operator yet, and with one epsilon.
-        rest = {"window": 0, "local_layers": (), "query_scale": None, "projection_norm_eps": None}
-        model = random_packed(full_config(**changes, **rest))
+        model = random_packed(full_config(**changes))
         model.save_pretrained(tmp_path)
         again = from_pretrained(tmp_path)
         assert again.config == model.config

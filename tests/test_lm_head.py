@@ -11,10 +11,9 @@ from text_models import tiny_model
 from torch import Tensor
 
 import bitnet_ops
-from bitnet_ops import ops, reference
+from bitnet_ops import BitNet, ops, reference
 from bitnet_ops.decoder.config import BitNetConfig
 from bitnet_ops.decoder.head import ScreenedHead
-from bitnet_ops import BitNet
 from bitnet_ops.generation.mixin import GenerationMixin
 from bitnet_ops.generation.sampling import Sampler, SamplingConfig, top_k
 from bitnet_ops.layers.linear import BitLinearQAT

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from bitnet_ops import KVCache, ops, reference, use_isa
+from bitnet_ops.decoder.model import KNOWN
+from bitnet_ops.decoder.plan import collect
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Below, at and above a register (8, 16), a tile (16), a block of activations (64), and longer.
@@ -319,41 +321,33 @@ def test_a_large_call_leaves_small_ones_right(isa: str) -> None:
         assert torch.equal(value, expected[name]), name
 
 
-def decoder_arguments() -> tuple[object, ...]:
-    """Two layers: 24 wide, 40 inside, 3 query heads and 1 key-value head of 8."""
-    sizes = [(24, 24), (8, 24), (8, 24), (24, 24), (40, 24), (40, 24), (24, 40)] * 2
-    cos, sin = reference.rotary_embedding(torch.arange(64), 8, 10000.0)
-    return (
-        torch.randn(2, 3, 24),
-        [torch.rand(40 if i % 4 == 3 else 24) for i in range(8)],
-        1e-5,
-        [ops.pack_ternary(random_ternary(*size)) for size in sizes],
-        [torch.rand(size[0]) for size in sizes],
-        ["tile16"] * 14,
-        cos,
-        sin,
-        torch.tensor([0, 5]),
-        torch.zeros(2, 2, 1, 1, 8, 64),
-        torch.zeros(2, 2, 1, 64, 16),
-        None,
-        None,
-    )
-
-
-def prepared_arguments() -> tuple[object, ...]:
-    x, *layers = decoder_arguments()
-    return x, torch.ops.bitnet_ops.prepare_decoder_layers(*layers[:5]), *layers[5:]
-
-
 DECODER = tiny_model()
 
 
-def opaque_decoder_arguments() -> tuple[object, ...]:
+def decoder_arguments() -> tuple[object, ...]:
+    """The layers of `DECODER`, two rows of three tokens."""
+    ((_, _, lists),) = collect(DECODER.model.layers, KNOWN)
+    cos, sin, _, tensors = zeroed_cache().context()
+    x = torch.randn(2, 3, DECODER.config.hidden_size)
+    return x, *lists, cos, sin, torch.tensor([0, 5]), *tensors
+
+
+def prepared_arguments() -> tuple[object, ...]:
+    x, weights, structure, constants, *rest = decoder_arguments()
+    return x, torch.ops.bitnet_ops.prepare_layers(weights, structure, constants), *rest
+
+
+def zeroed_cache() -> KVCache:
     cache = KVCache(DECODER.config, 2, 64)
     cache.keys.zero_()
     cache.values.zero_()
-    ids, start = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([0, 5])
-    return ids, DECODER.model._number, cache.cos, cache.sin, start, cache.keys, cache.values, None, None
+    return cache
+
+
+def opaque_decoder_arguments() -> tuple[object, ...]:
+    cos, sin, _, tensors = zeroed_cache().context()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    return ids, DECODER.model._number, cos, sin, torch.tensor([0, 5]), *tensors
 
 
 def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
@@ -410,25 +404,18 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
                 torch.rand(2, 3, 33) < 0.5,
             ),
         ),
-        "norm_linears": (
-            namespace.norm_linears.default,
-            (x, torch.rand(50), 1e-5, [packed, packed], [weight_scale, weight_scale], [33, 33]),
-        ),
-        "norm_linear_add": (
-            namespace.norm_linear_add.default,
-            (x, torch.rand(50), 1e-5, packed, weight_scale, "tile16", torch.randn(2, 3, 33)),
-        ),
-        "norm_squared_relu_glu": (
-            namespace.norm_squared_relu_glu.default,
-            (x, torch.rand(50), 1e-5, packed, weight_scale, "tile16", packed, weight_scale, "tile16"),
-        ),
         "rms_norm": (namespace.rms_norm.default, (grad(x), grad(torch.rand(50)), 1e-5)),
         "glu": (namespace.glu.default, (grad(x), grad(torch.randn(2, 3, 50)), "silu")),
         "lm_head": (namespace.lm_head.default, (grad(x), grad(torch.randn(70, 50)))),
-        "attention": (namespace.attention.default, (*map(grad, (q, k, v)), cos, sin)),
-        "attention with padding": (
+        "attention": (namespace.attention.default, (q, k, v, cos, sin, torch.tensor([0, -2]))),
+        "attention, gradients": (namespace.attention.default, (*map(grad, (q, k, v)), cos, sin)),
+        "attention, gradients with padding": (
             namespace.attention.default,
             (*map(grad, (q, k, v)), cos, sin, torch.tensor([0, -2])),
+        ),
+        "attention with a window": (
+            namespace.attention.default,
+            (*map(grad, (q, k, v)), cos, sin, None, 0.5, 3),
         ),
         **{
             f"cached_attention, {dtype}": (
@@ -442,8 +429,10 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
             for dtype in (torch.float32, torch.bfloat16, torch.int8)
         },
         "decoder_layers": (namespace.decoder_layers.default, decoder_arguments()),
-        "run_decoder_layers": (namespace.run_decoder_layers.default, prepared_arguments()),
+        "decoder_layers without a cache": (namespace.decoder_layers.default, decoder_arguments()[:6]),
+        "run_prepared_layers": (namespace.run_prepared_layers.default, prepared_arguments()),
         "opaque_decoder": (namespace.opaque_decoder.default, opaque_decoder_arguments()),
+        "opaque_decoder without a cache": (namespace.opaque_decoder.default, opaque_decoder_arguments()[:4]),
         "lm_head in bfloat16": (
             namespace.lm_head.default,
             (grad(x.bfloat16()), grad(torch.randn(70, 50).bfloat16())),
@@ -460,9 +449,9 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
 
 @pytest.mark.parametrize(
     "name",
-    # The gradient of attention is the largest graph of all, and is traced without padding, too.
+    # The gradient of attention is by far the largest graph, and takes ten seconds to trace.
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "attention with padding" else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("attention, gradients") else [])
         for name in opcheck_cases()
     ],
 )
@@ -475,6 +464,6 @@ def test_opcheck_covers_every_operator() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name for name in names if name.startswith("bitnet_ops::")}
     covered = {operator._schema.name for operator, _ in opcheck_cases().values()}
-    # No part of a graph: they keep and drop what run_decoder_layers runs.
-    not_traced = {"bitnet_ops::prepare_decoder_layers", "bitnet_ops::release_decoder_layers"}
+    # No part of a graph: they keep and drop what run_prepared_layers runs.
+    not_traced = {"bitnet_ops::prepare_layers", "bitnet_ops::release_layers"}
     assert covered == registered - not_traced

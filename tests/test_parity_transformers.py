@@ -18,8 +18,9 @@ import torch
 from tiny_checkpoints import Sizes, Weights, pack_rows, published_tensors, write_folder
 from torch import Tensor, nn
 
-from bitnet_ops import BitLinear, KVCache, reference
-from bitnet_ops import from_pretrained, hf
+from bitnet_ops import BitLinear, KVCache, from_pretrained, reference
+from bitnet_ops.checkpoint import hf
+from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.reference import rotary_embedding
 
 pytest.importorskip("transformers")
@@ -150,10 +151,6 @@ def captured(module: nn.Module, run: nn.Module, *args: object, **kwargs: object)
     return seen[0]
 
 
-PLAIN = (torch.nn.Identity(), torch.nn.Identity())
-"""No norm before a block and no dropout after it: the input is the norm's output."""
-
-
 def test_attention(pair: Pair) -> None:
     """What enters attn_sub_norm: projections, rotation, grouping of heads, causal softmax, order of heads.
 
@@ -166,12 +163,12 @@ def test_attention(pair: Pair) -> None:
     sizes = pair.sizes
     x = torch.randn(2, LENGTH, sizes.hidden)
     positions = torch.arange(LENGTH).unsqueeze(0)
-    rotation = rotary_embedding(positions[0], sizes.head_dim, 10000.0)
+    context = Context(*rotation_tables(pair.ours.config, positions[0]))
     theirs_rotation = pair.theirs.model.rotary_emb(x, positions)
     mask = torch.full((LENGTH, LENGTH), float("-inf")).triu(1).expand(2, 1, LENGTH, LENGTH)
     for ours, theirs in zip(pair.ours.model.layers, pair.theirs.model.layers, strict=True):
         ours, theirs = ours.self_attn, theirs.self_attn
-        got = captured(ours.attn_sub_norm, ours, x, *PLAIN, rotation, None, None)
+        got = captured(ours.attn_sub_norm, ours, x, context, 0)
         expected = captured(theirs.attn_sub_norm, theirs, x, theirs_rotation, mask)
 
         def heads(y: Tensor) -> Tensor:
@@ -198,7 +195,7 @@ def test_feed_forward(pair: Pair) -> None:
     """What enters ffn_sub_norm: relu(g)^2 * u with both factors off by `linear_bound`, and two products."""
     x = torch.randn(2, LENGTH, pair.sizes.hidden)
     for ours, theirs in zip(pair.ours.model.layers, pair.theirs.model.layers, strict=True):
-        got = captured(ours.mlp.ffn_sub_norm, ours.mlp, x, *PLAIN)
+        got = captured(ours.mlp.ffn_sub_norm, ours.mlp, x)
         expected = captured(theirs.mlp.ffn_sub_norm, theirs.mlp, x)
         gate, up = ours.mlp.gate_proj(x).double().relu(), ours.mlp.up_proj(x).double().abs()
         gate_error, up_error = linear_bound(x, ours.mlp.gate_proj), linear_bound(x, ours.mlp.up_proj)

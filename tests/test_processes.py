@@ -159,7 +159,7 @@ class Rows(Dataset[Tensor]):
 
 
 @forks
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_dataloader(start: str, threads: None) -> None:
     if start not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system has no {start}")

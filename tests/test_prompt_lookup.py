@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from text_models import tiny_model
 from torch import Tensor, nn
 
-from bitnet_ops.decoder.cache import KVCache
 from bitnet_ops import BitNet
+from bitnet_ops.decoder.cache import KVCache
 from bitnet_ops.generation import loop as decoding
 from bitnet_ops.generation.drafts import (
     CREDIT_PASSES,

@@ -3,9 +3,8 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bitnet_ops import BitLinearQAT, pack
+from bitnet_ops import BitLinearQAT, BitNet, pack
 from bitnet_ops.decoder.config import BitNetConfig
-from bitnet_ops import BitNet
 
 CORPUS = [
     "It is a truth universally acknowledged, that a single man in possession of a good fortune,",

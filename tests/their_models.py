@@ -3,11 +3,10 @@
 Notation: u = 2^-24 is the unit roundoff of float32.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import json
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,6 @@ from torch import Tensor, nn
 from transformers import BitNetConfig as TheirConfig
 from transformers import BitNetForCausalLM, BitNetQuantConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitnet import (
-    BitLinear as TheirBitLinear,
-)
-from transformers.integrations.bitnet import (
     VALUES_PER_ITEM,
     AutoBitLinear,
     WeightQuant,
@@ -26,9 +22,11 @@ from transformers.integrations.bitnet import (
     replace_with_bitnet_linear,
     unpack_weights,
 )
+from transformers.integrations.bitnet import (
+    BitLinear as TheirBitLinear,
+)
 
-from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, BitNetConfig, reference
-from bitnet_ops import from_pretrained
+from bitnet_ops import DEFAULT_MODEL, BitLinear, BitNet, BitNetConfig, from_pretrained, reference
 from bitnet_ops.layers.linear import NormedLinear
 
 U = 2.0**-24

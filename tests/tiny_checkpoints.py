@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,

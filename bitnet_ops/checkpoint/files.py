@@ -5,6 +5,7 @@ fail ends in a `CheckpointError`.
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -91,6 +92,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without NumPy, which is not a dependency."""
+    if tensor.nbytes == 0:  # its address may be null
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies and what its header says about it."""
@@ -99,6 +107,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    nbytes: int
 
 
 class TensorFiles(AbstractContextManager["TensorFiles"]):
@@ -125,6 +134,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         self.tensors: dict[str, StoredTensor] = {}
         self.total_bytes = 0
         self._descriptors: dict[Path, int] = {}
+        self._header_digests: dict[Path, bytes] = {}
         self._mmap = mmap
         self._mappings: dict[Path, MappedFile] = {}
         self._stack = ExitStack()
@@ -183,8 +193,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         """A tensor's data, in memory that belongs to the caller."""
         stored = self.tensors[name]
         out = empty(stored.shape, dtype=self._dtype(name))
-        # A view of the tensor's memory without NumPy, which is not a dependency.
-        room = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())) if out.nbytes else b""
+        room = tensor_bytes(out)
         done = 0
         try:
             while done < len(room):
@@ -195,6 +204,22 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         except OSError as error:  # the file shrank, or the disk failed, since it was opened
             raise self.error(name, "readable data", f"{error}") from None
         return out
+
+    def part(self, name: str, begin: int, count: int) -> bytes:
+        """Bytes of a tensor from ``begin`` on: ``count``, or fewer at its end. They are read, not mapped."""
+        stored = self.tensors[name]
+        count = min(count, stored.nbytes - begin)
+        try:
+            data = os.pread(self._descriptors[stored.file], count, stored.offset + begin)
+        except OSError as error:
+            raise self.error(name, "readable data", f"{error}") from None
+        if len(data) < count:
+            raise self.error(name, "readable data", "a file that ends before the tensor does")
+        return data
+
+    def header_digest(self, name: str) -> bytes:
+        """SHA-256 of the header of the file that a tensor is in, as it stands there."""
+        return self._header_digests[self.tensors[name].file]
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype = self.tensors[name].dtype
@@ -221,11 +246,13 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
                 pass
             handle = self._stack.enter_context(file.open("rb"))
             header_bytes = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(header_bytes))
+            text = handle.read(header_bytes)
+            header = json.loads(text)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError.at(file, "file", "a valid safetensors file", f"{error}") from None
         self.total_bytes += os.fstat(handle.fileno()).st_size
         self._descriptors[file] = handle.fileno()
+        self._header_digests[file] = hashlib.sha256(text).digest()
         if self._mmap:
             with suppress(OSError, ValueError):  # a file system without mapping: read instead
                 self._mappings[file] = MappedFile(handle.fileno())
@@ -238,8 +265,11 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
                     "each tensor in one file",
                     f"it in {self.tensors[name].file} too",
                 )
-            offset = 8 + header_bytes + entry["data_offsets"][0]
-            self.tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), offset)
+            begin, end = entry["data_offsets"]
+            offset = 8 + header_bytes + begin
+            self.tensors[name] = StoredTensor(
+                file, entry["dtype"], tuple(entry["shape"]), offset, end - begin
+            )
 
     def _open_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")

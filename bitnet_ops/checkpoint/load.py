@@ -12,19 +12,17 @@ from tqdm import tqdm
 
 from ..decoder.config import DecoderConfig
 from ..decoder.model import LanguageModel
-from ..layers.linear import BitLinear, NormedLinear
+from ..layers.linear import BitLinear
 from ..layers.memory import HugePages
 from ..layers.norm import RMSNorm
 from .config_json import QUANT_METHOD, family_of, parse_config
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, TensorFiles, local_folder, read_json
-from .head_copy import CHUNK_ROWS, stored_head, stored_names
+from .head_copy import CHUNK_ROWS, HEAD, is_bound, is_finite, stored_head, stored_names, table_name
 from .hf import PublishedProjections
 from .packed import CONFIG_FILE, PackedProjections
 from .projections import ProjectionReader
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
-
-TIED_HEAD = "lm_head.weight"
 
 Model = TypeVar("Model", bound=LanguageModel)
 
@@ -58,12 +56,11 @@ def load(
         _check_plausible(config, files, path / CONFIG_FILE)
         with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
             model = make(config)
-        for module in model.modules():
-            if isinstance(module, NormedLinear) and isinstance(module.norm, RMSNorm):
-                module.norm.eps = config.projection_norm_eps
-        _load_weights(model, files, projections)
+        table = table_name(config)
+        bound = is_bound(files, data.get("quantization_config") or {}, table)
+        _load_weights(model, files, projections, {table} if bound else set())
         model.eval().requires_grad_(False)
-        copy = stored_head(files, data.get("quantization_config") or {}, model.head_weight)
+        copy = stored_head(files, model.head_weight) if bound else None
         model.screened_head(copy, files.forget)
     model.tokenizer = tokenizer
     model.generation_config = generation_config
@@ -117,8 +114,13 @@ def _check_plausible(config: DecoderConfig, files: TensorFiles, file: Path) -> N
             )
 
 
-def _load_weights(model: LanguageModel, files: TensorFiles, projections: ProjectionReader) -> None:
-    """Checks that the files have the tensors of the model and no others, then gives them to its modules."""
+def _load_weights(
+    model: LanguageModel, files: TensorFiles, projections: ProjectionReader, known_finite: set[str]
+) -> None:
+    """Checks that the files have the tensors of the model and no others, then gives them to its modules.
+
+    Matrices that are ``known_finite`` are not read.
+    """
     memory = HugePages()
     used: list[str] = []
     steps: list[Callable[[], None]] = []
@@ -134,10 +136,10 @@ def _load_weights(model: LanguageModel, files: TensorFiles, projections: Project
             if isinstance(module, RMSNorm):
                 steps.append(partial(_load_norm, files, weight, module))
             else:
-                steps.append(partial(_load_matrix, files, memory, weight, module))
-    if model.config.tie_word_embeddings and TIED_HEAD in files.tensors:
-        files.expect(TIED_HEAD, FLOAT_DTYPES, tuple(model.head_weight.shape))
-        used.append(TIED_HEAD)
+                steps.append(partial(_load_matrix, files, memory, weight, module, weight in known_finite))
+    if model.config.tie_word_embeddings and HEAD in files.tensors:
+        files.expect(HEAD, FLOAT_DTYPES, tuple(model.head_weight.shape))
+        used.append(HEAD)
         steps.append(partial(_check_tied, files, model))
     if isinstance(projections, PackedProjections):
         used += stored_names(files)
@@ -166,9 +168,15 @@ def _load_norm(files: TensorFiles, name: str, module: RMSNorm) -> None:
     module.weight = nn.Parameter(weight)
 
 
-def _load_matrix(files: TensorFiles, memory: HugePages, name: str, module: nn.Embedding | nn.Linear) -> None:
+def _load_matrix(
+    files: TensorFiles,
+    memory: HugePages,
+    name: str,
+    module: nn.Embedding | nn.Linear,
+    known_finite: bool,
+) -> None:
     matrix = files.tensor(name, memory.empty)
-    for rows in torch.split(matrix, CHUNK_ROWS):
+    for rows in () if known_finite else torch.split(matrix, CHUNK_ROWS):
         _check_finite(files, name, rows)
         files.forget(rows)  # a model reads few rows of it, if the head is screened
     module.weight = nn.Parameter(matrix)
@@ -176,17 +184,16 @@ def _load_matrix(files: TensorFiles, memory: HugePages, name: str, module: nn.Em
 
 def _check_tied(files: TensorFiles, model: LanguageModel) -> None:
     """A tied head may be stored a second time, but it has to be the same matrix."""
-    again = torch.split(files.tensor(TIED_HEAD), CHUNK_ROWS)
+    again = torch.split(files.tensor(HEAD), CHUNK_ROWS)
     for rows, head_rows in zip(again, torch.split(model.head_weight, CHUNK_ROWS), strict=True):
         if not rows.equal(head_rows):
             raise files.error(
-                TIED_HEAD, "the numbers of the embedding, because config.json ties them", "other numbers"
+                HEAD, "the numbers of the embedding, because config.json ties them", "other numbers"
             )
         files.forget(rows)
         files.forget(head_rows)
 
 
 def _check_finite(files: TensorFiles, name: str, tensor: Tensor) -> None:
-    # The extremes are NaN where a number is.
-    if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor)):
+    if not is_finite(tensor):
         raise files.error(name, "finite numbers", "a NaN or an infinity")

@@ -30,7 +30,7 @@ from .codes import check_packed
 from .config_json import QUANT_METHOD, config_to_json
 from .errors import CheckpointError
 from .files import FLOAT_DTYPES, SINGLE_FILE, TORCH_DTYPE, TensorFiles
-from .head_copy import head_to_store
+from .head_copy import binding, head_to_store, table_name
 from .projections import Projection, check_bias, read_bias
 from .text_files import TOKEN_FIELDS, save_text_files
 from .write import write_tensors
@@ -160,16 +160,18 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
     # In the folder itself, because a rename is atomic only within one file system.
     draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
-        copy, copy_entry = head_to_store(model.screened_head())
-        quantization = {"quant_method": QUANT_METHOD, **_layouts(model), **copy_entry}
+        copy, metadata = head_to_store(model.screened_head())
+        tensors |= copy
+        on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        write_tensors(draft / SINGLE_FILE, on_cpu, metadata)
+        bound = binding(draft, table_name(model.config))
+        quantization = {"quant_method": QUANT_METHOD, **_layouts(model), **bound}
         config = config_to_json(model.config, quantization)
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         generation_config = {name: config[name] for name in TOKEN_FIELDS} | dict(
             model.generation_config or {}
         )
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
-        tensors |= copy
-        write_tensors(draft / SINGLE_FILE, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
         files = sorted(draft.iterdir(), key=lambda file: file.name == CONFIG_FILE)  # config.json last
         for file in files:
             with file.open("rb") as handle:

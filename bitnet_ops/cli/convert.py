@@ -13,8 +13,8 @@ from .errors import expected_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..model import BitNet
     from ..evaluation.sparsity import LayerSparsity
+    from ..model import BitNet
 
 SAMPLE_TEXT = """\
 The harbour was quiet when the ferry came in. A few men in oilskins stood by the wall and watched the ropes
@@ -64,9 +64,9 @@ def convert(source: Path, target: Path, text: Path | None, layout: str | None) -
         raise click.UsageError("--text has no effect with --layout, which measures nothing")
     from tqdm import tqdm
 
-    from ..model import from_pretrained
     from ..evaluation.sparsity import layouts_for, measure_sparsity
     from ..layers.linear import BitLinear
+    from ..model import from_pretrained
 
     with expected_errors():
         model = from_pretrained(source)

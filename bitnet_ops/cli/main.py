@@ -24,10 +24,10 @@ from .options import MODEL_OPTION, THREADS_OPTION, load_model
 from .train import train
 
 if TYPE_CHECKING:
-    from ..model import BitNet
     from ..generation.chat import ChatSession, Continuation
     from ..generation.mixin import TextStream
     from ..generation.settings import GenerationArguments
+    from ..model import BitNet
 
 DEFAULT_NEW_TOKENS = 200
 """Length of a text on the command line: about a screenful, and Ctrl-C ends it earlier."""

@@ -21,9 +21,10 @@ class CacheTensors(NamedTuple):
     key_scales: Tensor | None
     value_scales: Tensor | None
 
-    def of_layer(self, slot: int) -> list[Tensor | None]:
+    def of_layer(self, slot: int) -> CacheTensors:
         """The tensors of one layer, as `ops.cached_attention` takes them."""
-        return [None if tensor is None else tensor[slot] for tensor in self]
+        scales = (None if scale is None else scale[slot] for scale in (self.key_scales, self.value_scales))
+        return CacheTensors(self.keys[slot], self.values[slot], *scales)
 
 
 class Context(NamedTuple):
@@ -57,15 +58,12 @@ class Context(NamedTuple):
             **options: ``scale`` and ``window``, as for these operators.
         """
         cos, sin = self.cos[rotation], self.sin[rotation]
-        options = {k: v for k, v in options.items() if v}  # WIP until ops have them
         if self.cache is not None and self.start is not None:
-            return ops.cached_attention(
-                q, k, v, cos, sin, self.start, *self.cache.of_layer(slot), **options
-            )
+            return ops.cached_attention(q, k, v, cos, sin, self.start, *self.cache.of_layer(slot), **options)
         attention = reference.attention if training else ops.attention
         return attention(q, k, v, cos, sin, self.start, **options)
 
-    def arguments(self) -> tuple[Tensor | None, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """The arguments of `ops.decoder_layers` from ``cos`` on, but the slot."""
         return self.cos, self.sin, self.start, *(self.cache or (None, None, None, None))
 
@@ -76,9 +74,7 @@ def rotation_tables(config: DecoderConfig, positions: Tensor) -> tuple[Tensor, T
     Returns:
         Two of float32 [tables, *positions.shape, head_dim / 2].
     """
-    tables = [
-        reference.rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-    ]
+    tables = [reference.rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)]
     if config.local_rope_theta is not None:
         tables.append(reference.rotary_embedding(positions, config.head_dim, config.local_rope_theta))
     cos, sin = zip(*tables, strict=True)

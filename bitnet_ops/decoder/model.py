@@ -42,7 +42,9 @@ def projection(
     if linear is BitLinear:
         options = {"activation_bits": config.activation_bits, "group_size": config.group_size}
     made = linear(in_features, out_features, bias=bias, **options)
-    return NormedLinear(RMSNorm(in_features, config.rms_norm_eps), made) if config.projection_norms else made
+    if not config.projection_norms:
+        return made
+    return NormedLinear(RMSNorm(in_features, config.projection_norm_eps), made)
 
 
 class Attention(nn.Module):
@@ -75,8 +77,8 @@ class Attention(nn.Module):
         )
         if self.attn_sub_norm is not None:
             y = self.attn_sub_norm(y)
-        y = self.o_proj(y)
-        return y
+        out: Tensor = self.o_proj(y)
+        return out
 
 
 class FeedForward(nn.Module):
@@ -97,8 +99,8 @@ class FeedForward(nn.Module):
         y = glu(self.gate_proj(x), self.up_proj(x), self.activation)
         if self.ffn_sub_norm is not None:
             y = self.ffn_sub_norm(y)
-        y = self.down_proj(y)
-        return y
+        out: Tensor = self.down_proj(y)
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -140,7 +142,8 @@ class DecoderLayer(nn.Module):
         y = self.self_attn(self.input_layernorm(x), context, slot)
         x = x + self.dropout(self._behind(self.post_attention_norm, y))
         y = self.mlp(self.feed_forward_norm(x))
-        return x + self.dropout(self._behind(self.post_feed_forward_norm, y))
+        x = x + self.dropout(self._behind(self.post_feed_forward_norm, y))
+        return x
 
     def _behind(self, norm: nn.Module | None, y: Tensor) -> Tensor:
         if norm is not None:

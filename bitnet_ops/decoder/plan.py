@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _C, ops
@@ -100,8 +101,9 @@ class LayerLists(NamedTuple):
             return False
         if not all(norm is None or mine._add_norm(norm) for norm in norms):
             return False
-        for list_, own in zip(self, mine, strict=True):
-            list_.extend(own)  # type: ignore[arg-type]
+        self.weights.extend(mine.weights)
+        self.structure.extend(mine.structure)
+        self.constants.extend(mine.constants)
         return True
 
     def _add_norm(self, norm: nn.Module) -> bool:
@@ -118,7 +120,9 @@ class LayerLists(NamedTuple):
         if type(projection) is not BitLinear or not projection.packed_weight.is_cpu:
             return False
         layout, bias = packing.LAYOUTS.index(projection.layout), projection.bias
-        self.structure.extend((int(norm is not None), projection.out_features, projection.in_features, layout))
+        self.structure.extend(
+            (int(norm is not None), projection.out_features, projection.in_features, layout)
+        )
         self.structure.extend((projection.activation_bits, projection.group_size, int(bias is not None)))
         if norm is not None and not self._add_norm(norm):
             return False
@@ -132,7 +136,7 @@ class Run(NamedTuple):
     """Consecutive layers that one operator runs, or (lists is None) a layer that runs as a module."""
 
     first: int
-    count: int
+    number: int
     lists: LayerLists | None
 
 
@@ -147,7 +151,7 @@ def collect(layers: nn.ModuleList, known: Known) -> list[Run]:
     for place, layer in enumerate(layers):
         current = runs[-1].lists if runs else None
         if current is not None and current.add(layer, known):
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            runs[-1] = runs[-1]._replace(number=runs[-1].number + 1)
             continue
         lists = LayerLists([], [], [])
         runs.append(Run(place, 1, lists if lists.add(layer, known) else None))
@@ -158,7 +162,8 @@ def run(runs: Sequence[Run], layers: nn.ModuleList, x: Tensor, context: Context)
     """The layers on x, float32 [B, T, hidden_size], with operators that take all weights as arguments."""
     for first, number, lists in runs:
         if lists is not None and lists.apply_to(x):
-            x = ops.decoder_layers(x, *lists, *context.arguments(), first)  # type: ignore[arg-type]
+            arguments: tuple[Any, ...] = (*lists, *context.arguments(), first)
+            x = ops.decoder_layers(x, *arguments)
         else:
             x = run_modules(layers, first, number, x, context)
     return x
@@ -201,7 +206,8 @@ class Plan:
         """Runs the layers on x, float32 [B, T, hidden_size]."""
         layers, collected = self._layers(), self._collected
         assert layers is not None, "a plan is its decoder's"
-        if collected is None or _has_any_global_hook():
+        # In torch.func.vmap, operators on rows know what to do with one more axis; the layers as one do not.
+        if collected is None or _has_any_global_hook() or is_functorch_wrapped_tensor(x):
             return run_modules(layers, 0, len(layers), x, context)
         if type(x) is not Tensor:  # such as a FakeTensor, of weights without data
             return run(collected.runs, layers, x, context)

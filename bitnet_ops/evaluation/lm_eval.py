@@ -24,10 +24,9 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_gen
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from ..model import from_pretrained
-from ..model import BitNet
 from ..generation.chat import ChatSession
 from ..generation.prompts import encode_prompt, need_tokenizer, pad_left
+from ..model import BitNet, from_pretrained
 from .perplexity import token_losses
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]

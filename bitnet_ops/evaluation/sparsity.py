@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..model import BitNet
 from ..layers.linear import BitLinear, NormedLinear, best_layout
+from ..model import BitNet
 
 ROW_PAYS_BELOW = 0.45
 COLUMN_PAYS_BELOW = 0.3

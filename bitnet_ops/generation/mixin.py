@@ -19,11 +19,11 @@ from .settings import GenerationArguments
 from .text_stream import IncrementalDecoder, StopStrings
 
 if TYPE_CHECKING:
-    from ..decoder.head import ScreenedHead
     from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
     from ..decoder.config import DecoderConfig
+    from ..decoder.head import ScreenedHead
 
 
 class Streamer(Protocol):
@@ -44,7 +44,7 @@ class GenerationMixin(nn.Module):
     generation_config: dict[str, Any] | None
     hidden_states: Callable[..., Tensor]
 
-    screened_head: Callable[[], ScreenedHead | None]
+    screened_head: Callable[..., ScreenedHead | None]
 
     @property
     def device(self) -> torch.device:

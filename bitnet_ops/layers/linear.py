@@ -116,7 +116,7 @@ class BitLinear(nn.Module):
         layout: str = "tile16",
         activation_bits: int = 8,
         group_size: int = 0,
-    ) -> "BitLinear":
+    ) -> BitLinear:
         """Packs weights that are ternary already.
 
         Args:
@@ -162,9 +162,7 @@ class BitLinear(nn.Module):
         return layer
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, layout: str = "tile16", activation_bits: int = 8
-    ) -> "BitLinear":
+    def from_linear(cls, linear: nn.Linear, *, layout: str = "tile16", activation_bits: int = 8) -> BitLinear:
         """Quantises the float weights of a linear layer (absmean, see `reference.quantize_weight`).
 
         Args:
@@ -192,7 +190,7 @@ class BitLinear(nn.Module):
         """The ternary weights, int8 [out_features, in_features]."""
         return ops.unpack_ternary(self.packed_weight, self.out_features, self.in_features, self.layout)
 
-    def repack(self, layout: str) -> "BitLinear":
+    def repack(self, layout: str) -> BitLinear:
         """Stores the weights in another layout, in place. Results stay the same.
 
         Raises:
@@ -256,7 +254,7 @@ class BitLinear(nn.Module):
             }
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "BitLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> BitLinear:
         # model.to(torch.bfloat16) must not round the scales: they are numbers of the format, not activations.
         kept = {"weight_scale": self.weight_scale, "bias": self.bias}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -293,7 +291,7 @@ class BitLinearQAT(nn.Linear):
     """
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> "BitLinearQAT":
+    def from_linear(cls, linear: nn.Linear) -> BitLinearQAT:
         """Trains on from a float layer: the new layer holds the same parameters, not copies.
 
         Args:

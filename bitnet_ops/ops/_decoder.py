@@ -81,9 +81,7 @@ class PreparedLayers:
 
 def _shape_only(x: Tensor, cos: Tensor, sin: Tensor, *others: Tensor | None) -> Tensor:
     names = ("start", "keys", "values", "key_scale", "value_scale")
-    check_device(
-        "decoder_layers", x, cos=cos, sin=sin, **dict(zip(names, others, strict=False))
-    )
+    check_device("decoder_layers", x, cos=cos, sin=sin, **dict(zip(names, others, strict=False)))
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

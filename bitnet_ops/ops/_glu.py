@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._registry import OPS, check_device, fake_kernel, use_on_accelerators
+from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -67,3 +67,6 @@ torch.library.register_autograd("bitnet_ops::glu", _glu_backward, setup_context=
 
 
 use_on_accelerators("glu", reference.glu)
+
+
+batch_rows("glu", 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._registry import OPS, check_device, fake_kernel, use_on_accelerators, without_gradient
+from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators, without_gradient
 
 
 def lm_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -55,6 +55,9 @@ def _lm_head_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...
 
 
 torch.library.register_autograd("bitnet_ops::lm_head", _lm_head_backward, setup_context=_lm_head_setup)
+
+
+batch_rows("lm_head")
 
 
 use_on_accelerators("lm_head", reference.lm_head)

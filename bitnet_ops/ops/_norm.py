@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._registry import OPS, check_device, fake_kernel, use_on_accelerators
+from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -62,6 +62,9 @@ def _rms_norm_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("bitnet_ops::rms_norm", _rms_norm_backward, setup_context=_rms_norm_setup)
+
+
+batch_rows("rms_norm")
 
 
 use_on_accelerators("rms_norm", reference.rms_norm)

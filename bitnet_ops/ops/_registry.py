@@ -35,6 +35,72 @@ def use_on_accelerators(operator: str, reference: Callable[..., Any]) -> None:
         torch.library.impl(f"bitnet_ops::{operator}", backend)(reference)
 
 
+def batch_rows(operator: str, *more: int) -> None:
+    """Registers how torch.func.vmap runs an operator that works row by row: with one more leading axis.
+
+    Where tensors without rows are batched, weights for instance, it runs once for each of the batch.
+
+    Args:
+        operator: its first argument has rows.
+        *more: positions of other arguments with as many rows.
+    """
+    call = getattr(OPS, operator).default
+    with_rows = {0, *more}
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        if any(_is_batched(dims) for place, dims in enumerate(in_dims) if place not in with_rows):
+            return one_by_one(call, info.batch_size, in_dims, arguments)
+        result = call(
+            *(
+                batch_first(x, dim, info.batch_size) if place in with_rows else x
+                for place, (x, dim) in enumerate(zip(arguments, in_dims, strict=True))
+            )
+        )
+        return result, _each(lambda _: 0, result)
+
+    torch.library.register_vmap(f"bitnet_ops::{operator}", rule)
+
+
+def batch_first(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """A tensor with its batch axis in front, repeated along it where it has none."""
+    if x is None:
+        return None
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def one_by_one(
+    call: Callable[..., Any], size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """A batching rule that calls the operator for each of the batch."""
+
+    def of(i: int, item: Any, dims: Any) -> Any:
+        return _each(lambda x, dim: x if dim is None else x.select(dim, i), item, dims)
+
+    results = [
+        call(
+            *(
+                of(i, item, dims) if _is_batched(dims) else item
+                for item, dims in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    stacked = _each(lambda *parts: torch.stack(parts), *results)
+    return stacked, _each(lambda _: 0, stacked)
+
+
+def _is_batched(dims: Any) -> bool:
+    """Of an argument, a list of tensors perhaps, by the entry of ``in_dims`` for it."""
+    return any(dim is not None for dim in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+
+def _each(function: Callable[..., Any], *items: Any) -> Any:
+    """Applies a function to single things, or to each of several lists' elements."""
+    if isinstance(items[0], (list, tuple)):
+        return type(items[0])(map(function, *items))
+    return function(*items)
+
+
 class _WithoutGradient(torch.autograd.Function):
     """Hands a result on. Who asks for gradients through it gets an error, not None."""
 

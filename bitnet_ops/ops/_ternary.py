@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ._packing import unpack_ternary
-from ._registry import OPS, check_device, fake_kernel, use_on_accelerators, without_gradient
+from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators, without_gradient
 
 
 def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -39,6 +39,9 @@ def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     dtype = torch.int16 if bits == 16 else torch.int8
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+batch_rows("quantize_activations")
 
 
 use_on_accelerators("quantize_activations", reference.quantize_activations)
@@ -173,3 +176,6 @@ def _ternary_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, .
 torch.library.register_autograd(
     "bitnet_ops::ternary_linear", _ternary_linear_backward, setup_context=_ternary_linear_setup
 )
+
+
+batch_rows("ternary_linear", 8)  # active

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..decoder.config import DecoderConfig
-from ..model import BitNet
 from ..evaluation.perplexity import TextLoss, sum_of_losses
 from ..layers.linear import BitLinearQAT
+from ..model import BitNet
 from .corpus import Corpus, Split
 from .muon import Float32Muon
 

@@ -4,8 +4,9 @@
 //
 // The order of every float operation, which decides the bits. Position p of a sequence is the p-th of its
 // own tokens, so padding before the first one has no place here and cannot move anything: a sequence
-// in a batch runs through the operations of the same sequence alone. A token at position p sees keys 0 .. p;
-// they fall into blocks of 64 and spans of 256, which begin at multiples of these numbers, whoever asks.
+// in a batch runs through the operations of the same sequence alone. A token at position p sees keys 0 .. p, or with a
+// window of w max(0, p - w + 1) .. p; they fall into blocks of 64 and spans of 256, which begin at multiples of these
+// numbers, whoever asks. A block or span without a key that a token sees has no part in the token's sums.
 //
 //     keys      0 ......... 63 | 64 ........ 127 | 128 ...... 191 | 192 ...... 255 | 256 ....
 //     blocks         0         |        1        |       2        |       3        |   4
@@ -235,12 +236,14 @@ struct AttentionKernels {
 
   // One block: scores become the weights that values are multiplied with. Step by step for all rows, whose
   // long chains of dependent instructions then overlap.
-  static void soften(int rows, float* scores, const int64_t* visible, float* max, float* sum, float* factor) {
+  static void soften(int rows, float* scores, const int64_t* hidden, const int64_t* visible, float* max, float* sum,
+                     float* factor) {
     // Enough for kRows, and whole registers.
     constexpr int kFactors = (kRows + kLanes - 1) / kLanes * kLanes;
     float fall[kFactors] = {};
     for (int i = 0; i < rows; ++i) {
       float* score = scores + i * kAttentionBlock;
+      for (int64_t j = 0; j < hidden[i]; ++j) score[j] = -kInfinity;
       for (int64_t j = visible[i]; j < kAttentionBlock; ++j) score[j] = -kInfinity;
       F32 highest = Isa::load(score);
       for (int r = 1; r < kRegisters; ++r) highest = Isa::max(highest, Isa::load(score + r * kLanes));
@@ -262,43 +265,79 @@ struct AttentionKernels {
     }
   }
 
-  // Keys from `key` on that row `row` of `rows` sees; not positive if there are none.
-  static int64_t visible_keys(const Attention& p, const AttentionRows& rows, int64_t row, int64_t key) {
-    const int64_t position = p.start[rows.batch] + rows.token_begin + row / p.group;
-    return position + 1 - key;
+  static int64_t position_of(const Attention& p, const AttentionRows& rows, int64_t row) {
+    return p.start[rows.batch] + rows.token_begin + row / p.group;
   }
-  static int64_t visible_in_block(const Attention& p, const AttentionRows& rows, int64_t row, int64_t key) {
-    const int64_t visible = visible_keys(p, rows, row, key);
-    return visible < kAttentionBlock ? visible : kAttentionBlock;
+
+  // Of keys key, key + 1, ... row `row` of `rows` sees those from number `hidden` to number `visible`, which may lie
+  // below 0 or beyond a block. Rows follow their tokens: both numbers grow with them.
+  static int64_t visible_keys(const Attention& p, const AttentionRows& rows, int64_t row, int64_t key) {
+    return position_of(p, rows, row) + 1 - key;
+  }
+  static int64_t hidden_keys(const Attention& p, const AttentionRows& rows, int64_t row, int64_t key) {
+    return first_seen(p.window, position_of(p, rows, row)) - key;
+  }
+  static bool sees(const Attention& p, const AttentionRows& rows, int64_t row, int64_t key, int64_t count) {
+    return visible_keys(p, rows, row, key) > 0 && hidden_keys(p, rows, row, key) < count;
+  }
+
+  // Rows [begin, end) are those that see any of `count` keys from `key` on.
+  struct Seers {
+    int64_t begin;
+    int64_t end;
+    Seers(const Attention& p, const AttentionRows& rows, int64_t key, int64_t count)
+        : begin(0), end(p.group * (rows.token_end - rows.token_begin)) {
+      while (begin < end && visible_keys(p, rows, begin, key) <= 0) ++begin;
+      while (begin < end && hidden_keys(p, rows, end - 1, key) >= count) --end;
+    }
+  };
+
+  static void seen_keys(const Attention& p, const AttentionRows& rows, int64_t row, int count, int64_t key,
+                        int64_t keys, int64_t* hidden, int64_t* visible) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t first = hidden_keys(p, rows, row + i, key);
+      const int64_t end = visible_keys(p, rows, row + i, key);
+      hidden[i] = first > 0 ? first : 0;
+      visible[i] = end < keys ? end : keys;
+    }
   }
 
   // Keys (or rows of values) of one block against all rows, from the cache itself or widened from it.
   template <class T>
   static void attend_block(const Attention& p, const AttentionRows& rows, int64_t key, const float* q, const T* keys,
                            const T* values, const AttentionState& state, float* scores) {
-    const int64_t count = p.group * (rows.token_end - rows.token_begin);
     const int64_t width = value_width(p.head_dim);
-    int64_t row = 0;  // the first that sees any of these keys
-    while (row < count && visible_keys(p, rows, row, key) <= 0) ++row;
-    for (; row < count; row += kRows) {
-      const int n = static_cast<int>(count - row < kRows ? count - row : kRows);
-      // Rows follow their tokens, so the first of them sees least and the last most.
+    const Seers seers(p, rows, key, kAttentionBlock);
+    for (int64_t row = seers.begin; row < seers.end; row += kRows) {
+      const int n = static_cast<int>(seers.end - row < kRows ? seers.end - row : kRows);
+      int64_t hidden[kRows];
       int64_t visible[kRows];
-      for (int i = 0; i < n; ++i) visible[i] = visible_in_block(p, rows, row + i, key);
+      seen_keys(p, rows, row, n, key, kAttentionBlock, hidden, visible);
+      // All rows see keys [begin, least), if there are any.
       const int64_t least = visible[0];
+      const int64_t begin = hidden[n - 1] < least ? hidden[n - 1] : least;
       const int64_t most = divide_up(visible[n - 1], kLanes) * kLanes;
+      const float one = 1.0f;
       float* out = state.out + row * width;
       multiply(n, most, q + row * p.head_dim, p.head_dim, keys, kAttentionBlock, p.head_dim, scores, kAttentionBlock,
                nullptr);
       float factor[kRows + kLanes];
-      soften(n, scores, visible, state.max + row, state.sum + row, factor);
-      multiply(n, width, scores, kAttentionBlock, values, width, least, out, width, factor);
+      soften(n, scores, hidden, visible, state.max + row, state.sum + row, factor);
+      // Keys in order for each row: those before the common ones alone, then the common ones, then the rest alone.
+      for (int i = 0; i < n; ++i) {
+        if (hidden[i] < begin) {
+          multiply(1, width, scores + i * kAttentionBlock + hidden[i], kAttentionBlock, values + hidden[i] * width,
+                   width, begin - hidden[i], out + i * width, width, factor + i);
+          factor[i] = one;
+        }
+      }
+      multiply(n, width, scores + begin, kAttentionBlock, values + begin * width, width, least - begin, out, width,
+               factor);
       for (int i = 1; i < n; ++i) {
-        const float one = 1.0f;
-        const int64_t more = visible[i] - least;
-        if (more > 0) {
-          multiply(1, width, scores + i * kAttentionBlock + least, kAttentionBlock, values + least * width, width, more,
-                   out + i * width, width, &one);
+        const int64_t from = hidden[i] > least ? hidden[i] : least;
+        if (visible[i] > from) {
+          multiply(1, width, scores + i * kAttentionBlock + from, kAttentionBlock, values + from * width, width,
+                   visible[i] - from, out + i * width, width, &one);
         }
       }
     }
@@ -343,7 +382,11 @@ struct AttentionKernels {
     std::memset(state.out, 0, static_cast<size_t>(count * value_width(p.head_dim)) * sizeof(float));
     const int64_t seen = visible_keys(p, rows, count - 1, 0);
     const int64_t end = seen < (index + 1) * kAttentionSpan ? seen : (index + 1) * kAttentionSpan;
-    for (int64_t key = index * kAttentionSpan; key < end; key += kAttentionBlock) {
+    // Blocks before everybody's window are not read.
+    const int64_t first = first_seen(p.window, position_of(p, rows, 0));
+    const int64_t from_first = first - first % kAttentionBlock;
+    const int64_t begin = from_first > index * kAttentionSpan ? from_first : index * kAttentionSpan;
+    for (int64_t key = begin; key < end; key += kAttentionBlock) {
       attend_block_of<T>(p, rows, key, end, state, scratch);
     }
   }
@@ -355,16 +398,14 @@ struct AttentionKernels {
     const int64_t key = index * kAttentionSpan;
     const int64_t place = (rows.batch * p.kv_heads + rows.kv_head) * p.capacity + key;
     const Int8Queries queries(queries_in(scratch), count, p.head_dim);
-    int64_t row = 0;  // the first that sees any of these keys
-    while (row < count && visible_keys(p, rows, row, key) <= 0) ++row;
-    for (; row < count; row += Int8::kRows) {
-      const int n = static_cast<int>(count - row < Int8::kRows ? count - row : Int8::kRows);
+    const Seers seers(p, rows, key, kAttentionSpan);
+    for (int64_t row = seers.begin; row < seers.end; row += Int8::kRows) {
+      const int n = static_cast<int>(seers.end - row < Int8::kRows ? seers.end - row : Int8::kRows);
+      int64_t hidden[Int8::kRows];
       int64_t visible[Int8::kRows];
-      for (int i = 0; i < n; ++i) {
-        const int64_t keys = visible_keys(p, rows, row + i, key);
-        visible[i] = keys < kAttentionSpan ? keys : kAttentionSpan;
-      }
-      Int8::template attend<Int8::kRows>(n, queries, row, visible, static_cast<const int8_t*>(p.keys) + place * width,
+      seen_keys(p, rows, row, n, key, kAttentionSpan, hidden, visible);
+      Int8::template attend<Int8::kRows>(n, queries, row, hidden, visible,
+                                         static_cast<const int8_t*>(p.keys) + place * width,
                                          static_cast<const int8_t*>(p.values) + place * width, p.key_scale + place,
                                          p.value_scale + place, width, state);
     }
@@ -389,7 +430,7 @@ struct AttentionKernels {
     const int64_t width = value_width(p.head_dim);
     const int64_t count = p.group * (rows.token_end - rows.token_begin);
     for (int64_t row = 0; row < count; ++row) {
-      if (visible_keys(p, rows, row, index * kAttentionSpan) <= 0) continue;
+      if (!sees(p, rows, row, index * kAttentionSpan, kAttentionSpan)) continue;
       const float max = state.max[row] > part.max[row] ? state.max[row] : part.max[row];
       const float factor = exp2_of(state.max[row] - max);
       const float part_factor = exp2_of(part.max[row] - max);

@@ -108,20 +108,31 @@ struct Int8Attention {
     }
   }
 
-  // Scores of one query become 16-bit weights with the values' scales in them. The first `visible` of `count` keys are
+  static I32 largest_of_64(I32 magnitude, const float* x) {
+    for (int64_t i = 0; i < kVirtualLanes; i += kLanes) magnitude = Isa::max_magnitude(magnitude, Isa::load(x + i));
+    return magnitude;
+  }
+
+  // Scores of one query become 16-bit weights with the values' scales in them. Keys [hidden, visible) of `count` are
   // seen, the others get the weight 0. Returns w_scale.
-  static float soften(float* scores, int64_t visible, int64_t count, const float* key_scale, const float* value_scale,
-                      int8_t* hi, int8_t* lo, int32_t* hi_lo_sum, float* max, float* sum) {
+  static float soften(float* scores, int64_t hidden, int64_t visible, int64_t count, const float* key_scale,
+                      const float* value_scale, int8_t* hi, int8_t* lo, int32_t* hi_lo_sum, float* max, float* sum) {
+    // Registers [begin, whole) are seen as a whole, those around them in part. Scales of keys that are not seen may be
+    // NaN: nothing is multiplied with them that is not replaced.
     const int64_t whole = visible - visible % kLanes;
-    F32 highest = Isa::set1(-kInfinity);
-    for (int64_t j = 0; j < whole; j += kLanes) {
+    const int64_t from_hidden = divide_up(hidden, kLanes) * kLanes;
+    const int64_t begin = from_hidden < whole ? from_hidden : whole;
+    for (int64_t j = 0; j < hidden; ++j) scores[j] = -kInfinity;
+    for (int64_t j = hidden; j < begin; ++j) scores[j] *= key_scale[j];
+    F32 highest = hidden < begin ? Isa::load(scores + begin - kLanes) : Isa::set1(-kInfinity);
+    for (int64_t j = begin; j < whole; j += kLanes) {
       const F32 score = Isa::mul(Isa::load(scores + j), Isa::load(key_scale + j));
       highest = Isa::max(highest, score);
       Isa::store(scores + j, score);
     }
     const int64_t end = divide_up(visible, kVirtualLanes) * kVirtualLanes;
     if (whole < end) {
-      for (int64_t j = whole; j < visible; ++j) scores[j] *= key_scale[j];
+      for (int64_t j = whole > hidden ? whole : hidden; j < visible; ++j) scores[j] *= key_scale[j];
       for (int64_t j = visible; j < end; ++j) scores[j] = -kInfinity;
       highest = Isa::max(highest, Isa::load(scores + whole));
     }
@@ -130,22 +141,22 @@ struct Int8Attention {
     F32 lanes[kRegisters];
     for (int r = 0; r < kRegisters; ++r) lanes[r] = Isa::zero();
     I32 magnitude = Isa::zero_i32();
-    for (int64_t j = 0; j < end; j += kVirtualLanes) {
+    const int64_t first = hidden - hidden % kVirtualLanes;  // weights before it are +0, which adds nothing
+    for (int64_t j = first; j < end; j += kVirtualLanes) {
       for (int r = 0; r < kRegisters; ++r) {
         const int64_t i = j + r * kLanes;
         const F32 weight = exp2<Isa>(Isa::add(Isa::load(scores + i), minus_max));
         lanes[r] = Isa::add(lanes[r], weight);
         const F32 with_scale = Isa::mul(weight, Isa::load(value_scale + i));
-        if (j + kVirtualLanes <= visible) magnitude = Isa::max_magnitude(magnitude, with_scale);
+        if (j >= hidden && j + kVirtualLanes <= visible) magnitude = Isa::max_magnitude(magnitude, with_scale);
         Isa::store(scores + i, with_scale);
       }
     }
-    if (visible < end) {  // scales that nobody wrote may be NaN
-      for (int64_t j = visible; j < end; ++j) scores[j] = 0.0f;
-      for (int64_t i = end - kVirtualLanes; i < end; i += kLanes) {
-        magnitude = Isa::max_magnitude(magnitude, Isa::load(scores + i));
-      }
-    }
+    // The first and the last 64, where they are seen in part.
+    for (int64_t j = 0; j < hidden; ++j) scores[j] = 0.0f;
+    for (int64_t j = visible; j < end; ++j) scores[j] = 0.0f;
+    for (int64_t j = first; j < hidden; j += kVirtualLanes) magnitude = largest_of_64(magnitude, scores + j);
+    if (visible < end) magnitude = largest_of_64(magnitude, scores + end - kVirtualLanes);
     *sum = Float::fold_registers(lanes);
     const uint32_t bits = static_cast<uint32_t>(Isa::highest(magnitude));
     const float largest = bits_float(bits);
@@ -162,14 +173,15 @@ struct Int8Attention {
     return largest / kLargestSplit;
   }
 
-  // Attends `rows` queries from row `row` on to a span. Query r sees visible[r] keys, the last of them sees most.
+  // Attends `rows` queries from row `row` on to a span. Query r sees keys [hidden[r], visible[r]); they grow with r.
   template <int ROWS>
-  static void attend(int rows, const Int8Queries& queries, int64_t row, const int64_t* visible, const int8_t* keys,
-                     const int8_t* values, const float* key_scale, const float* value_scale, int64_t width,
-                     const AttentionState& state) {
+  static void attend(int rows, const Int8Queries& queries, int64_t row, const int64_t* hidden, const int64_t* visible,
+                     const int8_t* keys, const int8_t* values, const float* key_scale, const float* value_scale,
+                     int64_t width, const AttentionState& state) {
     if constexpr (ROWS > 1) {
       if (rows < ROWS) {
-        return attend<ROWS - 1>(rows, queries, row, visible, keys, values, key_scale, value_scale, width, state);
+        return attend<ROWS - 1>(rows, queries, row, hidden, visible, keys, values, key_scale, value_scale, width,
+                                state);
       }
     }
     const int64_t tiles = divide_up(visible[ROWS - 1], kTileRows);
@@ -178,8 +190,8 @@ struct Int8Attention {
     int32_t sum[2 * ROWS];
     for (int r = 0; r < ROWS; ++r) {
       int8_t* hi = queries.weights + 2 * r * kAttentionSpan;
-      scale[r] = soften(queries.scores + r * kAttentionSpan, visible[r], tiles * kTileRows, key_scale, value_scale, hi,
-                        hi + kAttentionSpan, sum + 2 * r, state.max + row + r, state.sum + row + r);
+      scale[r] = soften(queries.scores + r * kAttentionSpan, hidden[r], visible[r], tiles * kTileRows, key_scale,
+                        value_scale, hi, hi + kAttentionSpan, sum + 2 * r, state.max + row + r, state.sum + row + r);
     }
     for (int64_t tile = 0; tile < width / kTileRows; ++tile) {
       alignas(64) int32_t acc[2 * ROWS * kTileRows];

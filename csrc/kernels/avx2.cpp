@@ -40,6 +40,7 @@
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/ymm.h"
+#include "kernels/make_table.h"
 
 namespace bitnet_ops {
 namespace {
@@ -164,33 +165,10 @@ struct Avx2Sums {
   }
 };
 
-using Float = FloatKernels<Ymm>;
-using Attend = AttentionKernels<Ymm, Avx2Sums>;
-
 }  // namespace
 
 extern const KernelTable kAvx2Kernels;
-constexpr KernelTable kAvx2Kernels = {
-    "avx2",
-    Float::quantize_row,
-    Float::quantize_row_16,
-    TernaryDriver<Ymm, YmmLoops<Maddubs>>::ternary_product,
-    nullptr,
-    RowDriver<YmmLoops<Maddubs>>::ternary_rows,
-    ColumnDriver<Ymm, YmmLoops<Maddubs>>::ternary_columns,
-    Float::rms_norm_row,
-    Float::widen_row,
-    Float::logits,
-    Attend::store,
-    Attend::queries,
-    Attend::span,
-    Attend::join,
-    Attend::finish,
-    Float::logits_of_rows,
-    ScreenRows<Ymm>::screen_rows,
-    ScreenDriver<Ymm, Avx2Sums>::screen,
-    GluKernels<Ymm>::row,
-};
+constexpr KernelTable kAvx2Kernels = make_table<Ymm, YmmLoops<Maddubs>, YmmLoops<Maddubs>, Avx2Sums>("avx2");
 
 }  // namespace bitnet_ops
 

@@ -27,6 +27,7 @@
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/avx512.h"
+#include "kernels/make_table.h"
 
 namespace bitnet_ops {
 namespace {
@@ -80,33 +81,11 @@ struct Base3Codes {
   }
 };
 
-using Float = FloatKernels<Avx512>;
-using Attend = AttentionKernels<Avx512, Avx512Sums>;
-
 }  // namespace
 
 extern const KernelTable kAvx512VbmiKernels;
-constexpr KernelTable kAvx512VbmiKernels = {
-    "avx512_vbmi",
-    Float::quantize_row,
-    Float::quantize_row_16,
-    TernaryDriver<Avx512, TileBlocks<Tile16Codes>>::ternary_product,
-    TernaryDriver<Avx512, TileBlocks<Base3Codes>>::ternary_product,
-    RowDriver<Sparse>::ternary_rows,
-    ColumnDriver<Avx512, Sparse>::ternary_columns,
-    Float::rms_norm_row,
-    Float::widen_row,
-    Float::logits,
-    Attend::store,
-    Attend::queries,
-    Attend::span,
-    Attend::join,
-    Attend::finish,
-    Float::logits_of_rows,
-    ScreenRows<Avx512>::screen_rows,
-    ScreenDriver<Avx512, Avx512Sums>::screen,
-    GluKernels<Avx512>::row,
-};
+constexpr KernelTable kAvx512VbmiKernels = make_table<Avx512, TileBlocks<Tile16Codes>, Sparse, Avx512Sums>(
+    "avx512_vbmi", TernaryDriver<Avx512, TileBlocks<Base3Codes>>::ternary_product);
 
 }  // namespace bitnet_ops
 

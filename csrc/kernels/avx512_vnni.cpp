@@ -26,37 +26,12 @@
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/avx512.h"
+#include "kernels/make_table.h"
 
 namespace bitnet_ops {
-namespace {
-
-using Float = FloatKernels<Avx512>;
-using Attend = AttentionKernels<Avx512, Avx512Sums>;
-
-}  // namespace
-
 extern const KernelTable kAvx512VnniKernels;
-constexpr KernelTable kAvx512VnniKernels = {
-    "avx512_vnni",
-    Float::quantize_row,
-    Float::quantize_row_16,
-    TernaryDriver<Avx512, TileBlocks<Tile16Codes>>::ternary_product,
-    nullptr,
-    RowDriver<Sparse>::ternary_rows,
-    ColumnDriver<Avx512, Sparse>::ternary_columns,
-    Float::rms_norm_row,
-    Float::widen_row,
-    Float::logits,
-    Attend::store,
-    Attend::queries,
-    Attend::span,
-    Attend::join,
-    Attend::finish,
-    Float::logits_of_rows,
-    ScreenRows<Avx512>::screen_rows,
-    ScreenDriver<Avx512, Avx512Sums>::screen,
-    GluKernels<Avx512>::row,
-};
+constexpr KernelTable kAvx512VnniKernels =
+    make_table<Avx512, TileBlocks<Tile16Codes>, Sparse, Avx512Sums>("avx512_vnni");
 
 }  // namespace bitnet_ops
 

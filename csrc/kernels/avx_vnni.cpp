@@ -38,6 +38,7 @@
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
 #include "kernels/ymm.h"
+#include "kernels/make_table.h"
 
 namespace bitnet_ops {
 namespace {
@@ -137,33 +138,10 @@ struct DpbusdSums {
   }
 };
 
-using Float = FloatKernels<Ymm>;
-using Attend = AttentionKernels<Ymm, DpbusdSums>;
-
 }  // namespace
 
 extern const KernelTable kAvxVnniKernels;
-constexpr KernelTable kAvxVnniKernels = {
-    "avx_vnni",
-    Float::quantize_row,
-    Float::quantize_row_16,
-    TernaryDriver<Ymm, Inner>::ternary_product,
-    nullptr,
-    RowDriver<Inner>::ternary_rows,
-    ColumnDriver<Ymm, Inner>::ternary_columns,
-    Float::rms_norm_row,
-    Float::widen_row,
-    Float::logits,
-    Attend::store,
-    Attend::queries,
-    Attend::span,
-    Attend::join,
-    Attend::finish,
-    Float::logits_of_rows,
-    ScreenRows<Ymm>::screen_rows,
-    ScreenDriver<Ymm, DpbusdSums>::screen,
-    GluKernels<Ymm>::row,
-};
+constexpr KernelTable kAvxVnniKernels = make_table<Ymm, Inner, Inner, DpbusdSums>("avx_vnni");
 
 }  // namespace bitnet_ops
 

@@ -116,8 +116,13 @@ struct TokenRows {
   const float* row(int64_t batch, int64_t token) const { return data + batch * batch_stride + token * token_stride; }
 };
 
+// The first position that a token at `position` sees: with a window, it sees that many, the last of them its own.
+constexpr int64_t first_seen(int64_t window, int64_t position) {
+  return window == 0 || position < window ? 0 : position - window + 1;
+}
+
 // Token t of sequence b stands at position start[b] + t; below 0 it is padding: it is not stored and its
-// result is 0. A token sees the positions up to its own.
+// result is 0. A token sees the positions up to its own, from first_seen on.
 struct Attention {
   TokenRows q, k, v;
   const float* cos;  // [positions][head_dim / 2]
@@ -126,7 +131,8 @@ struct Attention {
   int64_t batch, tokens, kv_heads;
   int64_t group;     // query heads to a key-value head: head h reads h / group
   int64_t head_dim;  // even
-  float scale;       // of scores, in units of ln 2: log2(e) / sqrt(head_dim), taken into q
+  float scale;       // of scores, in units of ln 2: log2(e) times what q . k is multiplied with; taken into q
+  int64_t window;    // positions that a token sees, its own among them; 0: all
   CacheType cache;
   int64_t capacity;  // positions of a sequence, a multiple of kAttentionBlock, for kInt8 of kAttentionSpan
   void* keys;        // [batch][kv_heads][capacity / kAttentionBlock][head_dim][kAttentionBlock], and for kInt8

@@ -35,6 +35,7 @@
 #include "kernels/ternary_driver.h"
 #include "kernels/neon.h"
 #include "kernels/neon_sparse.h"
+#include "kernels/make_table.h"
 
 namespace bitnet_ops {
 namespace {
@@ -201,32 +202,9 @@ struct SmullSums {
   }
 };
 
-using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon, SmullSums>;
-
 }  // namespace
 
 extern const KernelTable kNeonKernels;
-constexpr KernelTable kNeonKernels = {
-    "neon",
-    Float::quantize_row,
-    Float::quantize_row_16,
-    TernaryDriver<Neon, Inner>::ternary_product,
-    nullptr,
-    RowDriver<Inner>::ternary_rows,
-    ColumnDriver<Neon, Inner>::ternary_columns,
-    Float::rms_norm_row,
-    Float::widen_row,
-    Float::logits,
-    Attend::store,
-    Attend::queries,
-    Attend::span,
-    Attend::join,
-    Attend::finish,
-    Float::logits_of_rows,
-    ScreenRows<Neon>::screen_rows,
-    ScreenDriver<Neon, SmullSums>::screen,
-    GluKernels<Neon>::row,
-};
+constexpr KernelTable kNeonKernels = make_table<Neon, Inner, Inner, SmullSums>("neon");
 
 }  // namespace bitnet_ops

@@ -41,37 +41,11 @@
 #include "kernels/neon.h"
 #include "kernels/neon_sparse.h"
 #include "kernels/sdot.h"
+#include "kernels/make_table.h"
 
 namespace bitnet_ops {
-namespace {
-
-using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon, SdotSums>;
-
-}  // namespace
-
 extern const KernelTable kNeonDotprodKernels;
-constexpr KernelTable kNeonDotprodKernels = {
-    "neon_dotprod",
-    Float::quantize_row,
-    Float::quantize_row_16,
-    TernaryDriver<Neon, SdotLoops>::ternary_product,
-    nullptr,
-    RowDriver<SdotLoops>::ternary_rows,
-    ColumnDriver<Neon, SdotLoops>::ternary_columns,
-    Float::rms_norm_row,
-    Float::widen_row,
-    Float::logits,
-    Attend::store,
-    Attend::queries,
-    Attend::span,
-    Attend::join,
-    Attend::finish,
-    Float::logits_of_rows,
-    ScreenRows<Neon>::screen_rows,
-    ScreenDriver<Neon, SdotSums>::screen,
-    GluKernels<Neon>::row,
-};
+constexpr KernelTable kNeonDotprodKernels = make_table<Neon, SdotLoops, SdotLoops, SdotSums>("neon_dotprod");
 
 }  // namespace bitnet_ops
 

@@ -44,6 +44,7 @@
 #include "kernels/neon.h"
 #include "kernels/neon_sparse.h"
 #include "kernels/sdot.h"
+#include "kernels/make_table.h"
 
 namespace bitnet_ops {
 namespace {
@@ -128,33 +129,10 @@ struct Inner {
   }
 };
 
-using Float = FloatKernels<Neon>;
-using Attend = AttentionKernels<Neon, SdotSums>;
-
 }  // namespace
 
 extern const KernelTable kNeonI8mmKernels;
-constexpr KernelTable kNeonI8mmKernels = {
-    "neon_i8mm",
-    Float::quantize_row,
-    Float::quantize_row_16,
-    TernaryDriver<Neon, Inner>::ternary_product,
-    nullptr,
-    RowDriver<SdotLoops>::ternary_rows,
-    ColumnDriver<Neon, SdotLoops>::ternary_columns,
-    Float::rms_norm_row,
-    Float::widen_row,
-    Float::logits,
-    Attend::store,
-    Attend::queries,
-    Attend::span,
-    Attend::join,
-    Attend::finish,
-    Float::logits_of_rows,
-    ScreenRows<Neon>::screen_rows,
-    ScreenDriver<Neon, SdotSums>::screen,
-    GluKernels<Neon>::row,
-};
+constexpr KernelTable kNeonI8mmKernels = make_table<Neon, Inner, SdotLoops, SdotSums>("neon_i8mm");
 
 }  // namespace bitnet_ops
 

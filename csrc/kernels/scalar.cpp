@@ -21,6 +21,7 @@
 #include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
+#include "kernels/make_table.h"
 
 namespace bitnet_ops {
 namespace {
@@ -180,32 +181,9 @@ struct ScalarSums {
   }
 };
 
-using Float = FloatKernels<Scalar>;
-using Attend = AttentionKernels<Scalar, ScalarSums>;
-
 }  // namespace
 
 extern const KernelTable kScalarKernels;
-constexpr KernelTable kScalarKernels = {
-    "scalar",
-    Float::quantize_row,
-    Float::quantize_row_16,
-    TernaryDriver<Scalar, Inner>::ternary_product,
-    nullptr,
-    RowDriver<Inner>::ternary_rows,
-    ColumnDriver<Scalar, Inner>::ternary_columns,
-    Float::rms_norm_row,
-    Float::widen_row,
-    Float::logits,
-    Attend::store,
-    Attend::queries,
-    Attend::span,
-    Attend::join,
-    Attend::finish,
-    Float::logits_of_rows,
-    ScreenRows<Scalar>::screen_rows,
-    ScreenDriver<Scalar, ScalarSums>::screen,
-    GluKernels<Scalar>::row,
-};
+constexpr KernelTable kScalarKernels = make_table<Scalar, Inner, Inner, ScalarSums>("scalar");
 
 }  // namespace bitnet_ops

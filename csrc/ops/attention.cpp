@@ -123,8 +123,15 @@ CachePart check_cache(const char* op, const AttentionSizes& sizes, const Tensor&
           value_scale.has_value() ? mutable_data<float>(*value_scale) : nullptr};
 }
 
+void check_scale_and_window(const char* op, const std::optional<double>& scale, int64_t window) {
+  if (scale.has_value() && !std::isfinite(*scale)) {
+    refuse(op, "scale", "a finite number, or None for 1 / sqrt(head_dim)", std::to_string(*scale));
+  }
+  if (window < 0) refuse(op, "window", "a number of positions, or 0 for all", std::to_string(window));
+}
+
 Attention call_of(const AttentionSizes& sizes, const float* cos, const float* sin, const int64_t* start,
-                  const CachePart& cache) {
+                  const CachePart& cache, std::optional<double> scale, int64_t window) {
   Attention attention{};
   attention.cos = cos;
   attention.sin = sin;
@@ -134,7 +141,8 @@ Attention call_of(const AttentionSizes& sizes, const float* cos, const float* si
   attention.kv_heads = sizes.kv_heads;
   attention.group = sizes.heads / sizes.kv_heads;
   attention.head_dim = sizes.head_dim;
-  attention.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(sizes.head_dim)));
+  attention.scale = score_scale(scale, sizes.head_dim);
+  attention.window = window;
   attention.cache = cache.type;
   attention.capacity = cache.capacity;
   attention.keys = cache.keys;
@@ -145,10 +153,12 @@ Attention call_of(const AttentionSizes& sizes, const float* cos, const float* si
 }
 
 Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& cos_any,
-                 const Tensor& sin_any, const std::optional<Tensor>& start_any) {
+                 const Tensor& sin_any, const std::optional<Tensor>& start_any, std::optional<double> scale,
+                 int64_t window) {
   constexpr const char* kOp = "attention";
   const AttentionSizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any);
   if (start_any.has_value()) check(kOp, "start", *start_any, codes().int64, {sizes.batch});
+  check_scale_and_window(kOp, scale, window);
   const Tensor q = with_whole_rows(q_any);
   const Tensor k = with_whole_rows(k_any);
   const Tensor v = with_whole_rows(v_any);
@@ -170,16 +180,18 @@ Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, 
   const Tensor values = empty({places * value_width(sizes.head_dim)}, codes().float32);
   const CachePart cache{CacheType::kFloat32,        capacity, mutable_data<void>(keys),
                         mutable_data<void>(values), nullptr,  nullptr};
-  run_on(call_of(sizes, data<float>(cos), data<float>(sin), start.data(), cache), q, k, v, out);
+  run_on(call_of(sizes, data<float>(cos), data<float>(sin), start.data(), cache, scale, window), q, k, v, out);
   return out;
 }
 
 Tensor cached_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& cos_any,
                         const Tensor& sin_any, const Tensor& start_any, const Tensor& keys, const Tensor& values,
-                        const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
+                        const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale,
+                        std::optional<double> scale, int64_t window) {
   constexpr const char* kOp = "cached_attention";
   const AttentionSizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any);
   check(kOp, "start", start_any, codes().int64, {sizes.batch});
+  check_scale_and_window(kOp, scale, window);
   const CachePart cache = check_cache(kOp, sizes, keys, values, key_scale, value_scale);
 
   const Tensor q = with_whole_rows(q_any);
@@ -192,7 +204,7 @@ Tensor cached_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& 
   const Tensor out = empty({sizes.batch, sizes.tokens, sizes.heads * sizes.head_dim}, codes().float32);
   if (sizes.batch == 0 || sizes.tokens == 0) return out;
 
-  run_on(call_of(sizes, data<float>(cos), data<float>(sin), data<int64_t>(start), cache), q, k, v, out);
+  run_on(call_of(sizes, data<float>(cos), data<float>(sin), data<int64_t>(start), cache, scale, window), q, k, v, out);
   return out;
 }
 

@@ -32,15 +32,19 @@ CachePart check_cache(const char* op, const AttentionSizes& sizes, const Tensor&
 void check_positions(const char* op, const int64_t* start, const AttentionSizes& sizes, int64_t positions,
                      int64_t capacity);
 
-// All but q, k, v and out.
+// What scores are multiplied with must be a number, and a window none (0) or at least a token's own position.
+void check_scale_and_window(const char* op, const std::optional<double>& scale, int64_t window);
+
+// All but q, k, v and out. Without a scale it is 1 / sqrt(head_dim).
 Attention call_of(const AttentionSizes& sizes, const float* cos, const float* sin, const int64_t* start,
-                  const CachePart& cache);
+                  const CachePart& cache, std::optional<double> scale = std::nullopt, int64_t window = 0);
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
-                 const std::optional<Tensor>& start);
+                 const std::optional<Tensor>& start, std::optional<double> scale, int64_t window);
 
 Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
                         const Tensor& start, const Tensor& keys, const Tensor& values,
-                        const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale);
+                        const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale,
+                        std::optional<double> scale, int64_t window);
 
 }  // namespace bitnet_ops

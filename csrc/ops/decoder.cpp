@@ -201,7 +201,8 @@ class CheckedLayers {
     layer.rotation = reader.number(name + "rotation", 0, kMost);
     layer.window = reader.number(name + "window", 0, kMost);
     layer.activation = static_cast<Activation>(reader.number(name + "activation", 0, 2));
-    layer.score_scale = score_scale(reader.constant(), layer.head_dim);
+    const double query_scale = reader.constant();
+    layer.score_scale = score_scale(query_scale == 0.0 ? std::nullopt : std::optional(query_scale), layer.head_dim);
     layer.residual_scale = static_cast<float>(reader.constant());
     bool has_norm[kNorms];
     for (int n = 0; n < kNorms; ++n) has_norm[n] = reader.number(name + kNormNames[n], 0, 1) == 1;

@@ -1,105 +1,24 @@
-// The operators as PyTorch sees them: schemas, and the two that belong to none of the other files, packing_ops.cpp,
-// ternary_ops.cpp, fused_ops.cpp, attention_ops.cpp, decoder_ops.cpp and lm_head_ops.cpp. All of it stands on torch's stable ABI
-// (torch/csrc/stable), so one binary serves torch >= 2.10.
+// The operators as PyTorch sees them: schemas, and which function is behind each. All of it stands on torch's stable
+// ABI (torch/csrc/stable), so one binary serves torch >= 2.10.
 //
 // Threads: parallel regions are cut into equal runs of rows or tiles. A cut never divides a sum, so results do not
 // depend on it.
 
 #include <cstdint>
-#include <string>
-#include <tuple>
-#include <vector>
 
-#include "kernels/kernel_table.h"
 #include "ops/attention.h"
 #include "ops/decoder.h"
 #include "ops/glu.h"
+#include "ops/gumbel.h"
 #include "ops/lm_head.h"
 #include "ops/packing.h"
+#include "ops/rows.h"
 #include "ops/tensors.h"
 #include "ops/ternary.h"
-#include "run/dispatch.h"
 #include "run/parallel.h"
-#include "run/scratch.h"
 
 namespace bitnet_ops {
 namespace {
-
-std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x_any, int64_t bits) {
-  constexpr const char* kOp = "quantize_activations";
-  const DType dtype = check_float(kOp, "x", x_any);
-  const int64_t in_features = last_size(kOp, "x", x_any, "a tensor [..., in_features]");
-  check_in_features(kOp, "x", in_features);
-  check_activation_bits(kOp, "bits", bits);
-  const Tensor x = as_contiguous(x_any);
-  const int64_t rows = rows_of(x);
-
-  std::vector<int64_t> sizes = shape_of(x);
-  const Tensor q = empty(sizes, bits == 16 ? codes().int16 : codes().int8);
-  sizes.pop_back();
-  const Tensor x_scale = empty(sizes, codes().float32);
-
-  const KernelTable& table = kernels();
-  const void* in = data<void>(x);
-  float* scales = mutable_data<float>(x_scale);
-  if (bits == 16) {
-    int16_t* out = mutable_data<int16_t>(q);
-    static thread_local Scratch scratch;
-    int8_t* hi = static_cast<int8_t*>(scratch.reserve(static_cast<size_t>(2 * in_features)));
-    const int8_t* lo = hi + in_features;
-    for (int64_t row = 0; row < rows; ++row) {
-      int32_t unused_sums[2];
-      table.quantize_row_16(row_at(in, row, in_features, dtype), dtype, in_features, hi, hi + in_features, in_features,
-                            scales + row, unused_sums);
-      for (int64_t k = 0; k < in_features; ++k) {
-        out[row * in_features + k] = static_cast<int16_t>(256 * hi[k] + lo[k]);
-      }
-    }
-    return {q, x_scale};
-  }
-  int8_t* out = mutable_data<int8_t>(q);
-  parallel(rows, static_cast<double>(in_features + 1) * kNsPerQuantizedElement, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      int32_t unused_sum;
-      table.quantize_row(row_at(in, row, in_features, dtype), dtype, in_features, out + row * in_features, in_features,
-                         scales + row, &unused_sum);
-    }
-  });
-  return {q, x_scale};
-}
-
-Tensor rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps) {
-  constexpr const char* kOp = "rms_norm";
-  const DType dtype = check_float(kOp, "x", x_any);
-  const int64_t features = last_size(kOp, "x", x_any, "a tensor [..., features]");
-  const DType weight_dtype = check_float(kOp, "weight", weight_any);
-  if (!shape_is(weight_any, {features})) {
-    refuse(kOp, "weight", "shape " + shape_text({features}) + " (the last size of x)", describe(weight_any));
-  }
-  if (!(eps >= 0.0)) refuse(kOp, "eps", "a number of at least 0", std::to_string(eps));
-  const Tensor x = as_contiguous(x_any);
-  const Tensor weight = as_contiguous(weight_any);
-  const Tensor out = empty(shape_of(x), dtype_code(x));
-
-  const KernelTable& table = kernels();
-  const float* wide_weight = data<float>(weight);
-  if (weight_dtype != DType::kFloat32) {
-    static thread_local Scratch scratch;
-    float* wide = static_cast<float*>(scratch.reserve(static_cast<size_t>(features) * sizeof(float)));
-    table.widen_row(data<void>(weight), weight_dtype, features, wide, features);
-    wide_weight = wide;
-  }
-  const void* in = data<void>(x);
-  void* result = mutable_data<void>(out);
-  const float narrow_eps = static_cast<float>(eps);
-  parallel(rows_of(x), static_cast<double>(features + 1) * kNsPerQuantizedElement, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      table.rms_norm_row(row_at(in, row, features, dtype), dtype, wide_weight, narrow_eps, features,
-                         row_at(result, row, features, dtype));
-    }
-  });
-  return out;
-}
 
 // torch.set_num_threads holds for our threads too.
 const bool uses_threads_of_torch = [] {
@@ -128,10 +47,13 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
       "lm_head_top_k(Tensor x, Tensor weight, int k, Tensor? codes=None, Tensor? bounds=None, "
       "float temperature=1.0, Tensor? noise=None) -> (Tensor logits, Tensor ids, Tensor rescored)");
   m.def("gumbel_noise(Tensor seed, int size) -> Tensor");
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? start=None) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? start=None, float? scale=None, "
+      "int window=0) -> Tensor");
   m.def(
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(a!) keys, "
-      "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor");
+      "Tensor(b!) values, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None, float? scale=None, "
+      "int window=0) -> Tensor");
   m.def(
       "decoder_layers(Tensor x, Tensor[] weights, int[] structure, float[] constants, Tensor cos, Tensor sin, "
       "Tensor? start=None, Tensor(a!)? keys=None, Tensor(b!)? values=None, Tensor(c!)? key_scale=None, "

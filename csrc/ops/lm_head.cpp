@@ -1,381 +1,43 @@
-// The head: all logits, or the k best of them without reading all of the table.
-//
-// lm_head_top_k goes over the copy in six bits, which approximates every logit and bounds it (kernels/screen.h has the
-// proof). The k best by approximation are computed from the table itself, by the code of lm_head: the least of
-// these k logits is a score that k tokens reach. A token whose upper bound is below it has k better ones,
-// strictly, so it is not wanted, however ties are resolved; the others are computed as well. Where
-// this cannot pay, the rest of the table is computed at once (see kMostSurvivors).
-
 #include "ops/lm_head.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "run/best_scores.h"
-#include "run/dispatch.h"
-#include "run/parallel.h"
-#include "run/scratch.h"
+#include "run/head.h"
 
 namespace bitnet_ops {
 namespace {
 
-// Rough costs for `parallel`, on one core of the machine in bench/LOG.md.
-constexpr double kNsPerWeightByte = 0.05;  // 20 GB/s
-constexpr double kNsPerMultiply = 0.03;    // 16 lanes a cycle, half used
+// x and the table, checked and contiguous.
+struct CheckedHead {
+  Tensor x;
+  Tensor weight;
+  HeadTable table;
+  HeadTokens tokens;
 
-struct Sizes {
-  int64_t in_features;
-  DType weight_dtype;
-};
-
-Sizes check_head(const char* op, const Tensor& x, const Tensor& weight) {
-  check_float(op, "x", x);
-  const int64_t in_features = last_size(op, "x", x, "a tensor [..., in_features]");
-  const DType weight_dtype = check_float(op, "weight", weight);
-  if (weight.dim() != 2 || weight.size(1) != in_features) {
-    refuse(op, "weight", "shape [vocabulary, " + std::to_string(in_features) + "] (in_features = the last size of x)",
-           describe(weight));
-  }
-  return {in_features, weight_dtype};
-}
-
-// Everything of Logits but `out`. The tokens, widened, belong to this thread until the next call.
-Logits widened(const KernelTable& table, const Tensor& x, const Tensor& weight, Sizes sizes) {
-  static thread_local Scratch activations;
-  const DType dtype = check_float("lm_head", "x", x);
-  Logits logits{};
-  logits.tokens = rows_of(x);
-  logits.x_stride = round_up(sizes.in_features, kVirtualLanes);
-  float* wide = static_cast<float*>(
-      activations.reserve(static_cast<size_t>(logits.tokens * logits.x_stride) * sizeof(float)));
-  for (int64_t token = 0; token < logits.tokens; ++token) {
-    table.widen_row(row_at(data<void>(x), token, sizes.in_features, dtype), dtype, sizes.in_features,
-                    wide + token * logits.x_stride, logits.x_stride);
-  }
-  logits.x = wide;
-  logits.weight = data<void>(weight);
-  logits.weight_dtype = sizes.weight_dtype;
-  logits.in_features = sizes.in_features;
-  logits.vocabulary = weight.size(0);
-  return logits;
-}
-
-double ns_per_row(const Logits& p, int64_t tokens) {
-  return static_cast<double>(p.in_features + 1) *
-         (static_cast<double>(element_bytes(p.weight_dtype)) * kNsPerWeightByte +
-          static_cast<double>(tokens) * kNsPerMultiply);
-}
-
-float* logits_scratch(const Logits& p) {
-  static thread_local Scratch rows;
-  return static_cast<float*>(rows.reserve(static_cast<size_t>(kLogitsScratchRows * p.x_stride) * sizeof(float)));
-}
-
-// A screened row costs 0.4 of one that is computed from bfloat16, and a survivor is read from here and there
-// rather than in a stream. So a screen that drops 70 % is well worth it. After every sixteenth of the table it is
-// looked at, and where more have survived, the rest of the table is computed without a screen. Then the whole
-// costs little more than without: of the rows screened before the first look, a sixteenth or what the threads
-// do at once, 0.4 of a row each is lost, while rows up to a later look cost 0.4 + 0.3 times the penalty of
-// single rows, about 1. Survivors of several tokens count together; but then computing a row takes longer,
-// too, from four tokens on about 0.75 times their number (bench/LOG.md).
-constexpr double kMostSurvivors = 0.3;
-constexpr double kMostSurvivorsPerToken = 0.15;
-constexpr int64_t kLooks = 16;
-// But among few rows many are the k best so far, and more are next to them: with Gaussian logits 0.09 a token
-// after 64 k rows. For a large k a quarter of the table has to do.
-constexpr int64_t kRowsPerPlace = 64;
-constexpr int64_t kFewestLooks = 4;
-
-// Tokens that share a pass over the table: their bounds are 1 MB each for 128256 rows.
-constexpr int64_t kTokensAtOnce = 16;
-
-// A run of rows: [begin, screened) are bounded, [screened, end) are computed already.
-struct Part {
-  int64_t begin, screened, end;
-};
-
-// Rows to compute from the table, those of one token after those of another, and their logits.
-struct Chosen {
-  std::vector<int32_t> rows{};
-  std::vector<int64_t> first{};  // [tokens + 1]: where those of a token start
-  std::vector<float> logits{};
-};
-
-struct Search {
-  const KernelTable& table;
-  Logits logits;               // of this group of tokens; out is `upper`
-  const Screen* screen;        // null: everything is computed
-  int64_t k;
-  float* upper;                // [tokens][vocabulary]: bounds, or logits where they are computed
-  const float* approximate;    // [tokens][vocabulary], where rows are screened
-  std::vector<Score> score{};  // of each token
-  std::vector<KthLargest> threshold{};  // of each token: the k-th largest approximation or logit
-  std::vector<Part> parts{};
-  // Of all parts so far: rows screened, their survivors (or more), and whether to go on screening.
-  int64_t rows = 0;
-  int64_t survivors = 0;
-  bool pays = true;
-  std::mutex mutex{};  // of all from `threshold` on
-
-  void compute(int64_t row, int64_t end) {
-    if (row < end) table.logits(logits, row, end, logits_scratch(logits));
-  }
-
-  // About: the k-th best logit is not known yet, but approximations are far better than their bounds.
-  int64_t count_survivors(std::vector<KthLargest>& best, int64_t begin, int64_t end) const {
-    int64_t survivors = 0;
-    for (int64_t token = 0; token < logits.tokens; ++token) {
-      const size_t t = static_cast<size_t>(token);
-      score[t].where(upper + token * logits.vocabulary, begin, end, best[t].threshold(), kSurvives,
-                     [&](int64_t) { ++survivors; });
+  CheckedHead(const char* op, const Tensor& x_any, const Tensor& weight_any)
+      : x(as_contiguous(x_any)), weight(as_contiguous(weight_any)) {
+    const DType dtype = check_float(op, "x", x);
+    const int64_t in_features = last_size(op, "x", x, "a tensor [..., in_features]");
+    const DType weight_dtype = check_float(op, "weight", weight);
+    if (weight.dim() != 2 || weight.size(1) != in_features) {
+      refuse(op, "weight", "shape [vocabulary, " + std::to_string(in_features) + "] (in_features = the last size of x)",
+             describe(weight));
     }
-    return survivors;
-  }
-
-  void offer(std::vector<KthLargest>& best_of, const float* values, int64_t begin, int64_t end) const {
-    for (int64_t token = 0; token < logits.tokens; ++token) {
-      const Score& score_of = score[static_cast<size_t>(token)];
-      KthLargest& best = best_of[static_cast<size_t>(token)];
-      const float* scored = values + token * logits.vocabulary;
-      // In steps, because the threshold rises.
-      constexpr int64_t kStep = 1024;
-      for (int64_t row = begin; row < end; row += kStep) {
-        score_of.where(scored, row, std::min(row + kStep, end), best.threshold(), kIsBetter,
-                       [&](int64_t id) { best.offer(score_of(scored[id], id)); });
-      }
-    }
-  }
-
-  bool too_many(int64_t survivors, int64_t rows) const {
-    const double share = std::max(kMostSurvivors, kMostSurvivorsPerToken * static_cast<double>(logits.tokens));
-    return rows >= rows_to_look() && static_cast<double>(survivors) > share * static_cast<double>(rows);
-  }
-
-  int64_t rows_to_look() const {
-    return std::min(std::max(logits.vocabulary / kLooks, kRowsPerPlace * k), logits.vocabulary / kFewestLooks);
-  }
-
-  // One part of the table. It starts from what the parts before found: for the result that makes no difference,
-  // but the more rows a threshold is made of, the fewer survive.
-  void bound(int64_t tile_begin, int64_t tile_end) {
-    std::vector<KthLargest> best;
-    bool go_on;
-    int64_t rows_before, survivors_before;
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      for (KthLargest& all : threshold) best.emplace_back(k, all.threshold());
-      go_on = pays;
-      rows_before = rows;
-      survivors_before = survivors;
-    }
-    const auto row_of = [&](int64_t tile) { return std::min(tile * kTileRows, logits.vocabulary); };
-    const int64_t begin = row_of(tile_begin);
-    const int64_t step = divide_up(rows_to_look(), kTileRows) + 1;
-    int64_t own = 0;
-    int64_t tile = tile_begin;
-    while (tile < tile_end && go_on) {
-      const int64_t next = std::min(tile + step, tile_end);
-      table.screen(*screen, tile, next);
-      offer(best, approximate, row_of(tile), row_of(next));
-      // Survivors of a lower threshold are too many; they are counted anew only where that could matter.
-      own += count_survivors(best, row_of(tile), row_of(next));
-      tile = next;
-      const int64_t seen = rows_before + row_of(tile) - begin;
-      if (too_many(survivors_before + own, seen)) {
-        own = count_survivors(best, begin, row_of(tile));
-        go_on = !too_many(survivors_before + own, seen);
-      }
-    }
-    compute(row_of(tile), row_of(tile_end));
-    offer(best, upper, row_of(tile), row_of(tile_end));
-
-    const std::lock_guard<std::mutex> lock(mutex);
-    for (size_t token = 0; token < best.size(); ++token) threshold[token].merge(best[token]);
-    parts.push_back({begin, row_of(tile), row_of(tile_end)});
-    rows += row_of(tile) - begin;
-    survivors += own;
-    if (too_many(survivors, rows)) {
-      survivors = 0;
-      for (const Part& part : parts) survivors += count_survivors(threshold, part.begin, part.screened);
-      pays = pays && !too_many(survivors, rows);
-    }
-  }
-
-  // The screened rows of each token with a value that survives its threshold, but for those chosen before, and their
-  // logits. Rows of a token are in order.
-  Chosen choose(const float* values, std::vector<KthLargest>& thresholds, const Chosen& before) const {
-    Chosen chosen;
-    chosen.first.push_back(0);
-    for (int64_t token = 0; token < logits.tokens; ++token) {
-      const size_t t = static_cast<size_t>(token);
-      size_t next = static_cast<size_t>(before.first[t]);
-      const size_t end = static_cast<size_t>(before.first[t + 1]);
-      for (const Part& part : parts) {
-        if (part.begin == part.screened) continue;
-        score[t].where(values + token * logits.vocabulary, part.begin, part.screened, thresholds[t].threshold(),
-                       kSurvives, [&](int64_t row) {
-                         while (next < end && before.rows[next] < row) ++next;
-                         if (next < end && before.rows[next] == row) return;
-                         chosen.rows.push_back(static_cast<int32_t>(row));
-                       });
-      }
-      chosen.first.push_back(static_cast<int64_t>(chosen.rows.size()));
-    }
-    chosen.logits.resize(chosen.rows.size());
-    parallel(chosen.first.back(), ns_per_row(logits, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t token = 0; token < logits.tokens; ++token) {
-        const int64_t from = std::max(begin, chosen.first[static_cast<size_t>(token)]);
-        const int64_t to = std::min(end, chosen.first[static_cast<size_t>(token) + 1]);
-        if (from >= to) continue;
-        Logits one = logits;
-        one.x += token * one.x_stride;
-        one.tokens = 1;
-        table.logits_of_rows(one, chosen.rows.data() + from, to - from, chosen.logits.data() + from,
-                             logits_scratch(one));
-      }
-    });
-    return chosen;
-  }
-
-  // Calls work(id, logit) for the chosen rows of one token.
-  template <class Work>
-  static void each(const Chosen& chosen, int64_t token, Work work) {
-    const int64_t end = chosen.first[static_cast<size_t>(token) + 1];
-    for (int64_t i = chosen.first[static_cast<size_t>(token)]; i < end; ++i) {
-      work(chosen.rows[static_cast<size_t>(i)], chosen.logits[static_cast<size_t>(i)]);
-    }
-  }
-
-  void run(float* out_logits, int64_t* out_ids, int64_t* out_rescored) {
-    const int64_t tiles = tiles_of(logits.vocabulary);
-    const double ns_per_tile = ns_per_row(logits, logits.tokens) * kTileRows;
-    const std::vector<KthLargest> none(static_cast<size_t>(logits.tokens),
-                                       {k, -std::numeric_limits<double>::infinity()});
-    threshold = none;
-    if (screen == nullptr) {
-      parallel(tiles, ns_per_tile, [&](int64_t begin, int64_t end) {
-        compute(begin * kTileRows, std::min(end * kTileRows, logits.vocabulary));
-      });
-      parts.push_back({0, 0, logits.vocabulary});
-    } else {
-      parallel(tiles, ns_per_tile, [&](int64_t begin, int64_t end) { bound(begin, end); });
-    }
-    std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.begin < b.begin; });
-
-    const Chosen nothing{{}, std::vector<int64_t>(static_cast<size_t>(logits.tokens) + 1, 0), {}};
-    const Chosen likely = choose(approximate, threshold, nothing);
-    std::vector<KthLargest> reached = none;
-    if (screen != nullptr) {
-      for (const Part& part : parts) offer(reached, upper, part.screened, part.end);
-    }
-    for (int64_t token = 0; token < logits.tokens; ++token) {
-      const size_t t = static_cast<size_t>(token);
-      each(likely, token, [&](int32_t id, float logit) { reached[t].offer(score[t](logit, id)); });
-    }
-    const Chosen possible = choose(upper, reached, likely);
-
-    for (int64_t token = 0; token < logits.tokens; ++token) {
-      const Score& score_of = score[static_cast<size_t>(token)];
-      Best best(k);
-      int64_t computed = 0;
-      const auto offer_to_best = [&](int32_t id, float logit) {
-        best.offer({score_of(logit, id), logit, id});
-        ++computed;
-      };
-      for (const Part& part : parts) {
-        for (int64_t row = part.screened; row < part.end; ++row) {
-          offer_to_best(static_cast<int32_t>(row), upper[token * logits.vocabulary + row]);
-        }
-      }
-      each(likely, token, offer_to_best);
-      each(possible, token, offer_to_best);
-      best.write(out_logits + token * k, out_ids + token * k);
-      out_rescored[token] = computed;
-    }
+    table = {data<void>(weight), weight_dtype, weight.size(0), in_features};
+    tokens = {data<void>(x), dtype, rows_of(x)};
   }
 };
 
-// 16-bit forms of the tokens and what the bounds need of them. 16 bits, because with 8 the error of the
-// token would be as large as that of the table, and twice the bound leaves ten times the survivors.
-struct QuantizedTokens {
-  int64_t q_stride;
-  const int8_t* q;
-  std::vector<int32_t> group_sum;  // [tokens][groups]
-  std::vector<ScreenedToken> tokens;
-  bool in_range = true;
-
-  QuantizedTokens(const KernelTable& table, const Logits& logits)
-      : q_stride(padded_in_features(logits.in_features)),
-        group_sum(static_cast<size_t>(logits.tokens * screen_groups(logits.in_features)), 0),
-        tokens(static_cast<size_t>(logits.tokens)) {
-    static thread_local Scratch scratch;
-    int8_t* rows = static_cast<int8_t*>(scratch.reserve(static_cast<size_t>(2 * logits.tokens * q_stride)));
-    q = rows;
-    for (int64_t t = 0; t < logits.tokens; ++t) {
-      const float* x = logits.x + t * logits.x_stride;
-      int8_t* hi = rows + 2 * t * q_stride;
-      int8_t* lo = hi + q_stride;
-      int32_t* sums = group_sum.data() + t * screen_groups(logits.in_features);
-      ScreenedToken& token = tokens[static_cast<size_t>(t)];
-      float scale;
-      int32_t unused_sums[2];
-      table.quantize_row_16(x, DType::kFloat32, logits.in_features, hi, lo, q_stride, &scale, unused_sums);
-      double square = 0.0;
-      double error_square = 0.0;
-      for (int64_t k = 0; k < logits.in_features; ++k) {
-        const int32_t number = 256 * hi[k] + lo[k];
-        sums[k / kScreenGroup] += number;
-        const double value = x[k];
-        const double error = value - static_cast<double>(scale) * number;  // the product is exact
-        square += value * value;
-        error_square += error * error;
-      }
-      // 2^16 additions in float64 are off by 2^-37 at most; a difference by 2^-53 of `value`.
-      constexpr double kSumRounding = 1.0 + 0x1p-30;
-      const double norm = std::sqrt(square) * kSumRounding;
-      const double error = std::sqrt(error_square) * kSumRounding + 0x1p-50 * norm + kUnderflow;
-      token = {scale, static_cast<float>(error * kBoundRounding), static_cast<float>((norm + error) * kBoundRounding)};
-      in_range = in_range && norm + error < kLargestNorm;  // false for NaN
-    }
-  }
-};
-
-// Asks for 2 MB pages, before the first write: a copy of 251 MB then costs 120 page faults instead of 61000, and
-// reading it loses less of the bus to address translation (bench/LOG.md).
-void prefer_huge_pages(void* begin, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: it may fail
-#else
-  (void)begin;
-  (void)bytes;
-#endif
-}
-
-struct Copy {
-  const uint8_t* codes;
-  const float* bounds;
-};
-
-Copy check_copy(const char* op, const Tensor& weight, const Tensor& codes_any, const Tensor& bounds_any) {
+void check_copy(const char* op, const Tensor& weight, const Tensor& codes_any, const Tensor& bounds_any) {
   const int64_t tiles = tiles_of(weight.size(0));
   check(op, "codes", codes_any, codes().uint8, {tiles, screen_tile_bytes(screen_groups(weight.size(1)))});
   check(op, "bounds", bounds_any, codes().float32, {3, tiles * kTileRows});
   for (const auto& [name, tensor] : {std::pair("codes", &codes_any), std::pair("bounds", &bounds_any)}) {
     if (!tensor->is_contiguous()) refuse(op, name, "a contiguous tensor, as from screen_lm_head", "one that is not");
   }
-  return {data<uint8_t>(codes_any), data<float>(bounds_any)};
 }
 
 void check_screen_features(const char* op, int64_t in_features) {
@@ -387,22 +49,10 @@ void check_screen_features(const char* op, int64_t in_features) {
 
 }  // namespace
 
-Tensor lm_head(const Tensor& x_any, const Tensor& weight_any) {
-  const Sizes sizes = check_head("lm_head", x_any, weight_any);
-  const Tensor x = as_contiguous(x_any);
-  const Tensor weight = as_contiguous(weight_any);
-  const Tensor out = empty(with_last(x, weight.size(0)), codes().float32);
-  if (rows_of(x) == 0 || weight.size(0) == 0) return out;
-
-  const KernelTable& table = kernels();
-  Logits logits = widened(table, x, weight, sizes);
-  logits.out = mutable_data<float>(out);
-  // Threads share out groups of as many rows as a kernel widens at a time.
-  parallel(divide_up(logits.vocabulary, kLogitsScratchRows), ns_per_row(logits, logits.tokens) * kLogitsScratchRows,
-           [&](int64_t begin, int64_t end) {
-             table.logits(logits, begin * kLogitsScratchRows, std::min(end * kLogitsScratchRows, logits.vocabulary),
-                          logits_scratch(logits));
-           });
+Tensor lm_head(const Tensor& x, const Tensor& weight) {
+  const CheckedHead head("lm_head", x, weight);
+  const Tensor out = empty(with_last(head.x, head.table.vocabulary), codes().float32);
+  if (out.numel() != 0) run_head(head.table, head.tokens, mutable_data<float>(out));
   return out;
 }
 
@@ -412,31 +62,11 @@ std::tuple<Tensor, Tensor> screen_lm_head(const Tensor& weight_any) {
   if (weight_any.dim() != 2) refuse(kOp, "weight", "shape [vocabulary, in_features]", describe(weight_any));
   check_screen_features(kOp, weight_any.size(1));
   const Tensor weight = as_contiguous(weight_any);
-  ScreenTable copy{};
-  copy.weight = data<void>(weight);
-  copy.weight_dtype = dtype;
-  copy.vocabulary = weight.size(0);
-  copy.in_features = weight.size(1);
-  const int64_t tiles = tiles_of(copy.vocabulary);
-  const int64_t groups = screen_groups(copy.in_features);
-  const Tensor code = empty({tiles, screen_tile_bytes(groups)}, codes().uint8);
+  const HeadTable table{data<void>(weight), dtype, weight.size(0), weight.size(1)};
+  const int64_t tiles = tiles_of(table.vocabulary);
+  const Tensor code = empty({tiles, screen_tile_bytes(screen_groups(table.in_features))}, codes().uint8);
   const Tensor bounds = empty({3, tiles * kTileRows}, codes().float32);
-  copy.codes = mutable_data<uint8_t>(code);
-  prefer_huge_pages(copy.codes, tiles * screen_tile_bytes(groups));
-  copy.scale = mutable_data<float>(bounds);
-  copy.norm = copy.scale + tiles * kTileRows;
-  copy.residual = copy.norm + tiles * kTileRows;
-
-  const KernelTable& table = kernels();
-  const int64_t length = groups * kScreenGroup;
-  // Two passes over a row in L1, and a transposition: several times what quantising activations costs.
-  constexpr double kNsPerElement = 0.5;
-  parallel(tiles, static_cast<double>(kTileRows * (length + 1)) * kNsPerElement, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch scratch;
-    constexpr int64_t kBytes = static_cast<int64_t>(sizeof(float)) + kTileRows;
-    float* wide = static_cast<float*>(scratch.reserve(static_cast<size_t>(length * kBytes + groups)));
-    table.screen_rows(copy, begin, end, wide, reinterpret_cast<int8_t*>(wide + length));
-  });
+  run_head_screen(table, mutable_data<uint8_t>(code), mutable_data<float>(bounds));
   return {code, bounds};
 }
 
@@ -445,79 +75,43 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x_any, const Tens
                                                  const std::optional<Tensor>& bounds_any, double temperature,
                                                  const std::optional<Tensor>& noise_any) {
   constexpr const char* kOp = "lm_head_top_k";
-  const Sizes sizes = check_head(kOp, x_any, weight_any);
+  const CheckedHead head(kOp, x_any, weight_any);
   if (k < 1) refuse(kOp, "k", "at least 1", std::to_string(k));
   if (!(temperature > 0.0)) refuse(kOp, "temperature", "a number above 0", std::to_string(temperature));
   if (codes_any.has_value() != bounds_any.has_value()) {
     refuse(kOp, "bounds", "both of codes and bounds, or none", codes_any.has_value() ? "codes alone" : "bounds alone");
   }
-  const Tensor x = as_contiguous(x_any);
-  const Tensor weight = as_contiguous(weight_any);
-  const int64_t vocabulary = weight.size(0);
-  const int64_t tokens = rows_of(x);
-  k = std::min(k, vocabulary);
-  std::optional<Copy> copy;
+  const int64_t vocabulary = head.table.vocabulary;
+  const int64_t tokens = head.tokens.count;
+  HeadChoice choice{std::min(k, vocabulary), temperature, nullptr, nullptr, nullptr};
   if (codes_any.has_value()) {
-    check_screen_features(kOp, sizes.in_features);
-    copy = check_copy(kOp, weight, *codes_any, *bounds_any);
+    check_screen_features(kOp, head.table.in_features);
+    check_copy(kOp, head.weight, *codes_any, *bounds_any);
+    choice.codes = data<uint8_t>(*codes_any);
+    choice.bounds = data<float>(*bounds_any);
   }
   std::optional<Tensor> noise;
   if (noise_any.has_value()) {
     if (!noise_any->is_cpu() || dtype_code(*noise_any) != codes().float32 ||
-        shape_of(*noise_any) != with_last(x, vocabulary)) {
-      refuse(kOp, "noise", "a CPU tensor float32 " + shape_text(with_last(x, vocabulary)), describe(*noise_any));
+        shape_of(*noise_any) != with_last(head.x, vocabulary)) {
+      refuse(kOp, "noise", "a CPU tensor float32 " + shape_text(with_last(head.x, vocabulary)), describe(*noise_any));
     }
     noise = as_contiguous(*noise_any);
+    choice.noise = data<float>(*noise);
   }
-  std::vector<int64_t> shape = shape_of(x);
+  std::vector<int64_t> shape = shape_of(head.x);
   shape.pop_back();
   const Tensor rescored = empty(shape, codes().int64);
-  const Tensor best = empty(with_last(x, k), codes().float32);
-  const Tensor ids = empty(with_last(x, k), codes().int64);
+  const Tensor best = empty(with_last(head.x, choice.k), codes().float32);
+  const Tensor ids = empty(with_last(head.x, choice.k), codes().int64);
   if (tokens == 0) return {best, ids, rescored};
   if (vocabulary == 0) {
     std::fill_n(mutable_data<int64_t>(rescored), tokens, 0);
     return {best, ids, rescored};
   }
 
-  const KernelTable& table = kernels();
-  const Logits all = widened(table, x, weight, sizes);
-  static thread_local Scratch scratch;
-  for (int64_t token = 0; token < tokens; token += kTokensAtOnce) {
-    const int64_t count = std::min(tokens - token, kTokensAtOnce);
-    const int64_t results = count * vocabulary;
-    float* upper = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * results) * sizeof(float)));
-    Search search{table, all, nullptr, k, upper, upper + results};
-    search.logits.x += token * all.x_stride;
-    search.logits.tokens = count;
-    search.logits.out = upper;
-    for (int64_t t = token; t < token + count; ++t) {
-      const float* row = noise.has_value() ? data<float>(*noise) + t * vocabulary : nullptr;
-      search.score.push_back({temperature, row});
-    }
-    std::optional<QuantizedTokens> quantized;
-    Screen screen{};
-    if (copy.has_value()) {
-      const int64_t rows = tiles_of(vocabulary) * kTileRows;  // of a row of `bounds`
-      quantized.emplace(table, search.logits);
-      screen = {copy->codes,
-                screen_groups(sizes.in_features),
-                copy->bounds,
-                copy->bounds + rows,
-                copy->bounds + 2 * rows,
-                quantized->q,
-                quantized->q_stride,
-                quantized->group_sum.data(),
-                quantized->tokens.data(),
-                count,
-                vocabulary,
-                upper,
-                upper + results};
-      if (quantized->in_range) search.screen = &screen;
-    }
-    search.run(mutable_data<float>(best) + token * k, mutable_data<int64_t>(ids) + token * k,
-               mutable_data<int64_t>(rescored) + token);
-  }
+  run_head_top_k(head.table, head.tokens, choice,
+                 {mutable_data<float>(best), mutable_data<int64_t>(ids), mutable_data<int64_t>(rescored)});
   return {best, ids, rescored};
 }
 

@@ -18,6 +18,4 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x, const Tensor& 
                                                  const std::optional<Tensor>& bounds, double temperature,
                                                  const std::optional<Tensor>& noise);
 
-Tensor gumbel_noise(const Tensor& seed, int64_t size);
-
 }  // namespace bitnet_ops

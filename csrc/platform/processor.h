@@ -18,8 +18,8 @@ inline void spin_pause() {
 #endif
 }
 
-// How the calling thread calculates: whether denormal numbers count as zeros (torch.set_flush_denormal), how results are
-// rounded, which errors trap.
+// How the calling thread calculates: whether denormal numbers count as zeros (torch.set_flush_denormal), how results
+// are rounded, which errors trap.
 inline uint64_t float_control() {
 #if defined(__x86_64__)
   constexpr uint32_t kFlags = 0x3f;  // of what has happened, the lowest bits of MXCSR

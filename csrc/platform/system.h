@@ -1,5 +1,5 @@
 // What is asked of an operating system beyond standard C++: memory, sleep, and a say in where threads run. One file for
-// each system has all of it (linux.cpp). What a system cannot do is left out there, as each function says.
+// each system has all of it (linux.cpp). What a system cannot do is left undone there, where a function here allows it.
 #pragma once
 
 #include <atomic>
@@ -36,7 +36,8 @@ struct Processors {
   uint64_t words[16];  // Linux: a bit for each
 };
 
-// Where other threads that work for the calling one shall run: where it may itself, but not on the processor where it is.
+// Where other threads that work for the calling one shall run: where it may itself, but not on the processor where it
+// is.
 Processors processors_beside_caller();
 
 // Only the processor where the calling thread is.
@@ -52,8 +53,8 @@ class ThreadHandle {
   // introduced itself, and on systems that place threads as they like. One caller at a time.
   void run_on(const Processors& processors);
 
-  // A number that grows while the thread runs, finely enough to tell whether it has within some 50 us; 0 where it is not
-  // known. Only after the thread has introduced itself.
+  // A number that grows while the thread runs, finely enough to tell whether it has within some 50 us; 0 where it is
+  // not known. Only after the thread has introduced itself.
   uint64_t time_run() const;
 
  private:

@@ -65,7 +65,11 @@ struct Units {
     return {head / attention.kv_heads, head % attention.kv_heads, begin, end < attention.tokens ? end : attention.tokens};
   }
 
-  int64_t spans(const AttentionRows& rows) const {
+  // Spans [first_span, end_span) hold what these rows see; those before lie below every row's window.
+  int64_t first_span(const AttentionRows& rows) const {
+    return first_seen(attention.window, attention.start[rows.batch] + rows.token_begin) / kAttentionSpan;
+  }
+  int64_t end_span(const AttentionRows& rows) const {
     const int64_t last = attention.start[rows.batch] + rows.token_end - 1;
     return last < 0 ? 0 : last / kAttentionSpan + 1;
   }
@@ -116,13 +120,16 @@ void attend_whole_units(const Attention& attention, const KernelTable& table, co
         static_cast<size_t>(2 * floats + attention_scratch(rows, attention.head_dim)) * sizeof(float)));
     const AttentionState state = state_at(memory, rows);
     const AttentionState part = state_at(memory + floats, rows);
-    ask_for_start(attention, units.at(begin), 0);
+    ask_for_start(attention, units.at(begin), units.first_span(units.at(begin)));
     for (int64_t unit = begin; unit < end; ++unit) {
       const AttentionRows at = units.at(unit);
-      if (unit + 1 < end) ask_for_start(attention, units.at(unit + 1), 0);
+      if (unit + 1 < end) {
+        const AttentionRows next = units.at(unit + 1);
+        ask_for_start(attention, next, units.first_span(next));
+      }
       clear(state, rows, attention.head_dim);
       table.attention_queries(attention, at, memory + 2 * floats);
-      for (int64_t span = 0; span < units.spans(at); ++span) {
+      for (int64_t span = units.first_span(at); span < units.end_span(at); ++span) {
         table.attention_span(attention, at, span, part, memory + 2 * floats);
         table.attention_join(attention, at, span, state, part);
       }
@@ -149,9 +156,10 @@ void attend_spans(const Attention& attention, const KernelTable& table, const Un
     int64_t unit_of_queries = -1;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t unit = i / most_spans;
-      const int64_t span = i % most_spans;
       const AttentionRows at = units.at(unit);
-      if (span < units.spans(at)) {
+      const int64_t first = units.first_span(at);
+      const int64_t span = first + i % most_spans;
+      if (span < units.end_span(at)) {
         if (unit != unit_of_queries) {
           ask_for_start(attention, at, span);
           table.attention_queries(attention, at, memory + floats);
@@ -161,8 +169,8 @@ void attend_spans(const Attention& attention, const KernelTable& table, const Un
       }
       if (missing[static_cast<size_t>(unit)].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
       clear(state, rows, attention.head_dim);
-      for (int64_t s = 0; s < units.spans(at); ++s) {
-        table.attention_join(attention, at, s, state, state_at(parts + (unit * most_spans + s) * floats, rows));
+      for (int64_t s = first; s < units.end_span(at); ++s) {
+        table.attention_join(attention, at, s, state, state_at(parts + (unit * most_spans + s - first) * floats, rows));
       }
       table.attention_finish(attention, at, state);
     }
@@ -177,7 +185,8 @@ void run_attention(const Attention& attention) {
   const Units units(attention);
   int64_t most_spans = 1;
   for (int64_t b = 0; b < attention.batch; ++b) {
-    const int64_t spans = units.spans({b, 0, 0, attention.tokens});
+    const AttentionRows all{b, 0, 0, attention.tokens};
+    const int64_t spans = units.end_span(all) - units.first_span(all);
     if (spans > most_spans) most_spans = spans;
   }
   int64_t keys = 0;  // of a span, at most

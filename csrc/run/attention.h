@@ -3,15 +3,17 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <optional>
 
 #include "kernels/kernel_table.h"
 
 namespace bitnet_ops {
 
-// What queries are multiplied by, in units of ln 2 (Attention::scale): log2(e) times `scale`, 0 for 1 / sqrt(head_dim).
-inline float score_scale(double scale, int64_t head_dim) {
+// What queries are multiplied by, in units of ln 2 (Attention::scale): log2(e) times `scale`, or 1 / sqrt(head_dim).
+inline float score_scale(std::optional<double> scale, int64_t head_dim) {
   constexpr double kLog2E = 1.4426950408889634;
-  return static_cast<float>(scale == 0.0 ? kLog2E / std::sqrt(static_cast<double>(head_dim)) : kLog2E * scale);
+  return static_cast<float>(kLog2E * scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
 }
 
 // Positions (start to start + tokens) lie within the tables of angles and within the cache.

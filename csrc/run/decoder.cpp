@@ -121,6 +121,7 @@ Attention attention_of(const Layer& layer, const TokenPositions& positions, cons
   attention.group = layer.heads() / layer.kv_heads();
   attention.head_dim = layer.head_dim;
   attention.scale = layer.score_scale;
+  attention.window = layer.window;
   attention.cache = cache.type;
   attention.capacity = cache.capacity;
   attention.keys = static_cast<char*>(cache.keys) + slot * cache.key_bytes;

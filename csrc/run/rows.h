@@ -1,4 +1,5 @@
-// Rows of a contiguous matrix whose storage type is known at run time only.
+// Rows of a contiguous matrix whose storage type is known at run time only: where they are, and what is done to each by
+// itself.
 #pragma once
 
 #include <cstddef>
@@ -17,5 +18,19 @@ inline const char* row_at(const void* base, int64_t row, int64_t row_elements, D
 inline char* row_at(void* base, int64_t row, int64_t row_elements, DType dtype) {
   return static_cast<char*>(base) + row * row_elements * static_cast<int64_t>(element_bytes(dtype));
 }
+
+struct Rows {
+  const void* x;
+  DType dtype;
+  int64_t count;
+  int64_t elements;  // of a row
+};
+
+// Rows of q, and a scale for each.
+void run_quantize(const Rows& rows, int8_t* q, float* x_scale);
+void run_quantize_16(const Rows& rows, int16_t* q, float* x_scale);
+
+// `out` has the dtype of the rows.
+void run_rms_norm(const Rows& rows, const void* weight, DType weight_dtype, float eps, void* out);
 
 }  // namespace bitnet_ops

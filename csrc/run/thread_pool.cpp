@@ -118,7 +118,7 @@ class Pool {
     if (error) std::rethrow_exception(error);
   }
 
-  // Sees to it that there are so many workers, or as many as the system has threads and memory for, and returns how many.
+  // Sees to it that there are so many workers, or as many as the system has threads and memory for. How many there are.
   int64_t hire(int64_t wanted) noexcept {
     while (static_cast<int64_t>(workers_.size()) < wanted) {
       const size_t before = workers_.size();
@@ -223,8 +223,8 @@ class Pool {
 // Never destroyed: workers wait on it until the process ends.
 std::atomic<Pool*> pool{nullptr};
 
-// A forked child has none of its parent's threads: it starts with a pool of its own. Said when this is loaded, because a
-// child that is forked in the midst of a first call would wait for ever for its end.
+// A forked child has none of its parent's threads: it starts with a pool of its own. Registered when this is loaded,
+// because a child that is forked while another thread registers would wait for ever for the end of that.
 const bool forked_children_start_anew = (call_in_forked_children([] { pool.store(nullptr); }), true);
 
 Pool& the_pool() {

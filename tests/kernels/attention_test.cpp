@@ -13,6 +13,7 @@ struct AttentionCase {
   int64_t tokens, kv_heads, group, head_dim;
   int64_t start[2];  // of two sequences: the tokens before the call, or below 0 padding
   RowKind kind = kRandom;
+  int64_t window = 0;
 };
 
 // Storage of exactly the promised sizes, in memory of the element type of the cache.
@@ -32,7 +33,7 @@ struct AttentionCache {
   }
 };
 
-// One call as attention_ops.cpp makes it, with other numbers of rows at once.
+// One call as csrc/ops/attention.cpp makes it, with other numbers of rows at once.
 void run_attention(const KernelTable& table, Attention attention, int64_t tokens_at_once) {
   const int64_t rows = tokens_at_once * attention.group;
   const int64_t width = value_width(attention.head_dim);
@@ -52,7 +53,8 @@ void run_attention(const KernelTable& table, Attention attention, int64_t tokens
         std::memset(out.data, 0, out.count * sizeof(float));
         const int64_t last = attention.start[b] + end - 1;
         table.attention_queries(attention, at, scratch.data);
-        for (int64_t span = 0; span * kAttentionSpan <= last; ++span) {
+        const int64_t first = first_seen(attention.window, attention.start[b] + begin) / kAttentionSpan;
+        for (int64_t span = first; span * kAttentionSpan <= last; ++span) {
           table.attention_span(attention, at, span, part, scratch.data);
           table.attention_join(attention, at, span, state, part);
         }
@@ -103,6 +105,7 @@ void test_attention(const AttentionCase& c, CacheType type, Random& random) {
     attention.group = c.group;
     attention.head_dim = c.head_dim;
     attention.scale = 0.3f;
+    attention.window = c.window;
     attention.cache = type;
     attention.capacity = capacity;
     attention.keys = cache[i].keys.data;
@@ -135,7 +138,8 @@ void test_attention(const AttentionCase& c, CacheType type, Random& random) {
     const std::string where = " " + std::to_string(c.tokens) + " tokens x " + std::to_string(c.kv_heads) + " x " +
                               std::to_string(c.group) + " heads of " + std::to_string(c.head_dim) + " after " +
                               std::to_string(c.start[0]) + " and " + std::to_string(c.start[1]) + ", kind " +
-                              std::to_string(c.kind) + ", bytes " + std::to_string(bytes);
+                              std::to_string(c.kind) + ", window " + std::to_string(c.window) + ", bytes " +
+                              std::to_string(bytes);
     compare(out[0], out[1], "attention" + where);
     if (type == CacheType::kInt8) {
       compare(cache[0].key_scale, cache[1].key_scale, "attention key_scale" + where);
@@ -162,6 +166,11 @@ void test_attention() {
     for (const AttentionCase& c : cases) test_attention(c, type, random);
     for (int kind = 0; kind < kRowKinds; ++kind) {
       test_attention({6, 2, 2, 20, {64, -1}, static_cast<RowKind>(kind)}, type, random);
+      test_attention({9, 1, 3, 12, {70, 0}, static_cast<RowKind>(kind), 7}, type, random);
+    }
+    for (const int64_t window : {1, 6, 63, 64, 65, 200, 256, 1000}) {
+      test_attention({40, 1, 5, 20, {280, -20}, kRandom, window}, type, random);
+      test_attention({1, 2, 4, 36, {300, 0}, kRandom, window}, type, random);
     }
   }
 }

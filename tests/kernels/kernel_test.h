@@ -12,6 +12,7 @@
 
 #include "kernels/float_convert.h"
 #include "kernels/kernel_table.h"
+#include "platform/system.h"
 
 namespace bitnet_ops {
 namespace kernel_test {
@@ -44,14 +45,14 @@ struct Buffer {
   T* data;
   size_t count;
   explicit Buffer(int64_t n) : count(static_cast<size_t>(n)) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, count * sizeof(T) + (count == 0)) != 0) std::abort();
+    void* memory = allocate_aligned(64, count * sizeof(T) + (count == 0));
+    if (memory == nullptr) std::abort();
     data = static_cast<T*>(memory);
     std::memset(memory, 0, count * sizeof(T));
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
+  ~Buffer() { free_aligned(data); }
 };
 
 inline const KernelTable* scalar = nullptr;

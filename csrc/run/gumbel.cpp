@@ -1,10 +1,7 @@
-// Noise that turns an argmax into a draw: argmax(logit / temperature + noise) follows the softmax (Gumbel, 1954).
+#include "run/gumbel.h"
 
-#include <cstdint>
 #include <cstring>
-#include <vector>
 
-#include "ops/lm_head.h"
 #include "run/parallel.h"
 
 namespace bitnet_ops {
@@ -52,29 +49,15 @@ inline float gumbel(uint64_t bits) {
 
 }  // namespace
 
-Tensor gumbel_noise(const Tensor& seed_any, int64_t size) {
-  constexpr const char* kOp = "gumbel_noise";
-  if (!seed_any.is_cpu() || dtype_code(seed_any) != codes().int64) {
-    refuse(kOp, "seed", "a CPU tensor of int64", describe(seed_any));
-  }
-  check_size(kOp, "size", size);
-  const Tensor seed = as_contiguous(seed_any);
-  std::vector<int64_t> shape = shape_of(seed);
-  const int64_t rows = rows_of(seed) * (shape.empty() ? 1 : shape.back());
-  shape.push_back(size);
-  const Tensor noise = empty(shape, codes().float32);
-  const int64_t* seeds = data<int64_t>(seed);
-  float* out = mutable_data<float>(noise);
+void run_gumbel_noise(const int64_t* seeds, int64_t rows, int64_t size, float* out) {
   for (int64_t row = 0; row < rows; ++row) {
-    const uint64_t row_seed = static_cast<uint64_t>(seeds[row]);
+    const uint64_t seed = static_cast<uint64_t>(seeds[row]);
+    float* of_row = out + row * size;
     constexpr double kNsPerNumber = 5.0;
     parallel(size, kNsPerNumber, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        out[row * size + i] = gumbel(random_bits(row_seed, static_cast<uint64_t>(i)));
-      }
+      for (int64_t i = begin; i < end; ++i) of_row[i] = gumbel(random_bits(seed, static_cast<uint64_t>(i)));
     });
   }
-  return noise;
 }
 
 }  // namespace bitnet_ops

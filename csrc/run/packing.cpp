@@ -1,0 +1,70 @@
+#include "run/packing.h"
+
+#include <atomic>
+
+#include "run/parallel.h"
+#include "run/scratch.h"
+#include "run/ternary.h"
+
+namespace bitnet_ops {
+namespace {
+
+// Rough costs for `parallel`: a nanosecond a weight.
+double ns_per_tile(MatrixSize size) { return static_cast<double>(size.in_features + 1) * kTileRows; }
+double ns_per_panel(MatrixSize size) { return static_cast<double>(size.in_features + 1) * kPanelRows; }
+
+// Room for a copy in between. Kept, because a model has many matrices, and memory that is taken and given back for each
+// of them leaves holes between what stays.
+uint8_t* tile16_scratch(MatrixSize size) {
+  static thread_local Scratch scratch;
+  return static_cast<uint8_t*>(scratch.reserve(tile16_bytes(size)));
+}
+
+// The matrix as tile16: itself, or a copy in this thread's scratch.
+const uint8_t* as_tile16(Layout layout, const uint8_t* packed, MatrixSize size) {
+  if (layout == Layout::kTile16) return packed;
+  uint8_t* copy = tile16_scratch(size);
+  fill_tile16(layout, packed, size, copy);
+  return copy;
+}
+
+// From tile16, which must not be `out`.
+void from_tile16(const uint8_t* tile16, MatrixSize size, Layout layout, uint8_t* out) {
+  if (layout == Layout::kColumn) {
+    parallel(divide_up(size.out_features, kPanelRows), ns_per_panel(size),
+             [&](int64_t begin, int64_t end) { column_from_tile16(tile16, size, out, begin, end); });
+    return;
+  }
+  parallel(tiles_of(size.out_features), ns_per_tile(size), [&](int64_t begin, int64_t end) {
+    if (layout == Layout::kTile16Base3) base3_from_tile16(tile16, size, out, begin, end);
+    if (layout == Layout::kRow) row_from_tile16(tile16, size, out, begin, end);
+  });
+}
+
+}  // namespace
+
+bool run_pack(const int8_t* w, MatrixSize size, Layout layout, uint8_t* out) {
+  uint8_t* tile16 = layout == Layout::kTile16 ? out : tile16_scratch(size);
+  std::atomic<bool> ternary{true};
+  parallel(tiles_of(size.out_features), ns_per_tile(size), [&](int64_t begin, int64_t end) {
+    if (!pack_tile16(w, size, tile16, begin, end)) ternary = false;
+  });
+  if (ternary && layout != Layout::kTile16) from_tile16(tile16, size, layout, out);
+  return ternary;
+}
+
+bool run_unpack(Layout layout, const uint8_t* packed, MatrixSize size, int8_t* out) {
+  const uint8_t* tile16 = as_tile16(layout, packed, size);
+  std::atomic<bool> ternary{true};
+  parallel(tiles_of(size.out_features), ns_per_tile(size), [&](int64_t begin, int64_t end) {
+    if (!unpack_tile16(tile16, size, out, begin, end)) ternary = false;
+  });
+  return ternary;
+}
+
+void run_repack(Layout layout, const uint8_t* packed, MatrixSize size, Layout wanted, uint8_t* out) {
+  if (wanted == Layout::kTile16) return fill_tile16(layout, packed, size, out);
+  from_tile16(as_tile16(layout, packed, size), size, wanted, out);
+}
+
+}  // namespace bitnet_ops

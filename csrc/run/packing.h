@@ -1,0 +1,22 @@
+// Brings whole matrices into a layout and out of it: shares tiles or panels out among threads. csrc/layouts has the
+// loops; every way between layouts leads over tile16.
+#pragma once
+
+#include <cstdint>
+
+#include "layouts/layouts.h"
+
+namespace bitnet_ops {
+
+// Each writes all of `out`, other memory than its input.
+
+// w [out_features][in_features]. False if a value is not -1, 0 or 1; `out` is meaningless then.
+bool run_pack(const int8_t* w, MatrixSize size, Layout layout, uint8_t* out);
+
+// The inverse. False if a code is 3, which stands for no weight.
+bool run_unpack(Layout layout, const uint8_t* packed, MatrixSize size, int8_t* out);
+
+// From one layout to another one.
+void run_repack(Layout layout, const uint8_t* packed, MatrixSize size, Layout wanted, uint8_t* out);
+
+}  // namespace bitnet_ops
