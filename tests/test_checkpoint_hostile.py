@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import Sizes, Weights, byte_tokenizer, published_tensors, tiny_folder, write_folder
+from tiny_checkpoints import (
+    LLAMA3_ROPE,
+    Sizes,
+    Weights,
+    byte_tokenizer,
+    published_tensors,
+    tiny_folder,
+    write_folder,
+)
 from torch import Tensor
 
 from bitnet_ops import from_pretrained, repack
@@ -34,6 +42,23 @@ def ours(folder: Path, tmp_path: Path) -> Path:
     """The same model in our own format, in tile16 on every machine."""
     repack(from_pretrained(folder), "tile16").save_pretrained(tmp_path / "ours")
     return tmp_path / "ours"
+
+
+LLAMA = Sizes(llama=True, norms=True, head=12)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A valid Llama-class checkpoint as published, with biases and with norms inside projections."""
+    tensors = published_tensors(Weights.random(LLAMA), reciprocal=True)
+    return write_folder(tmp_path / "llama", LLAMA.config(), tensors)
+
+
+@pytest.fixture
+def our_llama(llama: Path, tmp_path: Path) -> Path:
+    """The same in our own format, in tile16 on every machine."""
+    repack(from_pretrained(llama), "tile16").save_pretrained(tmp_path / "our-llama")
+    return tmp_path / "our-llama"
 
 
 def assert_refused(folder: Path, *words: str) -> None:
@@ -191,6 +216,99 @@ def test_quantization_that_is_no_object(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("model_type", "qwen2", ["'bitnet' or 'llama'", "'qwen2'"]),
+        ("model_type", {"a": 1}, ["'bitnet' or 'llama'"]),
+        ("hidden_act", "gelu", ["'silu'", "'gelu'"]),
+        ("hidden_act", ["silu"], ["'silu'"]),
+        ("attention_bias", 1, ["true or false"]),
+        ("mlp_bias", "yes", ["true or false"]),
+        ("head_dim", 7, ["an even number", "7"]),
+        ("head_dim", 12.0, ["a positive int"]),
+        ("head_dim", -2, ["a positive int"]),
+        ("partial_rotary_factor", 0.5, ["1.0", "0.5"]),
+        ("rope_theta", 10**400, ["a number in"]),
+        ("rope_scaling", "llama3", ["an object"]),
+        (
+            "rope_scaling",
+            {"rope_type": "yarn", "factor": 4.0},
+            ["rope_scaling.rope_type", "'llama3'", "'yarn'"],
+        ),
+        ("rope_scaling", {"type": "dynamic", "factor": 4.0}, ["rope_scaling.type", "'dynamic'"]),
+        ("rope_scaling", {"rope_type": ["llama3"]}, ["rope_scaling.rope_type"]),
+        ("rope_scaling", {"rope_type": "linear"}, ["rope_scaling.factor", "nothing"]),
+        ("rope_scaling", {"type": "linear", "factor": 0}, ["factor"]),
+        ("rope_scaling", {"type": "linear", "factor": "2"}, ["factor"]),
+        ("rope_scaling", {"type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, ["low_freq_factor"]),
+        ("rope_scaling", LLAMA3_ROPE | {"high_freq_factor": 1.0}, ["high_freq_factor", "above"]),
+        ("rope_scaling", LLAMA3_ROPE | {"original_max_position_embeddings": 1.5}, ["a positive int"]),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4}, ["what rope_scaling says"]),
+        ("rope_parameters", LLAMA3_ROPE | {"factor": 2.0}, ["what rope_scaling says"]),
+        ("rope_parameters", LLAMA3_ROPE | {"rope_theta": 2e4}, ["rope_theta = 20000.0", "10000.0"]),
+        ("quantization_config", None, ["most models of model_type 'llama' are not ternary"]),
+        ("quantization_config", {"quant_method": "bitnet", "use_rms_norm": "yes"}, ["use_rms_norm"]),
+        (
+            "quantization_config",
+            {"quant_method": "bitnet", "use_rms_norm": True, "rms_norm_eps": -1},
+            ["projection_norm_eps", "-1"],
+        ),
+        (
+            "quantization_config",
+            {
+                "quant_method": "bitnet",
+                "linear_class": "autobitlinear",
+                "quantization_mode": "online",
+                "modules_to_not_convert": [],
+            },
+            ["modules_to_not_convert"],
+        ),
+    ],
+    ids=str,
+)
+def test_fields_of_a_llama(llama: Path, field: str, value: object, words: list[str]) -> None:
+    change_config(llama, **{field: value})
+    assert_refused(llama, "config.json", "expected", "got", *words)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("decoder_config", [1]),
+        ("decoder_config", {"window_": 3}),
+        ("decoder_config", {"window": 2**40, "local_layers": [0]}),
+        ("decoder_config", {"window": 3, "local_layers": 1}),
+        ("decoder_config", {"window": 3, "local_layers": [2]}),
+        ("decoder_config", {"rope_scaling": 3}),
+        ("decoder_config", {"rope_scaling": {"kind": "yarn", "factor": 2.0}}),
+        ("decoder_config", {"rope_scaling": {"kind": "linear"}}),
+        ("decoder_config", {"activation": ["silu"]}),
+        ("decoder_config", {"residual_scale": 10**400}),
+        ("decoder_config", {"qk_norm": 1}),
+        ("activation_bits", 8.0),
+        ("activation_bits", 4),
+        ("group_size", False),
+        ("group_size", 32),
+        ("use_rms_norm", 1),
+    ],
+    ids=str,
+)
+def test_fields_of_our_own_folders(our_llama: Path, field: str, value: object) -> None:
+    if field != "decoder_config":
+        quantization = json.loads((our_llama / "config.json").read_text())["quantization_config"]
+        field, value = "quantization_config", quantization | {field: value}
+    change_config(our_llama, **{field: value})
+    assert_refused(our_llama, "config.json", "expected", "got")
+
+
+def test_a_published_folder_has_no_fields_of_ours(llama: Path) -> None:
+    """The names may mean anything there: Falcon3 has an "activation" that is none of ours."""
+    before = from_pretrained(llama).config
+    change_config(llama, activation="swiglu", decoder_config={"window": 3}, group_size=64, qk_norm=True)
+    assert from_pretrained(llama).config == before
+
+
+@pytest.mark.parametrize(
     "name", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"]
 )
 def test_a_missing_size_is_named(folder: Path, name: str) -> None:
@@ -209,6 +327,16 @@ def test_huge_claimed_sizes(folder: Path, name: str, size: int) -> None:
         changes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
     change_config(folder, **changes)
     assert_refused(folder, "config.json", name, str(size))
+
+
+@pytest.mark.parametrize("size", [10**9, 10**15, 10**40])
+@pytest.mark.parametrize("name", ["num_attention_heads", "head_dim"])
+def test_huge_claimed_heads(llama: Path, name: str, size: int) -> None:
+    """No head_dim is too large for a divisor; the product with hidden_size is."""
+    change_config(llama, **{name: 3 * size})
+    assert_refused(
+        llama, "config.json", "num_attention_heads, head_dim and hidden_size", "a matrix that fits"
+    )
 
 
 # Tensors
@@ -300,6 +428,100 @@ def test_a_row_scale_of_ours_that_is_impossible(ours: Path) -> None:
 def test_floats_that_are_none(folder: Path, name: str, value: float) -> None:
     change_tensors(folder, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
     assert_refused(folder, "model.safetensors", name, "finite")
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        (f"{Q}.bias", torch.ones(35)),
+        (f"{Q}.bias", torch.ones(36, dtype=torch.int64)),
+        (f"{Q}.bias", torch.full((36,), torch.nan)),
+        (f"{Q}.rms_norm.weight", torch.ones(36)),
+        (f"{Q}.rms_norm.weight", torch.full((24,), torch.inf)),
+        (f"{Q}.norm.weight", torch.ones(24)),
+        (f"{Q}.linear.weight", torch.zeros(9, 24, dtype=torch.uint8)),
+        (f"{Q}.weight", torch.zeros(6, 24, dtype=torch.uint8)),  # hidden / heads instead of head_dim
+        (f"{Q}.weight", torch.zeros(36, 24)),  # "bitlinear" is packed always
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.dtype} {list(value.shape)}",
+)
+def test_tensors_of_a_llama(llama: Path, name: str, tensor: Tensor) -> None:
+    change_tensors(llama, lambda tensors: tensors.update({name: tensor}))
+    assert_refused(llama, "model.safetensors", name, "expected", "got")
+
+
+@pytest.mark.parametrize("name", [f"{Q}.bias", f"{Q}.rms_norm.weight", f"{Q}.weight_scale"])
+def test_a_missing_tensor_of_a_llama(llama: Path, name: str) -> None:
+    change_tensors(llama, lambda tensors: tensors.pop(name))
+    assert_refused(llama, "model.safetensors", name, "no such tensor")
+
+
+def test_a_bias_that_overflows_with_its_scale(llama: Path) -> None:
+    quantization = {"quant_method": "bitnet", "linear_class": "autobitlinear", "use_rms_norm": True}
+    change_config(llama, quantization_config=quantization)
+    from_pretrained(llama)
+    change_tensors(
+        llama,
+        lambda tensors: tensors.update(
+            {f"{Q}.bias": torch.full((36,), 1e38), f"{Q}.weight_scale": torch.tensor([100.0])}
+        ),
+    )
+    assert_refused(llama, "model.safetensors", f"{Q}.bias", "finite numbers")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        (f"{Q}.linear.bias", torch.ones(35)),
+        (f"{Q}.linear.bias", torch.full((36,), torch.nan)),
+        (f"{Q}.linear.weight_scale", torch.ones(1, 36)),
+        (f"{Q}.norm.weight", torch.full((24,), torch.nan)),
+        (f"{Q}.rms_norm.weight", torch.ones(24)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.dtype} {list(value.shape)}",
+)
+def test_tensors_of_our_llama(our_llama: Path, name: str, tensor: Tensor) -> None:
+    change_tensors(our_llama, lambda tensors: tensors.update({name: tensor}))
+    assert_refused(our_llama, "model.safetensors", name, "expected", "got")
+
+
+def test_group_scales_in_our_own_format(our_llama: Path) -> None:
+    """Groups of 64 inputs: one for 24 inputs, and for 36. A scale of 0 is that of a group of zeros."""
+    fields = json.loads((our_llama / "config.json").read_text())["quantization_config"]
+    change_config(our_llama, quantization_config=fields | {"group_size": 64})
+    assert_refused(our_llama, "model.safetensors", "weight_scale", "[1, 36]")
+
+    def group(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("weight_scale"):
+                tensors[name] = tensors[name][None].clone()
+
+    change_tensors(our_llama, group)
+    assert from_pretrained(our_llama).config.group_size == 64
+    change_tensors(our_llama, lambda tensors: tensors[f"{Q}.linear.weight_scale"][0, 3:4].fill_(0.0))
+    from_pretrained(our_llama)
+    change_tensors(our_llama, lambda tensors: tensors[f"{Q}.linear.weight_scale"][0, 3:4].fill_(-1.0))
+    assert_refused(our_llama, "model.safetensors", f"{Q}.linear.weight_scale")
+
+
+def test_group_scales_have_one_layout(our_llama: Path) -> None:
+    """row has the same shape for 36 x 24 as for no other layout, so the shape alone is right."""
+    fields = json.loads((our_llama / "config.json").read_text())["quantization_config"]
+    change_config(
+        our_llama, quantization_config=fields | {"group_size": 64, "layouts": {f"{Q}.linear": "row"}}
+    )
+
+    def group(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("weight_scale"):
+                tensors[name] = tensors[name][None].clone()
+        tensors[f"{Q}.linear.packed_weight"] = torch.full((36, 1, 64), 0b01010101, dtype=torch.uint8)
+
+    change_tensors(our_llama, group)
+    assert_refused(our_llama, "model.safetensors", f"{Q}.linear.packed_weight", "'tile16'", "'row'")
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -574,10 +796,10 @@ def load_or_refuse(folder: Path) -> bool:
     return True
 
 
-@pytest.fixture(params=["published", "ours"])
-def subject(request: pytest.FixtureRequest, folder: Path, ours: Path) -> Path:
+@pytest.fixture(params=["folder", "ours", "llama", "our_llama"])
+def subject(request: pytest.FixtureRequest) -> Path:
     """A valid folder in either format, small enough to load some thousand times."""
-    return folder if request.param == "published" else ours
+    return request.getfixturevalue(request.param)
 
 
 def header_end(data: bytes) -> int:
@@ -643,8 +865,21 @@ def test_fuzz_json_fields(subject: Path, name: str) -> None:
         )
         fields["do_sample"] = True
     else:
-        fields = json.loads(file.read_text()) | {"head_dim": 8, "rope_scaling": None, "attention_bias": False}
-        fields["rope_parameters"] = {"rope_theta": fields["rope_theta"], "rope_type": "default"}
+        fields = {
+            "head_dim": 8,
+            "rope_scaling": None,
+            "attention_bias": False,
+            **json.loads(file.read_text()),
+        }
+        rope = fields["rope_scaling"] or {"rope_type": "default"}
+        fields["rope_parameters"] = {"rope_theta": fields["rope_theta"], **rope}
+        if subject.name.startswith("our"):
+            fields["decoder_config"] = {
+                "qk_norm": False, "residual_scale": 1.0, "logit_scale": 1.0, "rope_scaling": None,
+                "local_layers": [1], "window": 3, "query_scale": 0.3, "dropout": 0.0,
+            }  # fmt: skip
+            if rope["rope_type"] != "default":
+                fields["decoder_config"]["rope_scaling"] = {"kind": "linear", "factor": 2.0}
     file.write_text(json.dumps(fields))
     assert load_or_refuse(subject)
     for field in fields:

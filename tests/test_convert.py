@@ -37,7 +37,7 @@ def test_sparsity_is_what_the_layers_compute(tmp_path: Path) -> None:
     handle = layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(ids)
     handle.remove()
-    n = layer.post_attention_layernorm(seen[0])
+    n = seen[0]
     gate = layer.mlp.gate_proj(n)
     assert measured[0].open_gates == pytest.approx(float((gate > 0).float().mean()))
     y = layer.mlp.ffn_sub_norm(gate.relu().square() * layer.mlp.up_proj(n))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from text_models import assert_greedy, byte_level_tokenizer
-from tiny_checkpoints import LLAMA3_ROPE
+from tiny_checkpoints import LLAMA3_ROPE, Sizes, Weights, published_tensors, untied, write_folder
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -29,12 +29,14 @@ from their_models import (
     make_llama,
     median_error,
 )
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitNet, DecoderConfig, KVCache, RopeScaling, from_pretrained
+from bitnet_ops import BitLinear, BitNet, DecoderConfig, KVCache, RopeScaling, from_pretrained, reference
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import Context, rotation_tables
+from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
 from bitnet_ops.layers import packing
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -129,6 +131,45 @@ def test_the_config(llama: LlamaPair, case: dict[str, Any]) -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
+
+
+def test_both_styles_of_the_config(tmp_path: Path) -> None:
+    """transformers 4 wrote rope_theta and rope_scaling, some with "type"; 5 writes rope_parameters."""
+    sizes = Sizes(llama=True)
+    tensors = published_tensors(Weights.random(sizes), reciprocal=True)
+    old_type = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_type"}
+    old = {"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE}
+    configs = [
+        from_pretrained(write_folder(tmp_path, sizes.config(**fields), tensors)).config
+        for fields in (
+            old,
+            old | {"rope_scaling": old_type | {"type": "llama3"}},
+            old | {"rope_scaling": LLAMA3_ROPE | {"rope_theta": 500.0}},
+            {
+                "rope_theta": None,
+                "rope_scaling": None,
+                "rope_parameters": LLAMA3_ROPE | {"rope_theta": 500.0},
+            },
+            {"rope_theta": 500.0, "rope_scaling": None, "rope_parameters": LLAMA3_ROPE},
+        )
+    ]
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
+    assert {(config.rope_theta, config.rope_scaling) for config in configs} == {(500.0, scaling)}
+
+
+def test_absent_fields_are_as_in_transformers(tmp_path: Path) -> None:
+    """The defaults of LlamaConfig."""
+    sizes = Sizes(llama=True)
+    names = ("hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "bos_token_id",
+             "eos_token_id", "head_dim", "num_key_value_heads")  # fmt: skip
+    tensors = published_tensors(untied(Weights.random(sizes)), reciprocal=True)
+    config = from_pretrained(write_folder(tmp_path, sizes.config(**dict.fromkeys(names)), tensors)).config
+    theirs = LlamaConfig(num_attention_heads=3, hidden_size=24)
+    for name in (*names[1:2], *names[4:]):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.activation == theirs.hidden_act
+    assert {"rope_theta": config.rope_theta, "rope_type": "default"} == theirs.rope_parameters
+    assert config.rope_scaling is None
 
 
 def test_norms(llama: LlamaPair) -> None:
@@ -253,13 +294,13 @@ def test_feed_forward(llama: LlamaPair) -> None:
 
 def test_end_to_end_without_flips(pair: LlamaPair) -> None:
     """In short texts through small models the median sequence has no flip: there both differ by rounding."""
-    ids = prompts(36, 20)
+    ids = prompts(15, 20)
     exact = exact_llama(pair.theirs, ids)
     limit = 2 * median_error(pair.theirs(ids).logits, exact)
     assert limit < 1e-5 * exact.abs().max(), "most sequences have a flip"
     assert median_error(pair.ours(ids), exact) <= limit
     cache = KVCache(pair.ours.config, len(ids), 20)
-    steps = [pair.ours(piece, cache=cache) for piece in (ids[:, :5], *ids[:, 5:].split(1, dim=1))]
+    steps = [pair.ours(piece, cache=cache) for piece in ids.split([5, 1, 1, 13], dim=1)]
     assert median_error(torch.cat(steps, dim=1), exact) <= limit
     accelerated = bitnet_ops.accelerate(pair.theirs)
     assert median_error(accelerated(ids).logits, exact) <= limit
@@ -406,13 +447,37 @@ def test_every_field_is_kept(tmp_path: Path, config_type: type[DecoderConfig]) -
 
 def test_group_scales_and_wide_activations(tmp_path: Path) -> None:
     for changes in ({"activation_bits": 8, "group_size": 0}, {"activation_bits": 16}, {"activation_bits": 8}):
-        # What attention has not everywhere is left out.
-        model = random_packed(full_config(**changes, window=0, local_layers=(), query_scale=None))
+        model = random_packed(full_config(**changes))
         model.save_pretrained(tmp_path)
         again = from_pretrained(tmp_path)
         assert again.config == model.config
         for name, tensor in state(model).items():
             assert torch.equal(tensor, state(again)[name]), name
+        ids = torch.randint(61, (1, 9))
+        assert torch.equal(again(ids), model(ids))
+        layouts = layouts_for(model, [LayerSparsity(0.1, 0.1)] * 2)
+        if model.config.group_size:
+            assert set(layouts.values()) == {"tile16"}
+        else:
+            assert layouts["model.layers.1.mlp.down_proj.linear"] == "column"
+
+
+def test_sparsity(llama: LlamaPair) -> None:
+    """SiLU closes no gate; what down_proj multiplies with is counted behind the norm inside it."""
+    model, ids = llama.ours, prompts(2, 20)
+    seen: list[Tensor] = []
+    handles = [
+        layer_and_norm(layer.mlp.down_proj)[0].register_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[0])
+        )
+        for layer in model.model.layers
+    ]
+    measured = measure_sparsity(model, ids)
+    for handle in handles:
+        handle.remove()
+    used = [(reference.quantize_activations(x)[0] != 0).float().mean().item() for x in seen]
+    assert measured == [LayerSparsity(1.0, share) for share in used]
+    assert "row" not in layouts_for(model, [LayerSparsity(1.0, 0.1)] * 2).values()
 
 
 def test_a_projection_that_is_not_as_configured_is_not_saved(llama: LlamaPair, tmp_path: Path) -> None:
@@ -472,12 +537,12 @@ def test_the_commands(tmp_path: Path, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", LLAMA_FORMATS)
+@pytest.mark.parametrize("form", ["bitlinear", "autobitlinear", "online"])  # "ternary" is the same numbers
 def test_end_to_end(tmp_path: Path, form: str) -> None:
     """Mean errors over cases, seeds and prompts; flips make them, so that few models prove nothing."""
     ours, theirs, size = [], [], 0.0
     for number, case in enumerate(CASES.values()):
-        for seed in range(4):
+        for seed in range(3):
             pair = make_llama(tmp_path / f"{number}-{seed}", form, seed, num_hidden_layers=5, **case)
             ids = prompts(40, LENGTH, seed)
             exact = exact_llama(pair.theirs, ids)

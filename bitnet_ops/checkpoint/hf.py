@@ -92,7 +92,9 @@ class PublishedProjections:
                     file, f"quantization_config.{name}", " or ".join(map(repr, known)), f"{value!r:.200}"
                 )
         skipped = quantization.get("modules_to_not_convert")
-        if skipped not in (None, [], ["lm_head"]):
+        # With an empty list the head would be ternary as well, which packed files show and masters do not.
+        masters = linear_class == "autobitlinear" and mode == "online"
+        if skipped not in (None, ["lm_head"]) and (skipped != [] or masters):
             raise CheckpointError.at(
                 file,
                 "quantization_config.modules_to_not_convert",

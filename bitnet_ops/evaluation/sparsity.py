@@ -4,6 +4,9 @@ The squared ReLU makes most of its results zero in a trained model. A row of up_
 a column of down_proj whose quantised input is zero change no bit of the result, so the layouts ``row`` and
 ``column`` skip them (see `bitnet_ops.layers.packing`). That pays where few are needed: skipping means many
 short reads, which memory delivers more slowly than one long one.
+
+Other activations close no gates: all rows of up_proj count, and only inputs that are small against the
+largest are quantised to zero.
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..layers.linear import BitLinear, best_layout
+from ..layers.linear import BitLinear, NormedLinear, best_layout
 from ..model import BitNet
 
 ROW_PAYS_BELOW = 0.45
@@ -27,7 +30,8 @@ class LayerSparsity:
     """What a token needs of a decoder layer, on average.
 
     Attributes:
-        open_gates: share of gates above zero, the rows of up_proj that count.
+        open_gates: share of gates above zero, the rows of up_proj that count; 1 where the activation is not
+            the squared ReLU.
         used_inputs: share of quantised inputs of down_proj that are not zero, the columns that count.
     """
 
@@ -56,7 +60,11 @@ def measure_sparsity(model: BitNet, input_ids: Tensor) -> list[LayerSparsity]:
     for layer, count in zip(model.model.layers, counts, strict=True):
         # A hook also makes the model take the steps one by one, so that these values exist.
         gate, down = (layer.get_submodule(f"mlp.{name}") for name in ("gate_proj", "down_proj"))
-        handles.append(gate.register_forward_hook(partial(_count_open, count)))
+        if isinstance(down, NormedLinear):
+            down = down.linear
+        count["open_gates"] = 1.0
+        if model.config.activation == "relu2":
+            handles.append(gate.register_forward_hook(partial(_count_open, count)))
         handles.append(down.register_forward_pre_hook(partial(_count_used, count)))
     try:
         model.hidden_states(input_ids)
@@ -85,10 +93,18 @@ def layouts_for(model: BitNet, sparsity: list[LayerSparsity]) -> dict[str, str]:
     Returns:
         A layout for the name of every `BitLinear`.
     """
-    layouts = {name: best_layout() for name, module in model.named_modules() if isinstance(module, BitLinear)}
+    if model.config.group_size != 0:
+        best = "tile16"  # the only one that has group scales
+        sparsity = []
+    else:
+        best = best_layout()
+    names = [name for name, module in model.named_modules() if isinstance(module, BitLinear)]
+    layouts = dict.fromkeys(names, best)
+    inner = ".linear" if model.config.projection_norms else ""
     for index, layer in enumerate(sparsity):
-        if layer.open_gates < ROW_PAYS_BELOW:
+        # Rows are not skipped where a norm of its own stands in front of up_proj (csrc/run/decoder.cpp).
+        if layer.open_gates < ROW_PAYS_BELOW and not model.config.projection_norms:
             layouts[f"model.layers.{index}.mlp.up_proj"] = "row"
         if layer.used_inputs < COLUMN_PAYS_BELOW:
-            layouts[f"model.layers.{index}.mlp.down_proj"] = "column"
+            layouts[f"model.layers.{index}.mlp.down_proj{inner}"] = "column"
     return layouts
