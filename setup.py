@@ -2,7 +2,7 @@
 
 The extension stands on CPython's limited API and on libtorch's stable ABI, so one wheel serves every
 CPython >= 3.10 and every torch >= 2.10. No flag depends on the machine that builds: kernel files raise
-their own target (DESIGN.md section 7), and the CPU is asked at run time.
+their own target (docs/architecture.md), and the CPU is asked at run time.
 """
 
 import os
@@ -65,7 +65,7 @@ def extension(CppExtension):
             "-g0",  # what Python was built with may say -g: 15 MB of symbols that nobody reads
             "-fno-math-errno",  # sqrt is one instruction; nothing reads errno
             "-fno-trapping-math",  # nor floating-point flags: both sides of a choice may be computed
-            "-ffp-contract=off",  # an FMA only where the source says so: DESIGN.md section 3
+            "-ffp-contract=off",  # an FMA only where the source says so: docs/numerics.md
             "-fvisibility=hidden",
             "-Wall",
             "-Wextra",
