@@ -14,6 +14,9 @@ from setuptools import setup
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch that the wheel may meet
 
+# Python's own flags may say -g: 15 MB of symbols that nobody reads. CFLAGS=-g asks for them, for perf and gdb.
+DEBUGGING = "-g" if "-g" in os.environ.get("CFLAGS", "").split() else "-g0"
+
 FOLDERS = ("ops", "run", "layouts")
 PLATFORM = ("cpu_features.cpp", f"{platform.system().lower()}.cpp")
 KERNELS = {"x86_64": ("scalar", "avx"), "aarch64": ("scalar", "neon")}  # beginnings of file names
@@ -62,7 +65,7 @@ def extension(CppExtension):
         extra_compile_args=[
             "-std=c++17",
             "-O3",
-            "-g0",  # what Python was built with may say -g: 15 MB of symbols that nobody reads
+            DEBUGGING,
             "-fno-math-errno",  # sqrt is one instruction; nothing reads errno
             "-fno-trapping-math",  # nor floating-point flags: both sides of a choice may be computed
             "-ffp-contract=off",  # an FMA only where the source says so: docs/numerics.md
