@@ -14,7 +14,7 @@ from setuptools import setup
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch that the wheel may meet
 
-# Python's own flags may say -g: 15 MB of symbols that nobody reads. CFLAGS=-g asks for them, for perf and gdb.
+# Python's own flags may say -g: 15 MB of symbols that nobody reads. CFLAGS=-g asks for them, for perf or gdb.
 DEBUGGING = "-g" if "-g" in os.environ.get("CFLAGS", "").split() else "-g0"
 
 FOLDERS = ("ops", "run", "layouts")

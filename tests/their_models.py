@@ -304,7 +304,7 @@ def biased_bound(x: Tensor, layer: BitLinear) -> Tensor:
 
 
 def exact_llama(theirs: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """The model in float64, [B, T] to [B, T, V], written out from the formulas; only the numbers are theirs."""
+    """The model in float64, [B, T] to [B, T, V], written out from the formulas; the numbers are theirs."""
     config = theirs.config
 
     def norm(x: Tensor, module: Any) -> Tensor:
