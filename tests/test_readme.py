@@ -70,8 +70,10 @@ def test_every_link_leads_somewhere(page):
 def test_every_file_that_a_page_names_exists(page):
     if page.name == "CHANGELOG.md":  # names files that were
         return
-    # A library exists where it was built, and NAME stands for what a reader will write.
-    named = [name for name in A_PATH.findall(text_of(page)) if not name.endswith(".so") and "NAME" not in name]
+    # A library exists where it was built; NAME stands for what a reader will write.
+    named = [
+        name for name in A_PATH.findall(text_of(page)) if not name.endswith(".so") and "NAME" not in name
+    ]
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
