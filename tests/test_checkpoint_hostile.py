@@ -22,9 +22,8 @@ from tiny_checkpoints import (
 )
 from torch import Tensor
 
-from bitnet_ops import from_pretrained, repack
+from bitnet_ops import from_pretrained, packing, repack
 from bitnet_ops.checkpoint import CheckpointError
-from bitnet_ops.layers import packing
 
 UP = "model.layers.1.mlp.up_proj"
 NORM = "model.layers.0.self_attn.attn_sub_norm.weight"
@@ -508,7 +507,7 @@ def test_group_scales_in_our_own_format(our_llama: Path) -> None:
 
 
 def test_group_scales_have_one_layout(our_llama: Path) -> None:
-    """row has the same shape for 36 x 24 as for no other layout, so the shape alone is right."""
+    """Row has the same shape for 36 x 24 as for no other layout, so the shape alone is right."""
     fields = json.loads((our_llama / "config.json").read_text())["quantization_config"]
     change_config(
         our_llama, quantization_config=fields | {"group_size": 64, "layouts": {f"{Q}.linear": "row"}}

@@ -33,11 +33,19 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitNet, DecoderConfig, KVCache, RopeScaling, from_pretrained, reference
+from bitnet_ops import (
+    BitLinear,
+    BitNet,
+    DecoderConfig,
+    KVCache,
+    RopeScaling,
+    from_pretrained,
+    packing,
+    reference,
+)
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
-from bitnet_ops.layers import packing
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = LLAMA3_ROPE | {"rope_theta": 10000.0}
@@ -134,7 +142,7 @@ def test_the_config(llama: LlamaPair, case: dict[str, Any]) -> None:
 
 
 def test_both_styles_of_the_config(tmp_path: Path) -> None:
-    """transformers 4 wrote rope_theta and rope_scaling, some with "type"; 5 writes rope_parameters."""
+    """Transformers 4 wrote rope_theta and rope_scaling, some with "type"; 5 writes rope_parameters."""
     sizes = Sizes(llama=True)
     tensors = published_tensors(Weights.random(sizes), reciprocal=True)
     old_type = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_type"}
@@ -160,8 +168,8 @@ def test_both_styles_of_the_config(tmp_path: Path) -> None:
 def test_absent_fields_are_as_in_transformers(tmp_path: Path) -> None:
     """The defaults of LlamaConfig."""
     sizes = Sizes(llama=True)
-    names = ("hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "bos_token_id",
-             "eos_token_id", "head_dim", "num_key_value_heads")  # fmt: skip
+    names = ("hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
+             "bos_token_id", "eos_token_id", "head_dim", "num_key_value_heads")  # fmt: skip
     tensors = published_tensors(untied(Weights.random(sizes)), reciprocal=True)
     config = from_pretrained(write_folder(tmp_path, sizes.config(**dict.fromkeys(names)), tensors)).config
     theirs = LlamaConfig(num_attention_heads=3, hidden_size=24)
