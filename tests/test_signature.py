@@ -1,9 +1,9 @@
 """One number for all that a model computes: it changes when any bit does, on any machine.
 
 The number is a hash of a greedy text's ids and of the bits of its logits. It is the same on every instruction
-set, operating system and processor. A change that means to change results writes the new numbers here, and says
-so in CHANGELOG.md. tests/kernels/decoder_test.cpp does the same for the layers without Python and torch, also
-for NEON in QEMU.
+set, operating system and processor. A change that means to change results writes the new numbers here, and
+says so in CHANGELOG.md. tests/kernels/decoder_test.cpp does the same for the layers without Python and torch,
+also for NEON in QEMU.
 """
 
 import hashlib
