@@ -508,7 +508,7 @@ def test_group_scales_in_our_own_format(our_llama: Path) -> None:
 
 
 def test_group_scales_have_one_layout(our_llama: Path) -> None:
-    """row has the same shape for 36 x 24 as for no other layout, so the shape alone is right."""
+    """Row has the same shape for 36 x 24 as for no other layout, so the shape alone is right."""
     fields = json.loads((our_llama / "config.json").read_text())["quantization_config"]
     change_config(
         our_llama, quantization_config=fields | {"group_size": 64, "layouts": {f"{Q}.linear": "row"}}

@@ -33,7 +33,16 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitNet, DecoderConfig, KVCache, RopeScaling, from_pretrained, reference
+from bitnet_ops import (
+    BitLinear,
+    BitLinearQAT,
+    BitNet,
+    DecoderConfig,
+    KVCache,
+    RopeScaling,
+    from_pretrained,
+    reference,
+)
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
@@ -134,7 +143,7 @@ def test_the_config(llama: LlamaPair, case: dict[str, Any]) -> None:
 
 
 def test_both_styles_of_the_config(tmp_path: Path) -> None:
-    """transformers 4 wrote rope_theta and rope_scaling, some with "type"; 5 writes rope_parameters."""
+    """Transformers 4 wrote rope_theta and rope_scaling, some with "type"; 5 writes rope_parameters."""
     sizes = Sizes(llama=True)
     tensors = published_tensors(Weights.random(sizes), reciprocal=True)
     old_type = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_type"}
@@ -160,8 +169,8 @@ def test_both_styles_of_the_config(tmp_path: Path) -> None:
 def test_absent_fields_are_as_in_transformers(tmp_path: Path) -> None:
     """The defaults of LlamaConfig."""
     sizes = Sizes(llama=True)
-    names = ("hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "bos_token_id",
-             "eos_token_id", "head_dim", "num_key_value_heads")  # fmt: skip
+    names = ("hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
+             "bos_token_id", "eos_token_id", "head_dim", "num_key_value_heads")  # fmt: skip
     tensors = published_tensors(untied(Weights.random(sizes)), reciprocal=True)
     config = from_pretrained(write_folder(tmp_path, sizes.config(**dict.fromkeys(names)), tensors)).config
     theirs = LlamaConfig(num_attention_heads=3, hidden_size=24)
@@ -478,6 +487,21 @@ def test_sparsity(llama: LlamaPair) -> None:
     used = [(reference.quantize_activations(x)[0] != 0).float().mean().item() for x in seen]
     assert measured == [LayerSparsity(1.0, share) for share in used]
     assert "row" not in layouts_for(model, [LayerSparsity(1.0, 0.1)] * 2).values()
+
+
+def test_train_and_pack(llama: LlamaPair, tmp_path: Path) -> None:
+    """The parts of a Llama train, and what is packed gives what was trained."""
+    config = llama.ours.config.replace(initializer_range=0.3)
+    model = BitNet(config, BitLinearQAT)
+    ids = prompts(2, 12)
+    loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    trained = model.eval().requires_grad_(False)(ids)
+    bitnet_ops.pack(model).save_pretrained(tmp_path / "packed")
+    assert_same_model(from_pretrained(tmp_path / "packed"), model)
+    # A last bit can flip an int8 rounding; the median of the differences is that of rounding alone.
+    assert (model(ids) - trained).abs().median() < 1000 * U * trained.abs().max()
 
 
 def test_a_projection_that_is_not_as_configured_is_not_saved(llama: LlamaPair, tmp_path: Path) -> None:
