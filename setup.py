@@ -2,7 +2,7 @@
 
 The extension stands on CPython's limited API and on libtorch's stable ABI, so one wheel serves every
 CPython >= 3.10 and every torch >= 2.10. No flag depends on the machine that builds: kernel files raise
-their own target (DESIGN.md section 7), and the CPU is asked at run time.
+their own target (docs/architecture.md), and the CPU is asked at run time.
 """
 
 import os
@@ -13,6 +13,9 @@ from setuptools import setup
 
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch that the wheel may meet
+
+# Python's own flags may say -g: 15 MB of symbols that nobody reads. CFLAGS=-g asks for them, for perf or gdb.
+DEBUGGING = "-g" if "-g" in os.environ.get("CFLAGS", "").split() else "-g0"
 
 FOLDERS = ("ops", "run", "layouts")
 PLATFORM = ("cpu_features.cpp", f"{platform.system().lower()}.cpp")
@@ -62,10 +65,10 @@ def extension(CppExtension):
         extra_compile_args=[
             "-std=c++17",
             "-O3",
-            "-g0",  # what Python was built with may say -g: 15 MB of symbols that nobody reads
+            DEBUGGING,
             "-fno-math-errno",  # sqrt is one instruction; nothing reads errno
             "-fno-trapping-math",  # nor floating-point flags: both sides of a choice may be computed
-            "-ffp-contract=off",  # an FMA only where the source says so: DESIGN.md section 3
+            "-ffp-contract=off",  # an FMA only where the source says so: docs/numerics.md
             "-fvisibility=hidden",
             "-Wall",
             "-Wextra",

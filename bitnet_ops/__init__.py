@@ -17,7 +17,6 @@ from bitnet_ops.evaluation.perplexity import TextLoss, perplexity
 from bitnet_ops.integrations.transformers import accelerate
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
 from bitnet_ops.layers.linear import BitLinear, BitLinearQAT, best_layout
-from bitnet_ops.layers.packing import packed_shape
 from bitnet_ops.layers.replace import pack, repack, replace_linear
 from bitnet_ops.model import BitNet, from_pretrained
 from bitnet_ops.ops import (
@@ -30,6 +29,7 @@ from bitnet_ops.ops import (
     ternary_matmul,
     unpack_ternary,
 )
+from bitnet_ops.packing import packed_shape
 
 if hasattr(os, "register_at_fork"):
     # GNU OpenMP, which torch's wheels bring, waits for ever in a forked child for threads that only the

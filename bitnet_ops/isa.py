@@ -29,7 +29,7 @@ def known_isas() -> tuple[str, ...]:
 
     Example:
         >>> known_isas()
-        ('avx512_vnni', 'avx_vnni', 'avx2', 'scalar')
+        ('avx512_vbmi', 'avx512_vnni', 'avx_vnni', 'avx2', 'scalar')
     """
     return tuple(name for name, _ in _C.isas())
 

@@ -336,7 +336,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
     Returns:
         float32 [head_dim / 2].
     """
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    # Libraries disagree about the last bit of a power; rounded from float64 it is the same.
+    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)).float()
     if scaling is None:
         return frequencies
     stretched = frequencies / scaling.factor

@@ -23,7 +23,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "API.md"
 MODULES: dict[str, tuple[str, ...] | None] = {
     "bitnet_ops": None,
     "bitnet_ops.ops": None,
-    "bitnet_ops.layers.packing": None,
+    "bitnet_ops.packing": None,
     "bitnet_ops.evaluation.sparsity": None,
     "bitnet_ops.integrations.peft": ("adapt_packed_layers",),
     "bitnet_ops.generation.mixin": ("TextStream", "Streamer"),  # the mixin's are with BitNet

@@ -1,7 +1,7 @@
 """`bitnet_ops.integrations.transformers`: transformers models on our layers give what they gave.
 
 Layer by layer both get the same float32 input, and the difference is compared with a bound on what rounding
-can do (`their_models.linear_bound`). End to end a last bit can flip an int8 rounding (DESIGN.md, section 3);
+can do (`their_models.linear_bound`). End to end a last bit can flip an int8 rounding (docs/numerics.md);
 there both are compared with float64.
 """
 

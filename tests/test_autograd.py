@@ -9,8 +9,7 @@ import torch
 from text_models import tiny_model
 from torch import Tensor
 
-from bitnet_ops import BitNet, KVCache, ops, reference
-from bitnet_ops.layers import packing
+from bitnet_ops import BitNet, KVCache, ops, packing, reference
 
 
 def gradients(y: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:

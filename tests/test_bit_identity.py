@@ -1,6 +1,6 @@
 """The whole model gives the same bits on every instruction set, for every number of threads, in any batch.
 
-And whether a token came by prefill or by decode (DESIGN.md, section 3).
+And whether a token came by prefill or by decode (docs/numerics.md).
 """
 
 from collections.abc import Sequence

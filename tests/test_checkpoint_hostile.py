@@ -22,9 +22,8 @@ from tiny_checkpoints import (
 )
 from torch import Tensor
 
-from bitnet_ops import from_pretrained, repack
+from bitnet_ops import from_pretrained, packing, repack
 from bitnet_ops.checkpoint import CheckpointError
-from bitnet_ops.layers import packing
 
 UP = "model.layers.1.mlp.up_proj"
 NORM = "model.layers.0.self_attn.attn_sub_norm.weight"

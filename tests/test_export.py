@@ -11,10 +11,9 @@ from text_models import tiny_model
 from torch import Tensor, nn
 
 import bitnet_ops
-from bitnet_ops import _C, BitLinear, KVCache
+from bitnet_ops import _C, BitLinear, KVCache, packing
 from bitnet_ops.decoder.cache import CACHE_DTYPES
 from bitnet_ops.integrations.export import export_decode_step, step_inputs
-from bitnet_ops.layers import packing
 from bitnet_ops.layers.norm import RMSNorm
 
 MODEL = tiny_model(eos=None)

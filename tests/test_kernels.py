@@ -49,13 +49,16 @@ EMULATED_CPUS = {
 HANGS_AFTER = 900
 """Seconds. It takes 2 to 20 on a quiet machine, but busy ones are tested on, too."""
 
+DECODER_SIGNATURE = "1c0debf2155a0eb1"
+"""A hash of what the layers of tests/kernels/decoder_test.cpp give, on every architecture."""
+
 NEON_ISAS = set(EMULATED_CPUS["max"])
 
 
 def build(compiler: str, flags: list[str], architecture: str, program: Path) -> None:
     csrc = ROOT / "csrc"
     torch_free = [
-        csrc / "run/dispatch.cpp",
+        *(csrc / "run").glob("*.cpp"),
         csrc / "platform/cpu_features.cpp",
         csrc / "platform/linux.cpp",
         *(csrc / "layouts").glob("*.cpp"),
@@ -76,7 +79,7 @@ def build(compiler: str, flags: list[str], architecture: str, program: Path) -> 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # largest first: no core waits for the last one
         by_size = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
         list(pool.map(lambda pair: execute("-c", pair[0], "-o", pair[1]), by_size))
-    execute(*objects, "-o", program)
+    execute(*objects, "-pthread", "-o", program)
 
 
 def run(command: list[str]) -> dict[str, str]:
@@ -109,6 +112,7 @@ def test_every_kernel_equals_scalar(compiler: str, flags: str, built: Builder) -
     need(compiler, package=PACKAGES[compiler])
     outcome = run([str(built(compiler, flags, ARCHITECTURE))])
     assert outcome.pop("chosen") == bitnet_ops.supported_isas()[0]
+    assert outcome.pop("signature") == DECODER_SIGNATURE
     assert outcome.keys() == set(bitnet_ops.known_isas())
     for name in bitnet_ops.supported_isas():
         assert "comparisons, 0 differences" in outcome[name]
@@ -129,6 +133,7 @@ def test_every_neon_kernel_equals_scalar(
     libraries = "/usr/aarch64-linux-gnu"  # where Debian's cross compiler has them
     outcome = run([emulator, "-cpu", cpu, "-L", libraries, str(built(compiler, flags, "aarch64"))])
     assert outcome.pop("chosen") == EMULATED_CPUS[cpu][0]
+    assert outcome.pop("signature") == DECODER_SIGNATURE
     assert outcome.keys() == NEON_ISAS
     for name in NEON_ISAS:
         expected = "comparisons, 0 differences" if name in EMULATED_CPUS[cpu] else "not supported by this CPU"

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitnet_ops import ops, reference
-from bitnet_ops.layers import packing
+from bitnet_ops import ops, packing, reference
 
 # One row of q, the most that sparse kernels take (4, or 2 tokens of 16 bits), one more, a register block.
 TOKENS = [1, 2, 4, 5, 13]

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitLinearQAT, pack, reference
-from bitnet_ops.layers import packing
+from bitnet_ops import BitLinear, BitLinearQAT, pack, packing, reference
 
 SIZES = [(1, 1), (15, 17), (16, 16), (33, 20), (100, 70), (256, 192)]
 

@@ -41,12 +41,12 @@ from bitnet_ops import (
     KVCache,
     RopeScaling,
     from_pretrained,
+    packing,
     reference,
 )
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
-from bitnet_ops.layers import packing
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = LLAMA3_ROPE | {"rope_theta": 10000.0}

@@ -104,7 +104,7 @@ def test_fused_paths_step_aside_for_adapters() -> None:
 def test_a_base_in_any_layout() -> None:
     base = tiny_model(eos=None)
     results = []
-    for layout in bitnet_ops.layers.packing.LAYOUTS:
+    for layout in bitnet_ops.packing.LAYOUTS:
         torch.manual_seed(1)
         model = adapted(bitnet_ops.repack(tiny_model(eos=None), layout), init_lora_weights=False)
         results.append(model(torch.tensor([[1, 2, 3]])))

@@ -252,7 +252,7 @@ def some_weights(out_features: int, in_features: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tokens", [1, 2, 29])
 def test_thread_count_changes_nothing(isa: str, tokens: int, threads: None) -> None:
-    # Large enough that every parallel region has work for three threads (csrc/ops.cpp, `parallel`).
+    # Large enough that every parallel region has work for three threads (csrc/run/parallel.h).
     weights, x = some_weights(1000, 1000), torch.randn(tokens, 1000)
     torch.set_num_threads(1)
     expected = all_operators(x, weights)
@@ -311,7 +311,7 @@ def test_inputs_are_unchanged(isa: str) -> None:
 
 
 def test_a_large_call_leaves_small_ones_right(isa: str) -> None:
-    # The scratch of a thread grows, is given back and grows again (csrc/scratch.h).
+    # The scratch of a thread grows, is given back and grows again (csrc/run/scratch.h).
     weights = some_weights(20, 300)
     small, large = torch.randn(2, 300), torch.randn(20000, 300)
     expected = all_operators(small, weights)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from bitnet_ops import ops
-from bitnet_ops.layers import packing
+from bitnet_ops import ops, packing
 
 SIZES = [(1, 1), (15, 15), (16, 16), (17, 17), (31, 33), (48, 64), (5, 300), (100, 20)]
 

@@ -5,7 +5,7 @@ bound on what rounding can do. Notation: u = 2^-24 is the unit roundoff of float
 any order errs by at most n u sum |terms| (to first order); K is the length of the reduced axis.
 
 End to end no such bound exists, because a last bit can flip an int8 rounding and the flip grows
-(DESIGN.md, section 3). There both are compared with the same model in float64, written out in their_models.py
+(docs/numerics.md). There both are compared with the same model in float64, written out in their_models.py
 from the formulas: our mean error is at most twice that of transformers in float32.
 """
 

@@ -27,10 +27,10 @@ from bitnet_ops import (
     RopeScaling,
     from_pretrained,
     ops,
+    packing,
 )
 from bitnet_ops.decoder.model import KNOWN
 from bitnet_ops.decoder.plan import collect
-from bitnet_ops.layers import packing
 from bitnet_ops.layers.norm import RMSNorm
 from bitnet_ops.ops._decoder import PreparedLayers
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitLinearQAT, BitNet
-from bitnet_ops.layers import packing
+from bitnet_ops import BitLinear, BitLinearQAT, BitNet, packing
 
 SECONDS = 90  # in which a process has to end that takes one or two
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bitnet_ops import BitLinear, BitLinearQAT, pack, replace_linear
-from bitnet_ops.layers import packing
+from bitnet_ops import BitLinear, BitLinearQAT, pack, packing, replace_linear
 
 EXAMPLE = str(Path(__file__).parent.parent / "examples/vision_transformer.py")
 _names = runpy.run_path(EXAMPLE)

@@ -1,4 +1,4 @@
-"""What stands below csrc/ops knows neither torch nor Python: C++ alone compiles it (DESIGN.md section 2)."""
+"""What stands below csrc/ops knows neither torch nor Python: C++ alone compiles it (docs/architecture.md)."""
 
 import os
 import platform

@@ -138,7 +138,7 @@ def linear_bound(x: Tensor, layer: BitLinear) -> Tensor:
 
 
 def exact_logits(pair: Pair, ids: Tensor) -> Tensor:
-    """The model in float64 (DESIGN.md, section 1), [T] to [T, V]; it shares nothing with either side."""
+    """The model in float64 (docs/architecture.md), [T] to [T, V]; it shares nothing with either side."""
     sizes, weights = pair.sizes, pair.weights
     floats = {name: tensor.double() for name, tensor in weights.floats.items()}
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..layers import packing
+from .. import ops, packing
 from .files import TensorFiles
 
 CHUNK_BYTES = 1 << 20

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops, packing, reference
 from ..families import Family
-from ..layers import packing
 from ..layers.linear import BitLinear, best_layout
 from ..layers.memory import HugePages
 from .codes import check_codes

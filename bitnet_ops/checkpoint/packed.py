@@ -3,7 +3,7 @@
 The layout of a Hugging Face checkpoint with one difference: a projection is stored as
 `bitnet_ops.BitLinear` holds it,
 
-    packed_weight   uint8, drawn in `bitnet_ops.layers.packing`
+    packed_weight   uint8, drawn in `bitnet_ops.packing`
     weight_scale    float32, the multiplier: [N], or [ceil(K / group_size), N] with "group_size"
     bias            float32 [N], where config.json gives the projection one
 
@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import ops
-from ..layers import packing
+from .. import ops, packing
 from ..layers.linear import BitLinear, BitLinearQAT, best_layout, native_layouts
 from ..layers.memory import HugePages
 from .codes import check_packed

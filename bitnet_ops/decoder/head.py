@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..layers.memory import HugePages
-from ..layers.packing import TILE_ROWS
+from ..packing import TILE_ROWS
 
 LEAST_BYTES = 4 << 20
 """Smaller tables are computed whole by default: a copy saves under 0.05 ms a token there (bench/LOG.md)."""

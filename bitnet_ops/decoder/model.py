@@ -257,7 +257,7 @@ class LanguageModel(nn.Module):
     certified_head: bool | None = None
     """Whether texts are written with `screened_head`, which changes nothing but their speed and takes three
     eighths of the memory of a bfloat16 head once more. None leaves it to the size of the head
-    (`screened_head.LEAST_BYTES`)."""
+    (`bitnet_ops.decoder.head.LEAST_BYTES`)."""
 
     _screened_head: ScreenedHead | None = None
 

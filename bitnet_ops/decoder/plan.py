@@ -37,8 +37,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import _C, ops
-from ..layers import packing
+from .. import _C, ops, packing
 from ..layers.linear import BitLinear, NormedLinear, on_replacement
 from ..layers.norm import RMSNorm
 from ..ops._decoder import PreparedLayers

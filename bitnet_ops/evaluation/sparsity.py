@@ -2,7 +2,7 @@
 
 The squared ReLU makes most of its results zero in a trained model. A row of up_proj whose gate is closed and
 a column of down_proj whose quantised input is zero change no bit of the result, so the layouts ``row`` and
-``column`` skip them (see `bitnet_ops.layers.packing`). That pays where few are needed: skipping means many
+``column`` skip them (see `bitnet_ops.packing`). That pays where few are needed: skipping means many
 short reads, which memory delivers more slowly than one long one.
 
 Other activations close no gates: all rows of up_proj count, and only inputs that are small against the

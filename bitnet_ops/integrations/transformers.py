@@ -1,7 +1,7 @@
 """Loaded transformers models on the kernels of bitnet_ops: `accelerate` swaps their ternary layers in place.
 
 transformers has two of them (transformers/integrations/bitnet.py), which differ in more than their storage.
-With ``acc`` the sum of products of int8 activations and ternary weights, as in DESIGN.md section 3:
+With ``acc`` the sum of products of int8 activations and ternary weights, as in docs/numerics.md:
 
     AutoBitLinear, offline   weight float [N, K] in {-1, 0, 1}     y = (acc * x_scale + bias) * weight_scale
     AutoBitLinear, online    weight float [N, K], master weights   y = acc * x_scale * mean(|weight|) + bias

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import ops, packing, reference
 from ..isa import isa
-from . import packing
 
 
 class Holder(Protocol):
@@ -40,7 +39,7 @@ class BitLinear(nn.Module):
     layer of any layout on any machine.
 
     Attributes:
-        packed_weight: uint8, the weights in `layout`, drawn in `bitnet_ops.layers.packing`.
+        packed_weight: uint8, the weights in `layout`, drawn in `bitnet_ops.packing`.
         weight_scale: float32 [out_features], or [ceil(in_features / group_size), out_features]. Stays
             float32 when the module is cast to another dtype.
         bias: float32 [out_features] or None. Stays float32 likewise.

@@ -1,7 +1,7 @@
 """The operators: typed functions over ``torch.ops.bitnet_ops``, with fake kernels and gradients.
 
 Each one equals its namesake in ``bitnet_ops.reference``: integers bit for bit, floats to rounding.
-Results do not depend on the instruction set, the number of threads or the batch (DESIGN.md section 3).
+Results do not depend on the instruction set, the number of threads or the batch (docs/numerics.md).
 All of them work under ``torch.compile(fullgraph=True)``.
 
 The kernels run on the CPU. All operators without packed weights also accept tensors on a

@@ -12,7 +12,7 @@ from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accele
 def lm_head(x: Tensor, weight: Tensor) -> Tensor:
     """Logits of the language-model head: float32 sums whatever the storage dtype of ``weight``.
 
-    ``logits[..., v] = sum_k x[..., k] * weight[v, k]``, summed in the fixed order of DESIGN.md section 3,
+    ``logits[..., v] = sum_k x[..., k] * weight[v, k]``, summed in the fixed order of docs/numerics.md,
     so the logits of a token are the same bits in any batch.
 
     Args:

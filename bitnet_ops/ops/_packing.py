@@ -1,14 +1,14 @@
-"""Ternary matrices to packed ones and back, in the layouts of ``bitnet_ops.layers.packing``."""
+"""Ternary matrices to packed ones and back, in the layouts of ``bitnet_ops.packing``."""
 
 import torch
 from torch import Tensor
 
-from ..layers import packing
+from .. import packing
 from ._registry import OPS, fake_kernel
 
 
 def pack_ternary(w: Tensor, layout: str = "tile16") -> Tensor:
-    """Packs a ternary matrix, in a layout that ``bitnet_ops.layers.packing`` draws.
+    """Packs a ternary matrix, in a layout that ``bitnet_ops.packing`` draws.
 
     Args:
         w: int8 [N, K], values -1, 0 and 1, on the CPU; K at most 2^18, with layout "column" 2^16.

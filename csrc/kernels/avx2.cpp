@@ -2,7 +2,7 @@
 //
 // Instruction: vpmaddubsw ymm, sum_i16x16[i] = code_u8[2i] * q_i8[2i] + code_u8[2i+1] * q_i8[2i+1],
 //              which saturates; it never has to here: |3 * 128 + 3 * 128| = 768 < 32767.
-// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (docs/layouts.md).
 // Overflow:    a pair of valid codes (at most 2) lies in [-512, 508], so 64 pairs fit an int16 lane
 //              and 65 do not; with code 3 (a corrupt file) a pair lies in [-768, 762] and 42 fit.
 //              After 32 pairs |sum| <= 24576 for any byte, and the lanes are widened to int32. There

@@ -4,7 +4,7 @@
 // Include this inside a kernel file's target region, like float_algorithms.h.
 //
 // Instruction: vpdpbusd zmm, acc_i32x16[i] += sum over j of code_u8x64[4i+j] * q_i8x64[4i+j].
-// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (docs/layouts.md).
 // Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
 //              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8. With codes in place (few rows of q)
 //              the bounds of kMaxInFeatures and kMaxColumnInFeatures in kernel_table.h, for any byte.

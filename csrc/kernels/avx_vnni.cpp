@@ -2,7 +2,7 @@
 // AVX-512 or have it switched off.
 //
 // Instruction: vpdpbusd ymm, acc_i32x8[i] += sum over j of code_u8x32[4i+j] * q_i8x32[4i+j].
-// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (DESIGN.md section 4).
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (docs/layouts.md).
 // Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
 //              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (one
 //              row of q) |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.

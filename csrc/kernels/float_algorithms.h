@@ -3,7 +3,7 @@
 // Include this inside a kernel file's target region, after <cstring> and float_convert.h: everything
 // here has internal linkage, so each file keeps its own copy, compiled for its own instruction set.
 //
-// The order of every float sum (DESIGN.md section 3). Element k of a row belongs to virtual lane
+// The order of every float sum (docs/numerics.md). Element k of a row belongs to virtual lane
 // k mod 64. A row counts as padded with zeros to a multiple of 64, each lane runs
 // acc = fma(a, b, acc) in index order from acc = +0, and the 64 lanes fold in halves:
 //

@@ -1,7 +1,7 @@
 // What an instruction set offers: signatures and contracts, nothing else.
 //
-// The pointers and sizes below are all that crosses from ops.cpp (tensors, checks, threads) to
-// kernels/* (instructions). A kernel never allocates, never starts a thread and never throws.
+// The pointers and sizes below are all that crosses from csrc/run (which kernel, how the work is shared out) to
+// csrc/kernels (instructions). A kernel never allocates, never starts a thread and never throws.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // NEON as every ARMv8-A CPU has it (Cortex-A53, A72: Raspberry Pi 3 and 4).
 //
 // Instruction: smlal / smlal2, acc_i16x8[i] += code_i8x8[i] * q_i8x8[i]; sadalp adds neighbours to int32.
-// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (DESIGN.md section 4).
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (docs/layouts.md).
 // Overflow:    a product lies in [-384, 381] for any byte (code 3), so 85 fit an int16 lane and 86 do not.
 //              A block adds four to a lane; after 16 blocks, 64 products, |sum| <= 24576, and the lanes
 //              are widened to int32. There |acc| <= 384 K <= 1.0e8 < 2^31.

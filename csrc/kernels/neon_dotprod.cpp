@@ -1,7 +1,7 @@
 // NEON with the dot product of Armv8.2 (Cortex-A76, Neoverse N1: Raspberry Pi 5, Graviton 2; Apple M1).
 //
 // Instruction: sdot by element, acc_i32x4[i] += sum over j of code_i8x16[4i+j] * q_i8x16[4p+j].
-// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (DESIGN.md section 4).
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (docs/layouts.md).
 // Overflow:    sdot adds four products to an int32 lane without saturating in between. With shifted
 //              codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (few tokens)
 //              |acc| <= K/4 * (3 << 4) * 128 = 1536 K <= 4.1e8 < 2^31 at K = 2^18, for any byte.

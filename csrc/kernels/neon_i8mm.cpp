@@ -3,7 +3,7 @@
 // Instruction: smmla, a 2 x 2 matrix of int32 += 2 rows x 8 codes times 8 activations x 2 tokens:
 //              twice the products of sdot. A single token would leave half of them unused, and pairing
 //              codes costs, so up to three tokens take sdot (neon_dotprod.cpp draws it).
-// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (DESIGN.md section 4).
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (docs/layouts.md).
 // Overflow:    smmla adds eight products to an int32 lane without saturating in between:
 //              |acc| <= K * 3 * 128 = 384 K <= 1.0e8 < 2^31 at K = 2^18, for any byte. With sdot
 //              and codes in place |acc| <= K/4 * (3 << 4) * 128 = 1536 K <= 4.1e8.

@@ -1,4 +1,4 @@
-// The inner loops of layouts row and column (sparse_order.h, bitnet_ops/layers/packing.py), around the one step in
+// The inner loops of layouts row and column (sparse_order.h, bitnet_ops/packing.py), around the one step in
 // which the NEON kernels differ. Dot provides
 //     dot(acc, code, q)                    adds sixteen products to the lanes of acc, four to each
 //     dot_columns(acc, first, second, q)   lane i of acc is row i: adds its four codes in `first` times

@@ -2,7 +2,7 @@
 // nothing better.
 //
 // Instruction: none; std::fma is one rounding everywhere (a library call where the CPU has no FMA).
-// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (DESIGN.md section 4).
+// Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 (docs/layouts.md).
 // Overflow:    |sum q*c| <= K * 3 * 128 = 384 K <= 384 * 2^18 = 1.0e8 < 2^31 for any byte.
 //
 //     byte 4r+j :  | p=3 | p=2 | p=1 | p=0 |      input k = 16*block + 4*p + j of row r

@@ -1,4 +1,4 @@
-// The packed layouts both ways, in portable C++; bitnet_ops/layers/packing.py draws them and is their
+// The packed layouts both ways, in portable C++; bitnet_ops/packing.py draws them and is their
 // specification. tile16 is the one that all others turn into: weights become tile16 first, and a
 // kernel that has no loop of its own for a layout (many tokens, or an older CPU) runs on a tile16 copy.
 #pragma once

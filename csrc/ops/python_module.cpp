@@ -1,5 +1,5 @@
 // The Python module bitnet_ops._C: importing it loads the library, which registers the operators
-// (ops.cpp). Its functions see and set the instruction set for bitnet_ops.isa, and look at dictionaries for
+// (library.cpp). Its functions see and set the instruction set for bitnet_ops.isa, and look at dictionaries for
 // bitnet_ops.decoder.plan.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

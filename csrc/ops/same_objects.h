@@ -1,5 +1,5 @@
-// Whether dictionaries still hold the same objects. fused_layers.py asks it of some thousand of them before every
-// token, when the weights have pushed them out of the processor's caches: Python takes 0.7 ms for that.
+// Whether dictionaries still hold the same objects. bitnet_ops/decoder/plan.py asks it of some thousand of them before
+// every token, when the weights have pushed them out of the processor's caches: Python takes 0.7 ms for that.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN

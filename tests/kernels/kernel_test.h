@@ -23,6 +23,7 @@ void test_products();
 void test_logits();
 void test_screens();
 void test_attention();
+void test_decoder();
 // Layouts know no instruction set; their round trips on odd shapes are for the sanitizers.
 void test_layouts();
 
@@ -59,6 +60,7 @@ inline const KernelTable* scalar = nullptr;
 inline const KernelTable* tested = nullptr;
 inline long comparisons = 0;
 inline long differences = 0;
+inline uint64_t decoder_signature = 0;  // of what test_decoder computed last
 
 inline void report(const std::string& what) {
   if (++differences <= 10) std::fprintf(stderr, "%s: %s differs from scalar\n", tested->isa, what.c_str());
