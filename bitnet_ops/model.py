@@ -10,7 +10,7 @@ from .generation.mixin import GenerationMixin
 
 
 class BitNet(GenerationMixin, LanguageModel):
-    """A ternary language model: BitNet b1.58 2B4T, or any other that `DecoderConfig` describes.
+    """A ternary language model: BitNet b1.58 2B4T, a Llama, or any other that `DecoderConfig` describes.
 
     Calling it gives scores; `generate`, `stream` and `encode` write text.
 
@@ -38,9 +38,11 @@ class BitNet(GenerationMixin, LanguageModel):
 def from_pretrained(folder: str | os.PathLike[str], *, mmap: bool | None = None) -> BitNet:
     """Loads a model from a local folder; nothing is ever downloaded.
 
-    Understands the published layout of BitNet b1.58 2B4T (packed), its bf16 master weights (quantised
-    here), and what `save_pretrained` and ``bitnet-ops convert`` write. Weights come from model.safetensors,
-    or from several files with model.safetensors.index.json. Peak memory stays near the size of the packed
+    Understands the published layouts of BitNet b1.58 2B4T and of Llama-class models whose
+    ``quantization_config`` is "bitnet" (Llama3-8B-1.58, Falcon3-1.58bit, Falcon-E): packed, ternary floats,
+    or master weights, which are quantised here. And what `save_pretrained` and ``bitnet-ops convert`` write.
+    What a family's config.json may say is in bitnet_ops/families. Weights come from model.safetensors, or
+    from several files with model.safetensors.index.json. Peak memory stays near the size of the packed
     model: tensors are packed one at a time, or used where they lie in the file. A bar shows the progress on
     a terminal.
 

@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import bitnet_ops
 from bitnet_ops import (
     BitLinear,
+    BitLinearQAT,
     BitNet,
     DecoderConfig,
     KVCache,
@@ -486,6 +487,21 @@ def test_sparsity(llama: LlamaPair) -> None:
     used = [(reference.quantize_activations(x)[0] != 0).float().mean().item() for x in seen]
     assert measured == [LayerSparsity(1.0, share) for share in used]
     assert "row" not in layouts_for(model, [LayerSparsity(1.0, 0.1)] * 2).values()
+
+
+def test_train_and_pack(llama: LlamaPair, tmp_path: Path) -> None:
+    """The parts of a Llama train, and what is packed gives what was trained."""
+    config = llama.ours.config.replace(initializer_range=0.3)
+    model = BitNet(config, BitLinearQAT)
+    ids = prompts(2, 12)
+    loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    trained = model.eval().requires_grad_(False)(ids)
+    bitnet_ops.pack(model).save_pretrained(tmp_path / "packed")
+    assert_same_model(from_pretrained(tmp_path / "packed"), model)
+    # A last bit can flip an int8 rounding; the median of the differences is that of rounding alone.
+    assert (model(ids) - trained).abs().median() < 1000 * U * trained.abs().max()
 
 
 def test_a_projection_that_is_not_as_configured_is_not_saved(llama: LlamaPair, tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ MOST_TOKENS = 512  # shares of open gates are then known to about a hundredth
 def convert(source: Path, target: Path, text: Path | None, layout: str | None) -> None:
     """Write the model in SOURCE to TARGET in the layouts of this machine.
 
-    SOURCE is a checkpoint folder as published, or one that bitnet-ops wrote. TARGET loads at once, without
-    conversion: its weights are used where they lie in the file. It loads on every other machine too, which
-    converts what it cannot use.
+    SOURCE is a checkpoint folder as published (BitNet, or a ternary Llama), or one that bitnet-ops wrote.
+    TARGET loads at once, without conversion: its weights are used where they lie in the file. It loads on
+    every other machine too, which converts what it cannot use.
 
     Feed-forward weights that most tokens do not need are stored so that they can be skipped. How many that
     are is measured on a text; without squared ReLU it is hardly any. The model gives the same logits, bit for

@@ -9,6 +9,8 @@
 
     config = adapt_packed_layers(PeftConfig.from_pretrained("adapter"))
     model = PeftModel.from_pretrained(bitnet_ops.from_pretrained(folder), "adapter", config=config)
+
+In models with norms inside their projections ("use_rms_norm") the layers are called "q_proj.linear".
 """
 
 import warnings
