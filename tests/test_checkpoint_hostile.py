@@ -795,7 +795,11 @@ def load_or_refuse(folder: Path) -> bool:
     return True
 
 
-@pytest.fixture(params=["folder", "ours", "llama", "our_llama"])
+# One file of each kind, with every tensor that there is; the others have fewer.
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "ours")]
+    + ["llama", "our_llama"]
+)
 def subject(request: pytest.FixtureRequest) -> Path:
     """A valid folder in either format, small enough to load some thousand times."""
     return request.getfixturevalue(request.param)

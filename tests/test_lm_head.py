@@ -14,7 +14,6 @@ import bitnet_ops
 from bitnet_ops import BitNet, ops, reference
 from bitnet_ops.decoder.config import BitNetConfig
 from bitnet_ops.decoder.head import ScreenedHead
-from bitnet_ops.generation.mixin import GenerationMixin
 from bitnet_ops.generation.sampling import Sampler, SamplingConfig, top_k
 from bitnet_ops.layers.linear import BitLinearQAT
 
@@ -493,7 +492,7 @@ def test_outputs_can_be_trained_on(model: BitNet) -> None:
 
 def test_small_heads_and_training_mode_do_without() -> None:
     model = tiny_model(eos=None)
-    assert model.certified_head is GenerationMixin.certified_head is None
+    assert model.certified_head is BitNet.certified_head is None
     assert model.screened_head() is None, "small heads are computed whole"
     model.certified_head = True
     assert model.screened_head() is not None

@@ -321,7 +321,7 @@ def test_a_large_call_leaves_small_ones_right(isa: str) -> None:
         assert torch.equal(value, expected[name]), name
 
 
-DECODER = tiny_model()
+DECODER = tiny_model().requires_grad_(False)
 
 
 def decoder_arguments() -> tuple[object, ...]:
@@ -451,7 +451,12 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
     "name",
     # The gradient of attention is by far the largest graph, and takes ten seconds to trace.
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("attention, gradients") else [])
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow]
+            if name.startswith(("attention, gradients", "attention with a window"))
+            else [],
+        )
         for name in opcheck_cases()
     ],
 )
