@@ -141,11 +141,11 @@ def bench_attention(benchmark, dtype: torch.dtype, context: int, threads: int) -
                 read += tensor.nbytes
         q = torch.randn(1, 1, CONFIG.num_attention_heads * CONFIG.head_dim)
         k, v = torch.randn(2, 1, 1, CONFIG.num_key_value_heads * CONFIG.head_dim)
-        start = torch.tensor([context - 1])
+        seen = cache.context()._replace(start=torch.tensor([context - 1]))
 
         def run() -> None:
             for layer in range(CONFIG.num_hidden_layers):
-                cache.attend(layer, q, k, v, start)
+                seen.attend(q, k, v, layer, rotation=0, training=False)
 
         return run, read
 

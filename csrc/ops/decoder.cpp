@@ -1,7 +1,5 @@
 #include "ops/decoder.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <limits>
 #include <map>
@@ -11,6 +9,7 @@
 
 #include "ops/attention.h"
 #include "ops/packed_checks.h"
+#include "platform/system.h"
 #include "run/attention.h"
 #include "run/decoder.h"
 
@@ -360,15 +359,12 @@ class Prepared {
 
 // Never destroyed: at the end of the process, torch may be gone before its tensors.
 Prepared& prepared_layers() {
-  static Prepared* const all = [] {
-    auto* made = new Prepared;
-    // A fork finds the mutex free, and so does the child.
-    pthread_atfork([] { prepared_layers().mutex().lock(); }, [] { prepared_layers().mutex().unlock(); },
-                   [] { prepared_layers().mutex().unlock(); });
-    return made;
-  }();
+  static Prepared* const all = new Prepared;
   return *all;
 }
+
+const bool forked_children_find_the_mutex_free =
+    (call_around_forks([] { prepared_layers().mutex().lock(); }, [] { prepared_layers().mutex().unlock(); }), true);
 
 }  // namespace
 

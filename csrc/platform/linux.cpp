@@ -95,4 +95,6 @@ uint64_t ThreadHandle::time_run() const {
 
 void call_in_forked_children(void (*work)()) { pthread_atfork(nullptr, nullptr, work); }
 
+void call_around_forks(void (*before)(), void (*after)()) { pthread_atfork(before, after, after); }
+
 }  // namespace bitnet_ops

@@ -67,4 +67,8 @@ class ThreadHandle {
 // systems without fork.
 void call_in_forked_children(void (*work)());
 
+// Has `before` run before each fork, and `after` behind it, in the parent and in the child: what is locked in between
+// is not locked for ever in the child. Does nothing on systems without fork.
+void call_around_forks(void (*before)(), void (*after)());
+
 }  // namespace bitnet_ops
