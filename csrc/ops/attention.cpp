@@ -18,7 +18,7 @@ Tensor with_whole_rows(const Tensor& tensor) {
 TokenRows rows_of_tokens(const Tensor& tensor) { return {data<float>(tensor), tensor.stride(0), tensor.stride(1)}; }
 
 int64_t check_heads(const char* op, const char* argument, const Tensor& tensor, int64_t head_dim) {
-  if (!tensor.is_cpu() || dtype_code(tensor) != codes().float32 || tensor.dim() != 3 || tensor.size(2) == 0 ||
+  if (!tensor.is_cpu() || dtype_code(tensor) != dtypes().float32 || tensor.dim() != 3 || tensor.size(2) == 0 ||
       tensor.size(2) % head_dim != 0) {
     refuse(op, argument,
            "a CPU tensor float32 [batch, tokens, heads * " + std::to_string(head_dim) + "] (twice the last size of cos)",
@@ -38,7 +38,7 @@ AttentionSizes check_inputs(const char* op, const Tensor& q, const Tensor& k, co
                ", kv_heads * head_dim] as q has them, with kv_heads a divisor of q's " + std::to_string(heads),
            describe(k));
   }
-  check(op, "v", v, codes().float32, {sizes.batch, sizes.tokens, k.size(2)});
+  check(op, "v", v, dtypes().float32, {sizes.batch, sizes.tokens, k.size(2)});
   return sizes;
 }
 
@@ -53,10 +53,10 @@ void run_on(Attention attention, const Tensor& q, const Tensor& k, const Tensor&
 }  // namespace
 
 int64_t check_tables(const char* op, const Tensor& cos, const Tensor& sin) {
-  if (!cos.is_cpu() || dtype_code(cos) != codes().float32 || cos.dim() != 2 || cos.size(1) == 0) {
+  if (!cos.is_cpu() || dtype_code(cos) != dtypes().float32 || cos.dim() != 2 || cos.size(1) == 0) {
     refuse(op, "cos", "a CPU tensor float32 [positions, head_dim / 2]", describe(cos));
   }
-  check(op, "sin", sin, codes().float32, {cos.size(0), cos.size(1)});
+  check(op, "sin", sin, dtypes().float32, {cos.size(0), cos.size(1)});
   return 2 * cos.size(1);
 }
 
@@ -75,13 +75,13 @@ CachePart check_cache(const char* op, const AttentionSizes& sizes, const Tensor&
                       const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
   const int32_t type = dtype_code(keys);
   // An int8 cache has spans of keys and of values as kernels/attention_int8.h draws them.
-  const bool bytes = type == codes().int8;
+  const bool bytes = type == dtypes().int8;
   const int64_t width = value_width(sizes.head_dim);
   const int64_t parts = keys.dim() > 2 ? keys.size(2) : 0;
   const int64_t capacity = parts * (bytes ? kAttentionSpan : kAttentionBlock);
   const bool keys_fit = bytes ? shape_is(keys, {sizes.batch, sizes.kv_heads, parts, kAttentionSpan * width})
                               : shape_is(keys, {sizes.batch, sizes.kv_heads, parts, sizes.head_dim, kAttentionBlock});
-  if (!keys.is_cpu() || (type != codes().float32 && type != codes().bfloat16 && !bytes) || !keys_fit ||
+  if (!keys.is_cpu() || (type != dtypes().float32 && type != dtypes().bfloat16 && !bytes) || !keys_fit ||
       !keys.is_contiguous()) {
     refuse(op, "keys",
            "a contiguous CPU tensor float32 or bfloat16 " +
@@ -109,12 +109,12 @@ CachePart check_cache(const char* op, const AttentionSizes& sizes, const Tensor&
     if (scale.has_value() != bytes) {
       refuse(op, argument, "a tensor where keys are int8, None otherwise", scale.has_value() ? "a tensor" : "None");
     }
-    if (scale.has_value()) check_storage(argument, *scale, codes().float32, {sizes.batch, sizes.kv_heads, capacity});
+    if (scale.has_value()) check_storage(argument, *scale, dtypes().float32, {sizes.batch, sizes.kv_heads, capacity});
   };
   check_scale("key_scale", key_scale);
   check_scale("value_scale", value_scale);
-  return {type == codes().float32    ? CacheType::kFloat32
-          : type == codes().bfloat16 ? CacheType::kBFloat16
+  return {type == dtypes().float32    ? CacheType::kFloat32
+          : type == dtypes().bfloat16 ? CacheType::kBFloat16
                                      : CacheType::kInt8,
           capacity,
           mutable_data<void>(keys),
@@ -157,7 +157,7 @@ Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, 
                  int64_t window) {
   constexpr const char* kOp = "attention";
   const AttentionSizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any);
-  if (start_any.has_value()) check(kOp, "start", *start_any, codes().int64, {sizes.batch});
+  if (start_any.has_value()) check(kOp, "start", *start_any, dtypes().int64, {sizes.batch});
   check_scale_and_window(kOp, scale, window);
   const Tensor q = with_whole_rows(q_any);
   const Tensor k = with_whole_rows(k_any);
@@ -170,14 +170,14 @@ Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, 
     start.assign(data<int64_t>(given), data<int64_t>(given) + sizes.batch);
   }
   check_positions(kOp, start.data(), sizes, cos.size(0), sizes.tokens);
-  const Tensor out = empty({sizes.batch, sizes.tokens, sizes.heads * sizes.head_dim}, codes().float32);
+  const Tensor out = empty({sizes.batch, sizes.tokens, sizes.heads * sizes.head_dim}, dtypes().float32);
   if (sizes.batch == 0 || sizes.tokens == 0) return out;
 
   // Keys and values are laid out as in a cache, for this call.
   const int64_t capacity = round_up(sizes.tokens, kAttentionBlock);
   const int64_t places = sizes.batch * sizes.kv_heads * capacity;
-  const Tensor keys = empty({places * sizes.head_dim}, codes().float32);
-  const Tensor values = empty({places * value_width(sizes.head_dim)}, codes().float32);
+  const Tensor keys = empty({places * sizes.head_dim}, dtypes().float32);
+  const Tensor values = empty({places * value_width(sizes.head_dim)}, dtypes().float32);
   const CachePart cache{CacheType::kFloat32,        capacity, mutable_data<void>(keys),
                         mutable_data<void>(values), nullptr,  nullptr};
   run_on(call_of(sizes, data<float>(cos), data<float>(sin), start.data(), cache, scale, window), q, k, v, out);
@@ -190,7 +190,7 @@ Tensor cached_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& 
                         std::optional<double> scale, int64_t window) {
   constexpr const char* kOp = "cached_attention";
   const AttentionSizes sizes = check_inputs(kOp, q_any, k_any, v_any, cos_any, sin_any);
-  check(kOp, "start", start_any, codes().int64, {sizes.batch});
+  check(kOp, "start", start_any, dtypes().int64, {sizes.batch});
   check_scale_and_window(kOp, scale, window);
   const CachePart cache = check_cache(kOp, sizes, keys, values, key_scale, value_scale);
 
@@ -201,7 +201,7 @@ Tensor cached_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& 
   const Tensor sin = as_contiguous(sin_any);
   const Tensor start = as_contiguous(start_any);
   check_positions(kOp, data<int64_t>(start), sizes, cos.size(0), cache.capacity);
-  const Tensor out = empty({sizes.batch, sizes.tokens, sizes.heads * sizes.head_dim}, codes().float32);
+  const Tensor out = empty({sizes.batch, sizes.tokens, sizes.heads * sizes.head_dim}, dtypes().float32);
   if (sizes.batch == 0 || sizes.tokens == 0) return out;
 
   run_on(call_of(sizes, data<float>(cos), data<float>(sin), data<int64_t>(start), cache, scale, window), q, k, v, out);

@@ -110,7 +110,7 @@ class CheckedLayers {
              const std::optional<Tensor>& keys, const std::optional<Tensor>& values,
              const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale, int64_t slot) const {
     const int64_t hidden_size = layers_[0].projections[kQ].matrix.size.in_features;
-    if (!x_any.is_cpu() || dtype_code(x_any) != codes().float32 || x_any.dim() != 3 || x_any.size(2) != hidden_size) {
+    if (!x_any.is_cpu() || dtype_code(x_any) != dtypes().float32 || x_any.dim() != 3 || x_any.size(2) != hidden_size) {
       refuse(kOp, "x", "a tensor float32 [batch, tokens, " + std::to_string(hidden_size) + "] on the CPU",
              describe(x_any));
     }
@@ -119,10 +119,10 @@ class CheckedLayers {
              "a CPU tensor float32 [tables, positions, head_dim / 2] of at least " + std::to_string(rotations_) + " tables",
              describe(cos_any));
     }
-    check(kOp, "sin", sin_any, codes().float32, {cos_any.size(0), cos_any.size(1), cos_any.size(2)});
+    check(kOp, "sin", sin_any, dtypes().float32, {cos_any.size(0), cos_any.size(1), cos_any.size(2)});
     const int64_t head_dim = check_tables(kOp, first_of(cos_any), first_of(sin_any));
     const int64_t batch = x_any.size(0), tokens = x_any.size(1);
-    if (start_any.has_value()) check(kOp, "start", *start_any, codes().int64, {batch});
+    if (start_any.has_value()) check(kOp, "start", *start_any, dtypes().int64, {batch});
     const Tensor x = as_contiguous(x_any);
     const Tensor cos = as_contiguous(cos_any);
     const Tensor sin = as_contiguous(sin_any);
@@ -138,7 +138,7 @@ class CheckedLayers {
                                   ? checked_cache(sizes, *keys, values, key_scale, value_scale, slot)
                                   : cache_for_this_call(sizes, values, key_scale, value_scale, own_keys, own_values);
     check_positions(kOp, start.data(), sizes, cos.size(1), keys.has_value() ? cache.capacity : tokens);
-    const Tensor out = empty(shape_of(x), codes().float32);
+    const Tensor out = empty(shape_of(x), dtypes().float32);
     if (batch * tokens == 0 || hidden_size == 0) return out;
     const TokenPositions positions{batch,           tokens,          start.data(),
                                    data<float>(cos), data<float>(sin), cos.size(1) * cos.size(2)};
@@ -162,7 +162,7 @@ class CheckedLayers {
   Norm read_norm(PlanReader& reader, const std::string& name, int64_t features) {
     const Tensor& weight = reader.weight();
     const double eps = reader.constant();
-    check(kOp, name.c_str(), weight, codes().float32, {features});
+    check(kOp, name.c_str(), weight, dtypes().float32, {features});
     if (!(eps >= 0.0)) refuse(kOp, (name + ".eps").c_str(), "a number of at least 0", std::to_string(eps));
     const Tensor used = as_contiguous(weight);
     keep(weight, used);
@@ -286,8 +286,8 @@ class CheckedLayers {
     for (const Layer& layer : layers_) kv_heads = std::max(kv_heads, layer.kv_heads());
     const int64_t capacity = round_up(sizes.tokens, kAttentionBlock);
     const int64_t places = sizes.batch * kv_heads * capacity;
-    own_keys = empty({places * sizes.head_dim}, codes().float32);
-    own_values = empty({places * value_width(sizes.head_dim)}, codes().float32);
+    own_keys = empty({places * sizes.head_dim}, dtypes().float32);
+    own_values = empty({places * value_width(sizes.head_dim)}, dtypes().float32);
     return {CacheType::kFloat32, capacity, mutable_data<void>(*own_keys), mutable_data<void>(*own_values), nullptr,
             nullptr, 0, 0, 0, 0};
   }

@@ -33,8 +33,8 @@ struct CheckedHead {
 
 void check_copy(const char* op, const Tensor& weight, const Tensor& codes_any, const Tensor& bounds_any) {
   const int64_t tiles = tiles_of(weight.size(0));
-  check(op, "codes", codes_any, codes().uint8, {tiles, screen_tile_bytes(screen_groups(weight.size(1)))});
-  check(op, "bounds", bounds_any, codes().float32, {3, tiles * kTileRows});
+  check(op, "codes", codes_any, dtypes().uint8, {tiles, screen_tile_bytes(screen_groups(weight.size(1)))});
+  check(op, "bounds", bounds_any, dtypes().float32, {3, tiles * kTileRows});
   for (const auto& [name, tensor] : {std::pair("codes", &codes_any), std::pair("bounds", &bounds_any)}) {
     if (!tensor->is_contiguous()) refuse(op, name, "a contiguous tensor, as from screen_lm_head", "one that is not");
   }
@@ -51,7 +51,7 @@ void check_screen_features(const char* op, int64_t in_features) {
 
 Tensor lm_head(const Tensor& x, const Tensor& weight) {
   const CheckedHead head("lm_head", x, weight);
-  const Tensor out = empty(with_last(head.x, head.table.vocabulary), codes().float32);
+  const Tensor out = empty(with_last(head.x, head.table.vocabulary), dtypes().float32);
   if (out.numel() != 0) run_head(head.table, head.tokens, mutable_data<float>(out));
   return out;
 }
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor> screen_lm_head(const Tensor& weight_any) {
   const Tensor weight = as_contiguous(weight_any);
   const HeadTable table{data<void>(weight), dtype, weight.size(0), weight.size(1)};
   const int64_t tiles = tiles_of(table.vocabulary);
-  const Tensor code = empty({tiles, screen_tile_bytes(screen_groups(table.in_features))}, codes().uint8);
-  const Tensor bounds = empty({3, tiles * kTileRows}, codes().float32);
+  const Tensor code = empty({tiles, screen_tile_bytes(screen_groups(table.in_features))}, dtypes().uint8);
+  const Tensor bounds = empty({3, tiles * kTileRows}, dtypes().float32);
   run_head_screen(table, mutable_data<uint8_t>(code), mutable_data<float>(bounds));
   return {code, bounds};
 }
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x_any, const Tens
   }
   std::optional<Tensor> noise;
   if (noise_any.has_value()) {
-    if (!noise_any->is_cpu() || dtype_code(*noise_any) != codes().float32 ||
+    if (!noise_any->is_cpu() || dtype_code(*noise_any) != dtypes().float32 ||
         shape_of(*noise_any) != with_last(head.x, vocabulary)) {
       refuse(kOp, "noise", "a CPU tensor float32 " + shape_text(with_last(head.x, vocabulary)), describe(*noise_any));
     }
@@ -101,9 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_top_k(const Tensor& x_any, const Tens
   }
   std::vector<int64_t> shape = shape_of(head.x);
   shape.pop_back();
-  const Tensor rescored = empty(shape, codes().int64);
-  const Tensor best = empty(with_last(head.x, choice.k), codes().float32);
-  const Tensor ids = empty(with_last(head.x, choice.k), codes().int64);
+  const Tensor rescored = empty(shape, dtypes().int64);
+  const Tensor best = empty(with_last(head.x, choice.k), dtypes().float32);
+  const Tensor ids = empty(with_last(head.x, choice.k), dtypes().int64);
   if (tokens == 0) return {best, ids, rescored};
   if (vocabulary == 0) {
     std::fill_n(mutable_data<int64_t>(rescored), tokens, 0);

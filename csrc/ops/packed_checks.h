@@ -38,7 +38,7 @@ inline std::vector<int64_t> packed_sizes(Layout layout, MatrixSize size) {
 inline void check_packed(const char* op, const char* argument, const Tensor& packed, Layout layout,
                          const std::string& layout_name, MatrixSize size) {
   const std::vector<int64_t> sizes = packed_sizes(layout, size);
-  if (packed.is_cpu() && dtype_code(packed) == codes().uint8 && shape_is(packed, {sizes[0], sizes[1], sizes[2]})) {
+  if (packed.is_cpu() && dtype_code(packed) == dtypes().uint8 && shape_is(packed, {sizes[0], sizes[1], sizes[2]})) {
     return;
   }
   refuse(op, argument,
@@ -79,7 +79,7 @@ struct CheckedMatrix {
     check_activation_bits(op, name("activation_bits").c_str(), activation_bits);
     check_packed(op, name("packed").c_str(), packed, layout, layout_name, size);
     if (group_size == 0) {
-      check(op, name("weight_scale").c_str(), weight_scale, codes().float32, {size.out_features});
+      check(op, name("weight_scale").c_str(), weight_scale, dtypes().float32, {size.out_features});
     } else {
       // A group of 256 products of 16 bits is below 2^24: float32 holds its sum exactly.
       if (group_size != 64 && group_size != 128 && group_size != 256) {
@@ -89,10 +89,10 @@ struct CheckedMatrix {
         refuse(op, name("group_size").c_str(), "0 with layout '" + layout_name + "' (only tile16 has group scales)",
                std::to_string(group_size));
       }
-      check(op, name("weight_scale").c_str(), weight_scale, codes().float32,
+      check(op, name("weight_scale").c_str(), weight_scale, dtypes().float32,
             {divide_up(size.in_features, group_size), size.out_features});
     }
-    if (bias.has_value()) check(op, name("bias").c_str(), *bias, codes().float32, {size.out_features});
+    if (bias.has_value()) check(op, name("bias").c_str(), *bias, dtypes().float32, {size.out_features});
 
     packed = as_contiguous(packed);
     weight_scale = as_contiguous(weight_scale);

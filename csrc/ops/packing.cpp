@@ -30,13 +30,13 @@ struct Packed {
 Tensor pack_ternary(const Tensor& w_any, const std::string& layout_name) {
   constexpr const char* kOp = "pack_ternary";
   const Layout layout = check_layout(kOp, layout_name);
-  if (!w_any.is_cpu() || dtype_code(w_any) != codes().int8 || w_any.dim() != 2) {
+  if (!w_any.is_cpu() || dtype_code(w_any) != dtypes().int8 || w_any.dim() != 2) {
     refuse(kOp, "w", "a CPU tensor int8 [out_features, in_features]", describe(w_any));
   }
   const Tensor w = as_contiguous(w_any);
   const MatrixSize size{w.size(0), w.size(1)};
   check_in_features(kOp, "w", size.in_features, most_in_features(layout));
-  const Tensor packed = empty(packed_sizes(layout, size), codes().uint8);
+  const Tensor packed = empty(packed_sizes(layout, size), dtypes().uint8);
   if (!run_pack(data<int8_t>(w), size, layout, mutable_data<uint8_t>(packed))) {
     refuse(kOp, "w", "values -1, 0 and 1 only", "an int8 tensor with other values");
   }
@@ -47,7 +47,7 @@ Tensor unpack_ternary(const Tensor& packed_any, int64_t out_features, int64_t in
                       const std::string& layout_name) {
   constexpr const char* kOp = "unpack_ternary";
   const Packed packed(kOp, packed_any, out_features, in_features, layout_name);
-  const Tensor w = empty({out_features, in_features}, codes().int8);
+  const Tensor w = empty({out_features, in_features}, dtypes().int8);
   if (!run_unpack(packed.layout, data<uint8_t>(packed.tensor), packed.size, mutable_data<int8_t>(w))) {
     refuse(kOp, "packed", "codes 0, 1 and 2 only", "a code 3, which stands for no weight");
   }
@@ -60,7 +60,7 @@ Tensor repack_ternary(const Tensor& packed_any, int64_t out_features, int64_t in
   const Packed packed(kOp, packed_any, out_features, in_features, layout_name);
   const Layout wanted = check_layout(kOp, wanted_name, "wanted");
   check_in_features(kOp, "in_features", in_features, most_in_features(wanted));
-  const Tensor result = empty(packed_sizes(wanted, packed.size), codes().uint8);
+  const Tensor result = empty(packed_sizes(wanted, packed.size), dtypes().uint8);
   const uint8_t* in = data<uint8_t>(packed.tensor);
   uint8_t* out = mutable_data<uint8_t>(result);
   if (wanted != packed.layout) {

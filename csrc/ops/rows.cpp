@@ -16,9 +16,9 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x_any, int64_t bit
   const Tensor x = as_contiguous(x_any);
 
   std::vector<int64_t> sizes = shape_of(x);
-  const Tensor q = empty(sizes, bits == 16 ? codes().int16 : codes().int8);
+  const Tensor q = empty(sizes, bits == 16 ? dtypes().int16 : dtypes().int8);
   sizes.pop_back();
-  const Tensor x_scale = empty(sizes, codes().float32);
+  const Tensor x_scale = empty(sizes, dtypes().float32);
   const Rows rows{data<void>(x), dtype, rows_of(x), in_features};
   if (bits == 16) {
     run_quantize_16(rows, mutable_data<int16_t>(q), mutable_data<float>(x_scale));

@@ -47,7 +47,7 @@ struct DTypeCodes {
   int32_t boolean = aoti_torch_dtype_bool();
 };
 
-inline const DTypeCodes& codes() {
+inline const DTypeCodes& dtypes() {
   static const DTypeCodes all;
   return all;
 }
@@ -59,7 +59,7 @@ inline int32_t dtype_code(const Tensor& tensor) {
 }
 
 inline std::string dtype_name(int32_t code) {
-  const DTypeCodes& all = codes();
+  const DTypeCodes& all = dtypes();
   const std::pair<int32_t, const char*> names[] = {
       {all.float32, "float32"}, {all.bfloat16, "bfloat16"}, {all.float16, "float16"}, {all.float64, "float64"},
       {all.int8, "int8"},       {all.uint8, "uint8"},       {all.int16, "int16"},     {all.int32, "int32"},
@@ -109,9 +109,9 @@ inline void check(const char* op, const char* argument, const Tensor& tensor, in
 inline DType check_float(const char* op, const char* argument, const Tensor& tensor) {
   const int32_t code = dtype_code(tensor);
   if (tensor.is_cpu()) {
-    if (code == codes().float32) return DType::kFloat32;
-    if (code == codes().bfloat16) return DType::kBFloat16;
-    if (code == codes().float16) return DType::kFloat16;
+    if (code == dtypes().float32) return DType::kFloat32;
+    if (code == dtypes().bfloat16) return DType::kBFloat16;
+    if (code == dtypes().float16) return DType::kFloat16;
   }
   refuse(op, argument, "a CPU tensor of float32, bfloat16 or float16", describe(tensor));
 }

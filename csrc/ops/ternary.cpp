@@ -15,7 +15,7 @@ Tensor ternary_matmul(const Tensor& q_any, const Tensor& packed_any, int64_t out
   constexpr const char* kOp = "ternary_matmul";
   const Layout layout = check_layout(kOp, layout_name);
   check_size(kOp, "out_features", out_features);
-  if (!q_any.is_cpu() || dtype_code(q_any) != codes().int8 || q_any.dim() != 2) {
+  if (!q_any.is_cpu() || dtype_code(q_any) != dtypes().int8 || q_any.dim() != 2) {
     refuse(kOp, "q", "a CPU tensor int8 [tokens, in_features]", describe(q_any));
   }
   const int64_t tokens = q_any.size(0);
@@ -25,7 +25,7 @@ Tensor ternary_matmul(const Tensor& q_any, const Tensor& packed_any, int64_t out
   check_packed(kOp, "packed", packed_any, layout, layout_name, size);
   const Tensor q = as_contiguous(q_any);
   const Tensor packed = as_contiguous(packed_any);
-  const Tensor out = empty({tokens, out_features}, codes().int32);
+  const Tensor out = empty({tokens, out_features}, dtypes().int32);
   if (tokens == 0 || out_features == 0) return out;
 
   const QuantizedRows rows = reserve_rows(tokens, 1, in_features);
@@ -61,7 +61,7 @@ Tensor ternary_linear(const Tensor& x_any, const Tensor& packed_any, const Tenso
       refuse(kOp, "active", "None with layout '" + layout_name + "' (only layout 'row' skips rows)",
              describe(*active_any));
     }
-    if (!active_any->is_cpu() || dtype_code(*active_any) != codes().boolean ||
+    if (!active_any->is_cpu() || dtype_code(*active_any) != dtypes().boolean ||
         shape_of(*active_any) != with_last(x_any, out_features)) {
       refuse(kOp, "active", "a CPU tensor bool " + shape_text(with_last(x_any, out_features)), describe(*active_any));
     }
