@@ -75,7 +75,9 @@ def model_steps(dtype: torch.dtype, rows: int = 1) -> list[Tensor]:
     return scores
 
 
-@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(packing.LAYOUTS[0], marks=pytest.mark.slow), *packing.LAYOUTS[1:]]
+)
 def test_a_block_with_bit_linear(tmp_path: Path, layout: str) -> None:
     torch.manual_seed(0)
     first = BitLinear.from_linear(nn.Linear(70, 33), layout=layout)

@@ -130,6 +130,7 @@ def test_layers_say_where_they_live() -> None:
     assert "qweight" not in layer.state_dict()
 
 
+@pytest.mark.slow
 def test_the_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--steps", "30"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")

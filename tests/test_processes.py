@@ -44,7 +44,7 @@ def agree(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 
 
-@pytest.fixture(params=["stored", "mapped"])
+@pytest.fixture(params=["stored", pytest.param("mapped", marks=pytest.mark.slow)])
 def used_model(request: pytest.FixtureRequest, tmp_path: Path) -> BitNet:
     """The default model as it is stored, or packed for this machine and mapped; all its paths have run."""
     model = bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL)

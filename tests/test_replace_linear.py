@@ -39,7 +39,7 @@ def all_but_the_last(name: str, layer: nn.Module) -> bool:
     return layer.out_features != 4
 
 
-@pytest.mark.parametrize("make", [vision_transformer, mlp])
+@pytest.mark.parametrize("make", [pytest.param(vision_transformer, marks=pytest.mark.slow), mlp])
 def test_train_pack_save_load(make: Callable[[], nn.Module]) -> None:
     model = replace_linear(make(), BitLinearQAT, filter=all_but_the_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
