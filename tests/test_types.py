@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, KVCache, ops
+from bitnet_ops import BitLinear, BitLinearQAT, BitNet, BitNetConfig, DecoderConfig, KVCache, ops
 from bitnet_ops.evaluation.sparsity import measure_sparsity
 
 
@@ -44,7 +44,9 @@ def write(folder: Path) -> list[str]:
     cache = KVCache(model.config, batch_size=1, capacity=64, dtype=torch.bfloat16)
     with bitnet_ops.use_isa(bitnet_ops.supported_isas()[-1]):
         pieces: list[str] = list(model.stream("Mr. Darcy", max_new_tokens=4, cache=cache))
-    config: BitNetConfig = model.config.replace(num_hidden_layers=2)
+    config: DecoderConfig = model.config.replace(num_hidden_layers=2)
+    small: BitNetConfig = BitNetConfig().replace(num_hidden_layers=config.num_hidden_layers)
+    print(small)
     shares: list[float] = [layer.open_gates for layer in measure_sparsity(model, ids[:1])]
     model.save_pretrained(folder / f"{config.head_dim}-{sum(shares):.2f}")
     q, x_scale = bitnet_ops.quantize_activations(torch.ones(1, 4))

@@ -12,7 +12,7 @@ Every ternary model in use is the same four steps with optional parts::
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 ACTIVATIONS = ("relu2", "silu", "gelu_tanh")
 """Of the gate; formulas in `bitnet_ops.reference.glu`."""
@@ -50,6 +50,9 @@ class RopeScaling:
                 f"RopeScaling.high_freq_factor: expected a number above low_freq_factor = "
                 f"{self.low_freq_factor}, got {self.high_freq_factor}"
             )
+
+
+Config = TypeVar("Config", bound="DecoderConfig")
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ class DecoderConfig:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
-    def replace(self, **changes: Any) -> "DecoderConfig":
+    def replace(self: Config, **changes: Any) -> Config:
         """A copy with some fields changed.
 
         What None stands for follows the other fields where it did before: ``head_dim``,
