@@ -81,4 +81,4 @@ def test_imports_point_down(name: str) -> None:
 def test_no_circles() -> None:
     # A package stands for its __init__, which every module of it imports first; that is no circle.
     edges = {name: {other for other in GRAPH[name] if not name.startswith(f"{other}.")} for name in GRAPH}
-    list(TopologicalSorter(edges).static_order())
+    assert set(TopologicalSorter(edges).static_order()) >= GRAPH.keys()  # CycleError names a circle
