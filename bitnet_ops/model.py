@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
+from torch import nn
+
 from . import checkpoint
 from .decoder.model import LanguageModel
 from .generation.mixin import GenerationMixin
+from .layers.linear import BitLinear
 
 
 class BitNet(GenerationMixin, LanguageModel):
@@ -35,7 +38,9 @@ class BitNet(GenerationMixin, LanguageModel):
         checkpoint.save_pretrained(self, folder)
 
 
-def from_pretrained(folder: str | os.PathLike[str], *, mmap: bool | None = None) -> BitNet:
+def from_pretrained(
+    folder: str | os.PathLike[str], *, linear: type[nn.Module] = BitLinear, mmap: bool | None = None
+) -> BitNet:
     """Loads a model from a local folder; nothing is ever downloaded.
 
     Understands the published layouts of BitNet b1.58 2B4T and of Llama-class models whose
@@ -49,6 +54,8 @@ def from_pretrained(folder: str | os.PathLike[str], *, mmap: bool | None = None)
     Args:
         folder: holds config.json and the safetensors files; may hold tokenizer.json,
             generation_config.json, and chat_template.jinja or tokenizer_config.json.
+        linear: the class of projections: `BitLinear`, or `torch.nn.Linear` for a model that is not ternary,
+            whose projections are then float32.
         mmap: use tensors where they lie in the files: no time, no second copy, and processes share them. The
             files must then not be rewritten in place while the model lives, or the system ends the process;
             replacing them is fine. None does so with what `save_pretrained` wrote, which replaces files.
@@ -66,4 +73,4 @@ def from_pretrained(folder: str | os.PathLike[str], *, mmap: bool | None = None)
         >>> model(torch.tensor([model.tokenizer.encode("The sea").ids])).shape
         torch.Size([1, 3, 128256])
     """
-    return checkpoint.load(folder, BitNet, mmap=mmap)
+    return checkpoint.load(folder, BitNet, linear=linear, mmap=mmap)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, packing
-from .files import TensorFiles
+from .tensor_source import TensorSource
 
 CHUNK_BYTES = 1 << 20
 """Bytes that are checked at a time, so that the temporaries stay in the second-level cache."""
@@ -12,7 +12,7 @@ CHUNK_BYTES = 1 << 20
 MOST_BASE3 = 3**5 - 1  # the byte of five codes 2
 
 
-def check_codes(files: TensorFiles, name: str, packed: Tensor) -> None:
+def check_codes(files: TensorSource, name: str, packed: Tensor) -> None:
     """Raises CheckpointError when a byte of the uint8 tensor ``packed`` holds the 2-bit code 3."""
     for start, chunk in enumerate(torch.split(packed.view(-1), CHUNK_BYTES)):
         both_bits = chunk & (chunk >> 1) & 0b01010101
@@ -26,7 +26,7 @@ def check_codes(files: TensorFiles, name: str, packed: Tensor) -> None:
 
 
 def check_packed(
-    files: TensorFiles, name: str, packed: Tensor, out_features: int, in_features: int, layout: str
+    files: TensorSource, name: str, packed: Tensor, out_features: int, in_features: int, layout: str
 ) -> None:
     """Raises CheckpointError for bytes that stand for no weights, or other weights than 0 in the padding.
 
@@ -60,6 +60,6 @@ def _unpack(packed: Tensor, out_features: int, in_features: int, layout: str) ->
     return ops.unpack_ternary(packed.contiguous(), out_features, in_features, layout)
 
 
-def _need_zeros(files: TensorFiles, name: str, padding: Tensor) -> None:
+def _need_zeros(files: TensorSource, name: str, padding: Tensor) -> None:
     if padding.any():
         raise files.error(name, "weight 0 in the padding of the last blocks", "others")

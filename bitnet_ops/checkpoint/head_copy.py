@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..decoder.config import DecoderConfig
 from ..decoder.head import FORMAT, ScreenedHead, copy_tensors
-from .files import TORCH_DTYPE, TensorFiles, tensor_bytes
+from .files import TensorFiles
+from .tensor_source import TORCH_DTYPE, TensorSource, tensor_bytes
 
 CODES, BOUNDS = "screened_head.codes", "screened_head.bounds"
 FIELD = "screened_head"
@@ -65,18 +66,19 @@ def head_to_store(head: ScreenedHead | None) -> tuple[dict[str, Tensor], dict[st
 
 def binding(folder: Path, table: str) -> dict[str, Any]:
     """What to write into "quantization_config" about the files just written to a folder."""
-    with TensorFiles(folder, mmap=False) as files:
+    files = TensorFiles(folder, mmap=False)
+    with files:
         return {FIELD: {"format": FORMAT, "digest": _digest(files, table)}} if stored_names(files) else {}
 
 
-def stored_names(files: TensorFiles) -> list[str]:
+def stored_names(files: TensorSource) -> list[str]:
     """The names of the copy's tensors, where the files have them."""
     return [name for name in (CODES, BOUNDS) if name in files.tensors]
 
 
-def is_bound(files: TensorFiles, quantization: dict[str, Any], table: str) -> bool:
+def is_bound(files: TensorFiles, quantization: Any, table: str) -> bool:
     """Whether the files are, as far as it can be told, those that we wrote: a finite table and its copy."""
-    entry = quantization.get(FIELD)
+    entry = quantization.get(FIELD) if isinstance(quantization, dict) else None
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
         return False
     stored = [files.tensors.get(name) for name in (table, CODES, BOUNDS)]
@@ -85,7 +87,7 @@ def is_bound(files: TensorFiles, quantization: dict[str, Any], table: str) -> bo
     return entry.get("digest") == _digest(files, table)
 
 
-def stored_head(files: TensorFiles, table: Tensor) -> tuple[Tensor, Tensor] | None:
+def stored_head(files: TensorSource, table: Tensor) -> tuple[Tensor, Tensor] | None:
     """The copy out of files that `is_bound` has passed, if its shapes are those of this version's."""
     for name, expected in zip((CODES, BOUNDS), copy_tensors(table), strict=True):
         stored = files.tensors[name]

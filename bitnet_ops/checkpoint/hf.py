@@ -17,52 +17,46 @@ A bias [N] is added to the result, except that "autobitlinear" with a scale mult
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops, packing, reference
+from .. import reference
 from ..families import Family
-from ..layers.linear import BitLinear, best_layout
+from ..layers.linear import BitLinear
 from ..layers.memory import HugePages
 from .codes import check_codes
 from .errors import CheckpointError
-from .files import FLOAT_DTYPES, TensorFiles
-from .projections import Projection, check_bias, read_bias
+from .tensor_source import FLOAT_DTYPES, TensorSource
+from .weights import CHUNK_ROWS, Projection, WeightReader, check_bias, pack_rows, read_bias
 
 WEIGHTS_PER_BYTE = 4
 
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 MODES = ("offline", "online")
 
-CHUNK_ROWS = 256
-"""Rows that are packed at a time: small results find room again in the memory of those before."""
 
-
-@dataclass(frozen=True)
-class PublishedProjections:
+class PublishedWeights(WeightReader):
     """Reads projections in the published layout.
 
     Attributes:
-        family: says what modules are called.
         has_scale: whether the file holds a scale (packed or ternary), and not master weights.
         reciprocal: whether that scale is the reciprocal of the multiplier.
-        workspace: where one projection after another is converted. Memory that is taken and given back for
-            each of them would leave holes between what stays.
     """
 
-    family: Family
-    has_scale: bool
-    reciprocal: bool
-    workspace: HugePages = field(default_factory=HugePages, compare=False)
+    def __init__(self, family: Family, *, has_scale: bool, reciprocal: bool) -> None:
+        super().__init__(family)
+        self.has_scale, self.reciprocal = has_scale, reciprocal
+        # Where one projection after another is converted. Memory that is taken and given back for each of
+        # them would leave holes between what stays.
+        self._workspace = HugePages()
 
     @classmethod
     def from_config(
         cls, quantization: dict[str, Any] | None, family: Family, file: Path
-    ) -> "PublishedProjections":
+    ) -> "PublishedWeights":
         """Understands "quantization_config" of config.json; None where there is none.
 
         Raises:
@@ -107,12 +101,8 @@ class PublishedProjections:
             reciprocal=linear_class == "bitlinear",
         )
 
-    def stored_name(self, module: str) -> str:
-        """The published name of a module."""
-        return self.family.stored_name(module)
-
-    def check(self, files: TensorFiles, name: str, layer: BitLinear) -> list[str]:
-        """Checks the headers of a projection's tensors; see `ProjectionReader`."""
+    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+        """Checks the headers of a projection's tensors; see `WeightReader`."""
         weight, scale = f"{name}.weight", f"{name}.weight_scale"
         out_features, in_features = whole = (layer.out_features, layer.in_features)
         bias = check_bias(files, name, layer)
@@ -133,11 +123,13 @@ class PublishedProjections:
         files.expect(scale, FLOAT_DTYPES, (1,), ())
         return [weight, scale, *bias]
 
-    def read(self, files: TensorFiles, name: str, layer: BitLinear, memory: HugePages) -> Projection:
-        """Converts a projection that `check` has passed."""
+    def read_projection(
+        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+    ) -> Projection:
+        """Converts a projection that `check_projection` has passed."""
         weight = f"{name}.weight"
-        self.workspace.reuse()
-        stored = files.tensor(weight, self.workspace.empty)
+        self._workspace.reuse()
+        stored = files.tensor(weight, self._workspace.empty)
         if not self.has_scale:
             w, scale = reference.quantize_weight(stored)
             if not scale.isfinite():
@@ -148,7 +140,7 @@ class PublishedProjections:
             scale = self._read_scale(files, f"{name}.weight_scale")
             if stored.dtype == torch.uint8:
                 check_codes(files, weight, stored)
-                w = unpack_quarters(stored, self.workspace.empty)
+                w = unpack_quarters(stored, self._workspace.empty)
             else:
                 w = stored.to(torch.int8)
                 if not (w == stored).all() or w.abs().max() > 1:
@@ -156,16 +148,11 @@ class PublishedProjections:
                         weight, "weights in {-1, 0, 1}, because it has a weight_scale", "other numbers"
                     )
         files.forget(stored)
-        layout = best_layout()
-        shape = packing.packed_shape(layer.out_features, layer.in_features, layout)
-        packed = memory.empty(shape, torch.uint8)
-        tiles = CHUNK_ROWS // packing.TILE_ROWS  # both candidates for the best layout are made of tiles
-        for rows, out in zip(w.split(CHUNK_ROWS), packed.split(tiles), strict=True):
-            out.copy_(ops.pack_ternary(rows, layout))
+        packed, layout = pack_rows(w.split(CHUNK_ROWS), layer, memory)
         bias = read_bias(files, name, layer, scale if self.has_scale and not self.reciprocal else 1.0)
         return Projection(packed, layout, memory.copy(scale.reshape(1).expand(layer.out_features)), bias)
 
-    def _read_scale(self, files: TensorFiles, name: str) -> Tensor:
+    def _read_scale(self, files: TensorSource, name: str) -> Tensor:
         stored = files.read(name).float()
         scale = 1.0 / stored if self.reciprocal else stored
         # A mean of absolute values is above 0; the reciprocal of a subnormal number is infinite.

@@ -16,22 +16,23 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import ops, packing
+from ..families import Family
 from ..layers.linear import BitLinear, BitLinearQAT, best_layout, native_layouts
 from ..layers.memory import HugePages
 from .codes import check_packed
 from .config_json import QUANT_METHOD, config_to_json
 from .errors import CheckpointError
-from .files import FLOAT_DTYPES, SINGLE_FILE, TORCH_DTYPE, TensorFiles
-from .head_copy import binding, head_to_store, table_name
-from .projections import Projection, check_bias, read_bias
+from .files import SINGLE_FILE
+from .head_copy import binding, head_to_store, stored_names, table_name
+from .tensor_source import FLOAT_DTYPES, TORCH_DTYPE, TensorSource
 from .text_files import TOKEN_FIELDS, save_text_files
+from .weights import Projection, WeightReader, check_bias, read_bias
 from .write import write_tensors
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ CONFIG_FILE = "config.json"
 FLOATS = tuple(TORCH_DTYPE[name] for name in FLOAT_DTYPES)
 
 
-@dataclass(frozen=True)
-class PackedProjections:
+class PackedWeights(WeightReader):
     """Gets projections in our own format.
 
     Attributes:
@@ -52,11 +52,14 @@ class PackedProjections:
         layouts: of the others, by the names of their modules.
     """
 
-    layout: str
-    layouts: dict[str, str]
+    maps_files = True  # `save_pretrained` replaces files
+
+    def __init__(self, family: Family, layout: str, layouts: dict[str, str]) -> None:
+        super().__init__(family)
+        self.layout, self.layouts = layout, layouts
 
     @classmethod
-    def from_config(cls, quantization: dict[str, Any], file: Path) -> "PackedProjections":
+    def from_config(cls, quantization: dict[str, Any], family: Family, file: Path) -> "PackedWeights":
         """Understands "quantization_config" of config.json.
 
         Raises:
@@ -76,14 +79,18 @@ class PackedProjections:
             if layout not in packing.LAYOUTS:
                 known = " or ".join(map(repr, packing.LAYOUTS))
                 raise CheckpointError.at(file, f"quantization_config.{field}", known, f"{layout!r:.200}")
-        return cls(quantization["layout"], layouts)
+        return cls(family, quantization["layout"], layouts)
 
     def stored_name(self, module: str) -> str:
         """The name itself: modules are stored as they are called."""
         return module
 
-    def check(self, files: TensorFiles, name: str, layer: BitLinear) -> list[str]:
-        """Checks the headers of a projection's tensors; see `ProjectionReader`."""
+    def other_names(self, files: TensorSource) -> list[str]:
+        """Those of the head's copy."""
+        return stored_names(files)
+
+    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+        """Checks the headers of a projection's tensors; see `WeightReader`."""
         weight, scale = f"{name}.packed_weight", f"{name}.weight_scale"
         layout = self.layout_of(name)
         files.expect(weight, ("U8",), packing.packed_shape(layer.out_features, layer.in_features, layout))
@@ -92,8 +99,10 @@ class PackedProjections:
             raise files.error(weight, "layout 'tile16', because it has group scales", repr(layout))
         return [weight, scale, *check_bias(files, name, layer)]
 
-    def read(self, files: TensorFiles, name: str, layer: BitLinear, memory: HugePages) -> Projection:
-        """Gets a projection that `check` has passed."""
+    def read_projection(
+        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+    ) -> Projection:
+        """Gets a projection that `check_projection` has passed."""
         out_features, in_features = layer.out_features, layer.in_features
         layout = self.layout_of(name)
         weight = f"{name}.packed_weight"
@@ -113,6 +122,10 @@ class PackedProjections:
         repacked = memory.copy(ops.repack_ternary(packed, out_features, in_features, layout, here))
         files.forget(packed)
         return Projection(repacked, here, scale, bias)
+
+    def read_norm(self, files: TensorSource, name: str) -> torch.Tensor:
+        """The factors themselves, whatever the family publishes."""
+        return files.read(f"{name}.weight").float()
 
     def layout_of(self, name: str) -> str:
         """The layout of a projection by its module's name."""

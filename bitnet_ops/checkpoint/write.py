@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import TORCH_DTYPE, tensor_bytes
+from .tensor_source import TORCH_DTYPE, tensor_bytes
 
 ALIGNMENT = 64
 _DTYPE_NAME: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPE.items()}
@@ -20,7 +20,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     Args:
         file: is made, or replaced.
-        tensors: CPU tensors of the dtypes in `files.TORCH_DTYPE`, by their names.
+        tensors: CPU tensors of the dtypes in `tensor_source.TORCH_DTYPE`, by their names.
         metadata: texts for the header.
 
     Raises:

@@ -5,6 +5,7 @@ transformers 5 (``rope_parameters``). They are written in the older form, which 
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,10 @@ class Family:
         projection_norms: whether "use_rms_norm" of "quantization_config" is known.
         all_ternary: whether float weights are masters though no "quantization_config" says it.
         published: (our ending of a module's name, that of the checkpoint), for those that differ.
+        norm_offset: what a norm adds to its stored weight; Gemma stores w of (1 + w).
+        read: fields of ``config`` that no table above can say, from the content of config.json; may raise
+            `SettingError`. They win over those of the tables.
+        write_more: the fields of config.json that ``read`` needs.
     """
 
     model_type: str
@@ -72,6 +77,9 @@ class Family:
     projection_norms: bool = False
     all_ternary: bool = False
     published: tuple[tuple[str, str], ...] = ()
+    norm_offset: float = 0.0
+    read: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: {}
+    write_more: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
 
     def stored_name(self, module: str) -> str:
         """The name that a module of ours has in a published checkpoint."""
@@ -103,7 +111,7 @@ class Family:
         }
         if fields.get("num_key_value_heads") is None:  # as transformers reads it: as many as query heads
             fields["num_key_value_heads"] = data["num_attention_heads"]
-        return fields | {"activation": self.activations[act]} | self._rope(data)
+        return fields | {"activation": self.activations[act]} | self._rope(data) | self.read(data)
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """The fields of config.json; what the family has no field for is left out."""
@@ -115,6 +123,7 @@ class Family:
             **{name: default for name, default, _ in self.only if default is not None},
             **{name: getattr(config, name) for name in self.same},
         }
+        data |= self.write_more(config)
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind in self.rope_kinds:
             written = dataclasses.asdict(scaling)

@@ -1,0 +1,159 @@
+"""What formats of weights have in common: hf.py, packed.py and others have one each.
+
+A `WeightReader` knows how a format stores projections, matrices (embedding, head) and norms. load.py asks it
+for one module after another and knows nothing about formats.
+"""
+
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, packing
+from ..decoder.config import DecoderConfig
+from ..families import Family
+from ..layers.linear import BitLinear, best_layout
+from ..layers.memory import HugePages
+from ..layers.norm import RMSNorm
+from .tensor_source import FLOAT_DTYPES, TensorSource
+
+CHUNK_ROWS = 256
+"""Rows that are packed at a time: small results find room again in the memory of those before."""
+
+
+class Projection(NamedTuple):
+    """What a `BitLinear` holds, under the names of its attributes."""
+
+    packed_weight: Tensor
+    layout: str
+    weight_scale: Tensor
+    bias: Tensor | None
+
+
+class WeightReader:
+    """Reads a model's weights from the files of one format; the base class reads dense ones.
+
+    Every kind of module has two methods: ``check_...`` looks at headers only and gives the names of the
+    tensors that ``read_...`` will use. All checks come before the first read. Names are those of modules in
+    the files, from `stored_name`.
+
+    Attributes:
+        family: says what modules are called.
+        maps_files: whether its files may be mapped where the user does not say: nobody changes them in place.
+    """
+
+    maps_files: ClassVar[bool] = False
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    def stored_name(self, module: str) -> str:
+        """The name in the files of the module that is called ``module`` in the model."""
+        return self.family.stored_name(module)
+
+    def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
+        """The configuration with what only the weights say, such as the size of groups with one scale.
+
+        Args:
+            config: as the settings have it; its sizes are plausible for the files.
+            files: where the weights lie.
+
+        Raises:
+            CheckpointError: they are not what the format allows.
+        """
+        return config
+
+    def other_names(self, files: TensorSource) -> list[str]:
+        """Names of tensors that may be there and belong to no module."""
+        return []
+
+    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+        """Checks the headers of a ternary projection's tensors.
+
+        Args:
+            files: where they lie.
+            name: of the module in the files, such as "model.layers.0.self_attn.q_proj".
+            layer: of the sizes and parts that the model has there; may be on the meta device.
+
+        Returns:
+            The names of the tensors that `read_projection` will use.
+
+        Raises:
+            CheckpointError: one is missing, or of another shape or dtype.
+        """
+        raise NotImplementedError
+
+    def read_projection(
+        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+    ) -> Projection:
+        """Gets a projection that `check_projection` has passed, in ``memory`` where it is not used in files.
+
+        Raises:
+            CheckpointError: a value is not what the format allows.
+        """
+        raise NotImplementedError
+
+    def check_matrix(self, files: TensorSource, name: str, module: nn.Embedding | nn.Linear) -> list[str]:
+        """Checks the headers of an embedding, a head, or a projection that is not ternary."""
+        files.expect(f"{name}.weight", FLOAT_DTYPES, tuple(module.weight.shape))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            files.expect(f"{name}.bias", FLOAT_DTYPES, tuple(module.bias.shape))
+            return [f"{name}.weight", f"{name}.bias"]
+        return [f"{name}.weight"]
+
+    def read_matrix(self, files: TensorSource, name: str, memory: HugePages) -> Tensor:
+        """The weight of a module that `check_matrix` has passed: float32, bfloat16 or float16, as stored.
+
+        Whether its numbers are finite is not looked at.
+        """
+        return files.tensor(f"{name}.weight", memory.empty)
+
+    def check_norm(self, files: TensorSource, name: str, module: RMSNorm) -> list[str]:
+        """Checks the header of a norm's weight."""
+        files.expect(f"{name}.weight", FLOAT_DTYPES, tuple(module.weight.shape))
+        return [f"{name}.weight"]
+
+    def read_norm(self, files: TensorSource, name: str) -> Tensor:
+        """The factors of a norm that `check_norm` has passed, float32."""
+        weight = files.read(f"{name}.weight").float()
+        return weight + self.family.norm_offset if self.family.norm_offset else weight
+
+
+def check_bias(files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+    """Checks the header of a projection's bias; its name, or nothing where it has none."""
+    if layer.bias is None:
+        return []
+    files.expect(f"{name}.bias", FLOAT_DTYPES, (layer.out_features,))
+    return [f"{name}.bias"]
+
+
+def read_bias(
+    files: TensorSource, name: str, layer: nn.Module, factor: Tensor | float = 1.0
+) -> Tensor | None:
+    """The bias of a projection times ``factor``, float32 in memory of its own."""
+    if layer.bias is None:
+        return None
+    bias = files.read(f"{name}.bias").float() * factor
+    if not bias.isfinite().all():
+        raise files.error(f"{name}.bias", "finite numbers", "a NaN or an infinity")
+    return bias
+
+
+def pack_rows(w: Iterable[Tensor], layer: BitLinear, memory: HugePages) -> tuple[Tensor, str]:
+    """Packs a matrix some rows at a time, so that it need not be there unpacked as a whole.
+
+    Args:
+        w: int8 [rows, K] in {-1, 0, 1} each, one below the other, of `CHUNK_ROWS` rows but the last.
+        layer: of the matrix's sizes.
+        memory: where the packed weights go.
+
+    Returns:
+        What `ops.pack_ternary` gives for all of it, and the layout: the best one here for such a layer.
+    """
+    layout = "tile16" if layer.group_size else best_layout()
+    packed = memory.empty(packing.packed_shape(layer.out_features, layer.in_features, layout), torch.uint8)
+    # Both layouts are made of tiles.
+    for rows, out in zip(w, packed.split(CHUNK_ROWS // packing.TILE_ROWS), strict=True):
+        out.copy_(ops.pack_ternary(rows, layout))
+    return packed, layout
