@@ -2,6 +2,7 @@
 
 load.py           the order of the checks, and the model
 location.py       what users name a model by, and where it lies
+hub.py            models from the Hugging Face hub
 opened.py         what there is to know before weights are read
 folder.py         a folder in the Hugging Face layout
 config_json.py    config.json

@@ -26,18 +26,20 @@ Model = TypeVar("Model", bound=LanguageModel)
 
 
 def load(
-    folder: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     make: Callable[[DecoderConfig, LinearFactory], Model],
     *,
     linear: type[nn.Module] = BitLinear,
+    revision: str | None = None,
     mmap: bool | None = None,
 ) -> Model:
     """Loads a model: `bitnet_ops.from_pretrained`, for a model of any class.
 
     Args:
-        folder: as for `bitnet_ops.from_pretrained`, like the options.
+        model: as for `bitnet_ops.from_pretrained`, like the options.
         make: makes a model of the given configuration and projections.
         linear: the class of projections.
+        revision: of a name on the hub.
         mmap: use tensors where they lie in the files.
 
     Raises:
@@ -45,21 +47,21 @@ def load(
     """
     if linear not in (BitLinear, nn.Linear):
         raise ValueError(f"linear: expected BitLinear or torch.nn.Linear, got {linear!r}")
-    with open_folder(locate(folder), dense=linear is nn.Linear, mmap=mmap) as checkpoint:
+    with open_folder(locate(model, revision), dense=linear is nn.Linear, mmap=mmap) as checkpoint:
         files, weights = checkpoint.files, checkpoint.weights
         _check_plausible(checkpoint)
         config = weights.complete(checkpoint.config, files)
         with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
-            model = make(config, linear)
+            made = make(config, linear)
         table = checkpoint.certified_table
-        _load_weights(model, files, weights, table)
-        model.eval().requires_grad_(False)
-        copy = stored_head(files, model.head_weight) if table is not None else None
-        model.screened_head(copy, files.forget)
-    model.tokenizer = checkpoint.tokenizer
-    model.generation_config = checkpoint.generation_config
-    model.chat_template = checkpoint.chat_template
-    return model
+        _load_weights(made, files, weights, table)
+        made.eval().requires_grad_(False)
+        copy = stored_head(files, made.head_weight) if table is not None else None
+        made.screened_head(copy, files.forget)
+    made.tokenizer = checkpoint.tokenizer
+    made.generation_config = checkpoint.generation_config
+    made.chat_template = checkpoint.chat_template
+    return made
 
 
 def _check_plausible(checkpoint: OpenCheckpoint) -> None:
