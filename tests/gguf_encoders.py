@@ -10,6 +10,7 @@ import numpy as np
 
 BLOCK = {
     "I2_S": 128,
+    "I2_S_ARM": 64,
     "TQ1_0": 256,
     "TQ2_0": 256,
     "Q2_0": 64,
@@ -21,6 +22,7 @@ BLOCK = {
 }
 """Weights in a block."""
 
+TENSOR_SCALE = {"I2_S", "I2_S_ARM"}
 SCALE_IN_FRONT = {"Q2_0", "Q2_0_128", "PQ2_0"}
 ROW_SCALE = {"IQ1_BN": np.float16, "IQ2_BN": np.float32}
 
@@ -29,6 +31,8 @@ def two_bits_place(name: str, j: int) -> tuple[int, int]:
     """The byte that holds weight ``j`` of a block, and the lower one of its two bits."""
     if name == "I2_S":
         return j % 32, 6 - 2 * (j // 32)
+    if name == "I2_S_ARM":
+        return j % 16, 6 - 2 * (j // 16)
     if name == "TQ2_0":
         half, j = divmod(j, 128)
         return 32 * half + j % 32, 2 * (j // 32)
@@ -72,10 +76,10 @@ def encode(name: str, w: np.ndarray, scales: np.ndarray) -> bytes:
         name: of the type, a key of `BLOCK`.
         w: integers [N, K] in {-1, 0, 1}.
         scales: the multipliers [G, N], one for each block of a row; [1, N] with one for each row (IQ1_BN,
-            IQ2_BN), all the same for I2_S.
+            IQ2_BN), all the same for `TENSOR_SCALE`.
     """
     codes = encode_codes(name, w.reshape(-1, BLOCK[name]).astype(np.int64) + 1)
-    if name == "I2_S":
+    if name in TENSOR_SCALE:
         return codes.tobytes() + scales.astype("<f4").flat[0].tobytes() + bytes(28)
     if name in ROW_SCALE:
         in_front = scales[0].astype(ROW_SCALE[name])

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_encoders import BLOCK, ROW_SCALE, SCALE_IN_FRONT, encode_codes
+from gguf_encoders import BLOCK, ROW_SCALE, SCALE_IN_FRONT, TENSOR_SCALE, encode_codes
 from gguf_encoders import encode as encode_slowly
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitnet_ops.checkpoint.gguf import dense, ternary
 from bitnet_ops.checkpoint.gguf.dense import decode, q6_k
 from bitnet_ops.checkpoint.gguf.dense import encode as dense_encode
-from bitnet_ops.checkpoint.gguf.types import TYPES
+from bitnet_ops.checkpoint.gguf.types import I2_S_ARM, TYPES
 
-BY_NAME = {type.name: type for type in TYPES}
-TERNARY = [type.name for type in TYPES if type.ternary and not type.refused]
+BY_NAME = {type.name: type for type in (*TYPES, I2_S_ARM)}
+TERNARY = [name for name, type in BY_NAME.items() if type.ternary and not type.refused]
 TWO_BITS = [name for name in TERNARY if name not in ("TQ1_0", "PTQ1_0", "IQ1_BN")]
 BASE3 = [name for name in TERNARY if name not in TWO_BITS]
-BLOCK_SCALE = [name for name in TERNARY if name != "I2_S" and name not in ROW_SCALE]
+BLOCK_SCALE = [name for name in TERNARY if name not in ROW_SCALE and name not in TENSOR_SCALE]
 WRITTEN = ["I2_S", *BLOCK_SCALE]
 BY_GGUF = ["TQ1_0", "TQ2_0"]
 DENSE = [type.name for type in TYPES if not type.ternary]
@@ -27,7 +27,7 @@ DENSE = [type.name for type in TYPES if not type.ternary]
 def some_scales(name: str, rows: int, columns: int) -> Tensor:
     """float32 [G, N], as exact as the type needs, among them 0 where one block or row has one."""
     groups = columns // BLOCK[name] if name in BLOCK_SCALE else 1
-    if name == "I2_S":
+    if name in TENSOR_SCALE:
         return torch.full((1, rows), 0.3)
     scales = torch.rand(groups, rows) + 0.01
     return scales if name == "IQ2_BN" else scales.half().float()
@@ -42,7 +42,7 @@ def sizes(name: str) -> list[tuple[int, int]]:
     """One block, a few, more rows than are read at a time, and for I2_S blocks that straddle rows."""
     block = BLOCK[name]
     odd = [(1, 384), (2, 64), (6, 192), (4, 160), (128, 1), (64, 2), (384, 3), (256, 127)]
-    return [(1, block), (3, 2 * block), (300, block), (5, 5 * block), *(odd if name == "I2_S" else [])]
+    return [(1, block), (3, 2 * block), (300, block), (5, 5 * block), *(odd if name in TENSOR_SCALE else [])]
 
 
 WITH_SIZES = [(name, *size) for name in TERNARY for size in sizes(name)]
@@ -135,7 +135,7 @@ def test_a_scale_of_0_makes_weights_of_0(name: str) -> None:
     type, shape = BY_NAME[name], (3, 2 * BLOCK[name])
     w = torch.randint(-1, 2, shape, dtype=torch.int8)
     scales = some_scales(name, *shape)
-    scales[-1, 1 if name != "I2_S" else slice(None)] = 0
+    scales[-1, slice(None) if name in TENSOR_SCALE else 1] = 0
     data = encoded(name, w, scales)
     expected = w * (scales != 0).T.repeat_interleave(shape[1] // len(scales), 1)
     assert torch.equal(ternary.decode_rows(type, data, shape, 0, 3), expected)
@@ -149,11 +149,13 @@ def test_a_scale_of_0_makes_weights_of_0(name: str) -> None:
 def test_a_scale_that_no_writer_makes_is_an_error(name: str, scale: float) -> None:
     type, shape = BY_NAME[name], (3, 2 * BLOCK[name])
     scales = some_scales(name, *shape)
-    scales[-1, 1 if name != "I2_S" else slice(None)] = scale
+    scales[-1, slice(None) if name in TENSOR_SCALE else 1] = scale
     w = torch.ones(shape, dtype=torch.int8)
     data = encoded(name, w, scales)
-    row, group = (0 if name == "I2_S" else 1), len(scales) - 1
+    row, group = (0 if name in TENSOR_SCALE else 1), len(scales) - 1
     text = rf"finite and 0 or more, got {scale!r} in row {row}, group {group}$"
+    with pytest.raises(ValueError, match="in row 1, "):
+        ternary.decode_rows(type, data, shape, 1, 2)
     for read in (
         lambda: ternary.scales(type, data, shape),
         lambda: ternary.decode_rows(type, data, shape, 0, 3),
@@ -185,6 +187,8 @@ def test_ternary_sizes_that_do_not_fit_are_an_error(name: str) -> None:
             ternary.scales(type, wrong, shape)
     with pytest.raises(ValueError, match="divides"):
         ternary.decode_rows(type, data, (4, 2 * BLOCK[name] - 1), 0, 4)
+    with pytest.raises(ValueError, match="expected a matrix"):
+        ternary.decode_rows(type, data, (1, *shape), 0, 1)  # type: ignore[arg-type]
     for begin, end in ((0, 5), (-1, 2), (3, 2)):
         with pytest.raises(ValueError, match="expected rows of 4"):
             ternary.decode_rows(type, data, shape, begin, end)
@@ -238,6 +242,9 @@ GOLDEN = {
     "I2_S": (
         "24499224499224499224499224499224499224499224499224499224499224490000003f000000000000000000"
         "00000000000000000000000000000000000000"
+    ),
+    "I2_S_ARM": (
+        "186186186186186186186186186186180000003f00000000000000000000000000000000000000000000000000000000"
     ),
     "TQ1_0": (
         "456ccf456ccf456ccf456ccf456ccf456ccf456ccf456ccf456ccf456ccf456c94bb3194bb3194bb3194bb3194"
@@ -299,10 +306,22 @@ def test_encode_refuses_what_the_type_cannot_hold(name: str) -> None:
             ternary.encode(type, w, wrong_scales)
 
 
-@pytest.mark.parametrize("name", ROW_SCALE)
-def test_types_of_ik_llama_are_not_written(name: str) -> None:
+@pytest.mark.parametrize("name", [*ROW_SCALE, "I2_S_ARM"])
+def test_some_types_are_not_written(name: str) -> None:
     with pytest.raises(ValueError, match=f"a type that is written, got {name}"):
         ternary.encode(BY_NAME[name], torch.zeros(1, 64, dtype=torch.int8), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("name", TERNARY)
+def test_ternary_matrices_of_no_weights(name: str) -> None:
+    type = BY_NAME[name]
+    for shape in ((0, 2 * BLOCK[name]), (3, 0), (0, 0)):
+        data = torch.zeros(type.nbytes(shape), dtype=torch.uint8)
+        assert ternary.decode_rows(type, data, shape, 0, shape[0]).shape == shape
+        scales = ternary.scales(type, data, shape)
+        assert scales.shape == (shape[1] // type.block if name in BLOCK_SCALE else 1, shape[0])
+        if name in WRITTEN:
+            assert torch.equal(ternary.encode(type, torch.zeros(shape, dtype=torch.int8), scales), data)
 
 
 def random_blocks(name: str, rows: int, blocks: int) -> np.ndarray:
