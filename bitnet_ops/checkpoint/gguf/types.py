@@ -65,7 +65,7 @@ class TensorType:
                 f"expected a {what} that {self.block} divides, because {self.name} has blocks of as many, "
                 f"got {fitted} in {list(shape)!r:.200}"
             )
-        rows = count // columns if columns else 0
+        rows = math.prod(shape[:-1])
         return rows * self.row_bytes + count // self.block * self.block_bytes + self.tensor_bytes
 
 
