@@ -205,8 +205,8 @@ def _scores(merges: list[list[str]], texts: list[str], types: list[int]) -> list
     given.sort(key=lambda pair: (rank[pair[0] + pair[1]], -len(pair[0])))
     if ranks != sorted(ranks) or given != make_merges(pieces):
         raise ValueError(
-            "tokenizer: expected the merges that SentencePiece stands for (every way to cut a normal token into "
-            "two, those of one token side by side), got others"
+            "tokenizer: expected the merges that SentencePiece stands for (every way to cut a normal token "
+            "into two, those of one token side by side), got others"
         )
     return [-float(rank[text]) if text in known else 0.0 for text in texts]
 
