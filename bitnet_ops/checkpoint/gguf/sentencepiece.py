@@ -23,8 +23,8 @@ SPACE = "▁"
 MAX_PIECE_LENGTH = 256
 """Characters of the longest token that is cut into merges; trained vocabularies have 16, or 31."""
 
-MERGES_PER_TOKEN, MORE_MERGES = 16, 1 << 16
-"""The most merges that are made of n tokens: ``16 n + 65536``. Gemma's 262144 tokens have 514000."""
+MERGES_PER_TOKEN, MORE_MERGES = 4, 1 << 16
+"""The most merges that are made of n tokens: ``4 n + 65536``. Gemma's 262144 tokens have 514000."""
 
 
 def read_sentencepiece(tokens: TokenList) -> Tokenizer:
