@@ -116,7 +116,7 @@ def test_damage_to_an_entry_is_an_error_that_names_the_list(model: str) -> None:
 def test_scores_that_are_all_the_same_are_refused() -> None:
     metadata = converted(*sentencepiece(prefix=True))
     metadata[KEY + "scores"] = [-1000.0] * len(metadata[KEY + "tokens"])
-    with pytest.raises(CheckpointError, match="scores: expected scores that order the tokens, got -1000.0"):
+    with pytest.raises(CheckpointError, match="scores: expected scores that order the tokens, got -1000"):
         read(metadata)
 
 
@@ -216,6 +216,6 @@ def test_a_vocabulary_of_the_size_of_gemmas_is_read_within_seconds() -> None:
         KEY + "token_type": [2, 3, 3] + [1] * len(pieces),
         KEY + "scores": [-float(index) for index in range(len(tokens))],
     }
-    begin = time.perf_counter()
+    begin = time.process_time()  # this machine has other work, too
     assert read_tokenizer(metadata, FILE, 262144) is not None
-    assert time.perf_counter() - begin < 30  # 3 s on a quiet machine
+    assert time.process_time() - begin < 10

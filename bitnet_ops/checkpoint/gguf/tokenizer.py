@@ -30,7 +30,7 @@ from .token_list import PREFIX, TokenList, TokenType, read_token_list
 NO_TOKENIZER = ("none", "no_vocab")
 
 MAX_ADDED_LENGTH = 1 << 20
-"""Characters of all added tokens together; Gemma's 6414 have 84000. The library takes seconds for this many."""
+"""Characters of all added tokens together; Gemma's 6414 have 76000. The library takes seconds for more."""
 
 
 def read_tokenizer(metadata: dict[str, Any], file: Path, vocab_size: int) -> Tokenizer | None:
