@@ -117,7 +117,9 @@ class WeightReader:
     def read_norm(self, files: TensorSource, name: str) -> Tensor:
         """The factors of a norm that `check_norm` has passed, float32."""
         weight = files.read(f"{name}.weight").float()
-        return weight + self.family.norm_offset if self.family.norm_offset else weight
+        # Norms inside projections come from the quantiser, not from the family.
+        offset = 0.0 if "_proj." in name else self.family.norm_offset
+        return weight + offset if offset else weight
 
 
 def check_bias(files: TensorSource, name: str, layer: BitLinear) -> list[str]:

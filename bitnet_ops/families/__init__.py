@@ -3,6 +3,7 @@
 family.py   what a page says, and how config.json's fields become a `DecoderConfig` and back
 bitnet.py   model_type "bitnet"
 llama.py    model_type "llama"
+gemma3.py   model_type "gemma3_text"
 """
 
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 from ..decoder.config import BitNetConfig, DecoderConfig
 from .bitnet import BITNET
 from .family import Family, SettingError
+from .gemma3 import GEMMA3
 from .llama import LLAMA
 
 __all__ = ["FAMILIES", "Family", "SettingError", "family_of", "family_to_write"]
 
-FAMILIES = {family.model_type: family for family in (BITNET, LLAMA)}
+FAMILIES = {family.model_type: family for family in (BITNET, LLAMA, GEMMA3)}
 """By the field "model_type" of config.json."""
+
+REFUSED = {"gemma3": "Gemma 3 with a part that sees pictures; its text model alone is 'gemma3_text'"}
+"""Model types that are close to a family, and what they are instead."""
 
 
 def family_of(data: dict[str, Any]) -> Family:
@@ -26,10 +31,15 @@ def family_of(data: dict[str, Any]) -> Family:
     """
     name = data.get("model_type", BITNET.model_type)
     if not isinstance(name, str) or name not in FAMILIES:
-        raise SettingError("model_type", " or ".join(map(repr, FAMILIES)), f"{name!r:.200}")
+        given = f"{name!r:.200}"
+        if isinstance(name, str) and name in REFUSED:
+            given += f" ({REFUSED[name]})"
+        raise SettingError("model_type", " or ".join(map(repr, FAMILIES)), given)
     return FAMILIES[name]
 
 
 def family_to_write(config: DecoderConfig) -> Family:
     """The family whose fields describe a model best; what they leave out is written beside them."""
-    return BITNET if isinstance(config, BitNetConfig) else LLAMA
+    if isinstance(config, BitNetConfig):
+        return BITNET
+    return GEMMA3 if config.post_norms and config.activation == "gelu_tanh" else LLAMA
