@@ -198,7 +198,7 @@ def test_absent_fields_are_as_in_transformers() -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"model_type": "gemma3"}, "model_type.*'gemma3' .Gemma 3 with a part that sees pictures"),
+        ({"model_type": "gemma3"}, "model_type.*'gemma3' .a model of text and other media"),
         ({"hidden_activation": "silu"}, "hidden_activation"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),

@@ -19,9 +19,6 @@ __all__ = ["FAMILIES", "Family", "SettingError", "family_of", "family_to_write"]
 FAMILIES = {family.model_type: family for family in (BITNET, LLAMA, GEMMA3)}
 """By the field "model_type" of config.json."""
 
-REFUSED = {"gemma3": "Gemma 3 with a part that sees pictures; its text model alone is 'gemma3_text'"}
-"""Model types that are close to a family, and what they are instead."""
-
 
 def family_of(data: dict[str, Any]) -> Family:
     """The family that the content of config.json names.
@@ -31,10 +28,7 @@ def family_of(data: dict[str, Any]) -> Family:
     """
     name = data.get("model_type", BITNET.model_type)
     if not isinstance(name, str) or name not in FAMILIES:
-        given = f"{name!r:.200}"
-        if isinstance(name, str) and name in REFUSED:
-            given += f" ({REFUSED[name]})"
-        raise SettingError("model_type", " or ".join(map(repr, FAMILIES)), given)
+        raise SettingError("model_type", " or ".join(map(repr, FAMILIES)), f"{name!r:.200}")
     return FAMILIES[name]
 
 
