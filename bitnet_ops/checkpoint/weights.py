@@ -65,8 +65,12 @@ class WeightReader:
         return config
 
     def other_names(self, files: TensorSource) -> list[str]:
-        """Names of tensors that may be there and belong to no module."""
-        return []
+        """Names of tensors that may be there and belong to no module.
+
+        Models of 2023 have RoPE's frequencies beside their weights. They follow from the settings, and the
+        programs that read these models never looked at them.
+        """
+        return [name for name in files.tensors if name.endswith(".self_attn.rotary_emb.inv_freq")]
 
     def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
         """Checks the headers of a ternary projection's tensors.

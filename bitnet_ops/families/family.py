@@ -64,6 +64,8 @@ class Family:
         activation_field: the name of the activation's field.
         normalize: makes of the content of config.json what the tables above understand; may raise
             `SettingError`.
+        recognises: whether the content of config.json is of this family; None for
+            ``model_type``, or ``architecture`` where that is absent.
         read: fields of ``config`` that no table above can say, from the content of config.json; may raise
             `SettingError`. They win over those of the tables.
         write_more: the fields of config.json that ``read`` needs.
@@ -84,8 +86,18 @@ class Family:
     norm_offset: float = 0.0
     activation_field: str = "hidden_act"
     normalize: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: data
+    recognises: Callable[[dict[str, Any]], bool] | None = None
     read: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: {}
     write_more: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
+
+    def is_named_in(self, data: dict[str, Any]) -> bool:
+        """Whether the content of config.json is of this family."""
+        if self.recognises is not None:
+            return self.recognises(data)
+        if "model_type" in data:
+            return bool(data["model_type"] == self.model_type)
+        architectures = data.get("architectures")
+        return isinstance(architectures, list) and self.architecture in architectures
 
     def stored_name(self, module: str) -> str:
         """The name that a module of ours has in a published checkpoint."""
