@@ -21,7 +21,15 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 import bitnet_ops
-from bitnet_ops import BitLinear, BitNet, CheckpointError, DecoderConfig, KVCache, RopeScaling, from_pretrained
+from bitnet_ops import (
+    BitLinear,
+    BitNet,
+    CheckpointError,
+    DecoderConfig,
+    KVCache,
+    RopeScaling,
+    from_pretrained,
+)
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import Context, rotation_tables
 

@@ -70,7 +70,9 @@ def make_gemma(folder: Path, form: str, seed: int = 0, *, norms: bool = False, *
             if form == "online":
                 tensors[weight] = normal(*shape) * scale
             else:
-                tensors[weight] = pack_weights(torch.randint(-1, 2, shape, generator=generator).to(torch.int8))
+                tensors[weight] = pack_weights(
+                    torch.randint(-1, 2, shape, generator=generator).to(torch.int8)
+                )
                 tensors[f"{name}.weight_scale"] = 1 / scale if form == "bitlinear" else scale
             if module.bias is not None:
                 # "autobitlinear" multiplies it with the scale.
@@ -140,7 +142,9 @@ def exact_gemma(theirs: Gemma3ForCausalLM, ids: Tensor) -> Tensor:
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, config.head_dim))
 
-    def rotate(x: Tensor, turn: Tensor) -> Tensor:  # [B, T, heads, d]; the pair (i, i + d/2) is a complex number
+    def rotate(
+        x: Tensor, turn: Tensor
+    ) -> Tensor:  # [B, T, heads, d]; the pair (i, i + d/2) is a complex number
         turned = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat((turned.real, turned.imag), -1)
 

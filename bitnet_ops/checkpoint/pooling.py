@@ -1,9 +1,10 @@
 """What a folder says about embeddings, in the files of sentence-transformers.
 
-    modules.json                        [{"type": "...Transformer", "path": ""}, {"type": "...Pooling",
-                                        "path": "1_Pooling"}, {"type": "...Normalize", "path": "2_Normalize"}]
-    1_Pooling/config.json               {"pooling_mode": "lasttoken"}, or since before version 5
-                                        {"pooling_mode_lasttoken": true, "pooling_mode_mean_tokens": false, ...}
+    modules.json                        [{"type": "...Transformer", "path": ""},
+                                        {"type": "...Pooling", "path": "1_Pooling"},
+                                        {"type": "...Normalize", "path": "2_Normalize"}]
+    1_Pooling/config.json               {"pooling_mode": "lasttoken"}; older ones have a field for each,
+                                        {"pooling_mode_lasttoken": true, ...}
     config_sentence_transformers.json   {"prompts": {"query": "Instruct: ..."}, "default_prompt_name": null}
     sentence_bert_config.json           {"max_seq_length": 512}
 
@@ -179,7 +180,10 @@ def _read_pooling(file: Path) -> str:
     data = read_json(file)
     if data.get("include_prompt", True) is not True:
         raise CheckpointError.at(
-            file, "include_prompt", "true (tokens of the prompt count, too)", f"{data['include_prompt']!r:.200}"
+            file,
+            "include_prompt",
+            "true (tokens of the prompt count, too)",
+            f"{data['include_prompt']!r:.200}",
         )
     mode = data.get("pooling_mode")
     if mode is None:

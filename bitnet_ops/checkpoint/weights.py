@@ -21,6 +21,9 @@ from .tensor_source import FLOAT_DTYPES, TensorSource
 CHUNK_ROWS = 256
 """Rows that are packed at a time: small results find room again in the memory of those before."""
 
+BODY_PREFIX = "model."
+"""In front of the names of all modules but the head."""
+
 
 class Projection(NamedTuple):
     """What a `BitLinear` holds, under the names of its attributes."""
@@ -40,6 +43,7 @@ class WeightReader:
 
     Attributes:
         family: says what modules are called.
+        is_bare: whether the files leave out `BODY_PREFIX`; see body.py.
         maps_files: whether its files may be mapped where the user does not say: nobody changes them in place.
     """
 
@@ -47,10 +51,12 @@ class WeightReader:
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        self.is_bare = False
 
     def stored_name(self, module: str) -> str:
         """The name in the files of the module that is called ``module`` in the model."""
-        return self.family.stored_name(module)
+        name = self.family.stored_name(module)
+        return name.removeprefix(BODY_PREFIX) if self.is_bare else name
 
     def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
         """The configuration with what only the weights say, such as the size of groups with one scale.

@@ -45,8 +45,8 @@ class EmbeddingSettings:
             isinstance(text, str) for item in self.prompts.items() for text in item
         ):
             self._refuse("prompts", "texts by names")
-        name = self.default_prompt_name
-        if name is not None and (not isinstance(name, str) or name not in self.prompts):
+        default = self.default_prompt_name
+        if default is not None and (not isinstance(default, str) or default not in self.prompts):
             self._refuse("default_prompt_name", f"a name of prompts {sorted(self.prompts)!r:.200}")
 
     def prompt(self, name: str | None) -> str:

@@ -59,7 +59,7 @@ class Family:
         projection_norms: whether "use_rms_norm" of "quantization_config" is known.
         all_ternary: whether float weights are masters though no "quantization_config" says it.
         published: (our ending of a module's name, that of the checkpoint), for those that differ.
-        norm_offset: what a norm adds to its stored weight; Gemma stores w of (1 + w). Those inside projections
+        norm_offset: what a norm adds to its stored weight; Gemma stores w of (1 + w). Norms in projections
             are not the family's own and add nothing.
         activation_field: the name of the activation's field.
         normalize: makes of the content of config.json what the tables above understand; may raise
@@ -120,7 +120,9 @@ class Family:
                 raise SettingError(name, " or ".join(map(repr, supported)), f"{value!r:.200}")
         act = data.get(self.activation_field, next(iter(self.activations)))
         if not isinstance(act, str) or act not in self.activations:
-            raise SettingError(self.activation_field, " or ".join(map(repr, self.activations)), f"{act!r:.200}")
+            raise SettingError(
+                self.activation_field, " or ".join(map(repr, self.activations)), f"{act!r:.200}"
+            )
         for name in SIZES:
             if name not in data and name not in self.optional:
                 raise SettingError(name, "this field", "nothing")

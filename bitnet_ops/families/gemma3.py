@@ -5,8 +5,8 @@ and layers of two kinds: most see a window of the last tokens, with a rotary bas
 
 Modules have our names. Settings that follow from others:
 
-    embedding_scale    sqrt(hidden_size), as in a float32 model of transformers. Its bfloat16 models round this
-                       number to bfloat16, too (640: 25.25 for 25.298); here everything is float32.
+    embedding_scale    sqrt(hidden_size), as in a float32 model of transformers. Its bfloat16 models round
+                       this number to bfloat16, too (640: 25.25 for 25.298); here everything is float32.
     query_scale        query_pre_attn_scalar ** -0.5
     window             sliding_window, which counts the token itself in both
     local_layers       layer_types, or all but every sixth (sliding_window_pattern)
@@ -14,9 +14,9 @@ Modules have our names. Settings that follow from others:
 
 Norms are stored as w of (1 + w), but for those inside projections.
 
-A folder of transformers 5 has the rotary settings for each kind of layer,
-``{"full_attention": {...}, "sliding_attention": {...}}`` in "rope_parameters"; before, there were "rope_theta",
-"rope_scaling" and "rope_local_base_freq".
+A folder of transformers 5 has rotary settings for each kind of layer, ``{"full_attention": {...},
+"sliding_attention": {...}}`` in "rope_parameters"; before, there were "rope_theta", "rope_scaling" and
+"rope_local_base_freq".
 """
 
 from typing import Any
@@ -58,7 +58,9 @@ def _normalize(data: dict[str, Any]) -> dict[str, Any]:
         return moved
     if data.get("rope_local_base_freq") not in (None, base):
         raise SettingError(
-            "rope_local_base_freq", f"{where}.rope_theta = {base!r:.80}", f"{data['rope_local_base_freq']!r:.80}"
+            "rope_local_base_freq",
+            f"{where}.rope_theta = {base!r:.80}",
+            f"{data['rope_local_base_freq']!r:.80}",
         )
     return moved | {"rope_local_base_freq": base}
 
@@ -68,7 +70,7 @@ def _number(data: dict[str, Any], name: str, default: float | None = None) -> fl
     value = data.get(name)
     if value is None:
         value = default
-    if type(value) not in (int, float) or not 0 < value < 1e12:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
         raise SettingError(name, "a number in (0, 1e12)", f"{value!r:.200}")
     return value
 
@@ -84,7 +86,11 @@ def _local_layers(data: dict[str, Any]) -> tuple[int, ...]:
         if type(pattern) is not int or pattern < 1:
             raise SettingError("sliding_window_pattern", "a positive int", f"{pattern!r:.200}")
         return tuple(layer for layer in range(layers) if (layer + 1) % pattern)
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in (LOCAL, GLOBAL) for kind in kinds):
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or not all(kind in (LOCAL, GLOBAL) for kind in kinds)
+    ):
         raise SettingError(
             "layer_types", f"{layers} times {LOCAL!r} or {GLOBAL!r}, one for each layer", f"{kinds!r:.200}"
         )
@@ -96,7 +102,9 @@ def _read(data: dict[str, Any]) -> dict[str, Any]:
     scalar = _number(data, "query_pre_attn_scalar", QUERY_PRE_ATTN_SCALAR)
     window = data.get("sliding_window", SLIDING_WINDOW)
     if local and (type(window) is not int or window < 1):
-        raise SettingError("sliding_window", "a positive int, because some layers have one", f"{window!r:.200}")
+        raise SettingError(
+            "sliding_window", "a positive int, because some layers have one", f"{window!r:.200}"
+        )
     return {
         "qk_norm": True,
         "post_norms": True,
