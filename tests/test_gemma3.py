@@ -361,8 +361,8 @@ def test_attention(tmp_path: Path, case: dict[str, Any], form: str) -> None:
 def test_feed_forward(tmp_path: Path, case: dict[str, Any], form: str) -> None:
     """What enters down_proj: gelu(g) * u with both factors off by `linear_error`.
 
-    The slope of gelu is at most 1.13. Its argument, tanh and products err by 16 u of max(|g|, 1) on each side:
-    1 + tanh(...) cancels for negative gates there, so that the error is one of g, not of gelu(g).
+    The slope of gelu is at most 1.13. Its argument, tanh and products err by 16 u of max(|g|, 1) on each
+    side: 1 + tanh(...) cancels for negative gates, so that the error is one of g, not of gelu(g).
     """
     pair = make_gemma(tmp_path, form, **case)
     x = torch.randn(2, LENGTH, pair.ours.config.hidden_size)

@@ -10,6 +10,7 @@ text_files.py     tokenizer, chat template, generation defaults
 pooling.py        embeddings, in the files of sentence-transformers
 weights.py        what the formats of weights have in common
 hf.py             weights in the published "bitnet" formats (packed, ternary, master)
+ternary_floats.py float weights that are ternary already: their scales are found
 packed.py         weights in our own format, and save_pretrained
 tensor_source.py  tensors by name, mapped or read
 files.py          JSON and safetensors files, not trusted

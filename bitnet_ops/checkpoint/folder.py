@@ -15,6 +15,7 @@ from .hf import PublishedWeights
 from .opened import OpenCheckpoint
 from .packed import CONFIG_FILE, PackedWeights
 from .pooling import BITNET_EMBEDDING, appended_eos, load_embedding_settings
+from .ternary_floats import TernaryFloats
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
 from .weights import WeightReader
 
@@ -63,10 +64,10 @@ def _is_own(data: dict[str, Any]) -> bool:
 
 def _weight_reader(data: dict[str, Any], family: Family, file: Path, body: Body) -> WeightReader:
     quantization = data.get("quantization_config")
-    if quantization is None and body.has_norms:
-        return PublishedWeights(family, has_scale=False, reciprocal=False)
     if quantization is None:
-        return PublishedWeights.from_config(None, family, file)
+        if family.all_ternary or body.has_norms:  # masters
+            return PublishedWeights.from_config(None, family, file)
+        return TernaryFloats(family)
     if not isinstance(quantization, dict):
         raise CheckpointError.at(file, "quantization_config", "an object", f"{quantization!r:.200}")
     method = quantization.get("quant_method")

@@ -133,9 +133,7 @@ class SentenceEncoder:
             if value != only:
                 raise ValueError(f"{name}: expected {only!r}, got {value!r:.200}")
         if device is not None and torch.device(device) != self.device:
-            raise ValueError(
-                f"device: expected {self.device}, as the model has, or None, got {device!s:.200}"
-            )
+            raise ValueError(f"device: expected None or {self.device}, as the model has, got {device!s:.200}")
         front = self._settings().prompt(prompt_name) if prompt is None else prompt
         single = isinstance(sentences, str)
         vectors = self.model.embed(
@@ -147,10 +145,9 @@ class SentenceEncoder:
         )
         kept = self.truncate_dim if truncate_dim is None else truncate_dim
         if kept is not None:
-            if type(kept) is not int or not 0 < kept <= vectors.shape[1]:
-                raise ValueError(
-                    f"truncate_dim: expected an int in [1, {vectors.shape[1]}], got {kept!r:.200}"
-                )
+            size = vectors.shape[1]
+            if type(kept) is not int or not 0 < kept <= size:
+                raise ValueError(f"truncate_dim: expected an int in [1, {size}], got {kept!r:.200}")
             vectors = vectors[:, :kept].contiguous()
         if normalize_embeddings:
             vectors = normalized(vectors)

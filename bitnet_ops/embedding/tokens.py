@@ -1,4 +1,4 @@
-"""Texts as the token ids that an embedding model reads: cut where they are too long, ended as the model wants."""
+"""Texts as the token ids that an embedding model reads: cut to what fits, and ended as the model wants."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TextReader:
                 f"texts[{number}]: expected token ids below vocab_size = {self._config.vocab_size}, "
                 f"got {max(ids)}"
             )
-        return array("l", ids)
+        return array("i", ids)
 
     def _cut(self, text: str, length: int) -> list[int]:
         """The ids of as much of a text as fits, with what belongs around it."""

@@ -148,11 +148,11 @@ class Family:
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind in self.rope_kinds:
             kind, written = scaling.kind, dataclasses.asdict(scaling)
-            names = (
+            kept = (
                 *_FACTORS[kind],
                 *(name for name in _OPTIONAL.get(kind, ()) if written[name] is not None),
             )
-            data["rope_scaling"] = {"rope_type": kind, **{name: written[name] for name in names}}
+            data["rope_scaling"] = {"rope_type": kind, **{name: written[name] for name in kept}}
         return data
 
     def _rope(self, data: dict[str, Any]) -> dict[str, Any]:
