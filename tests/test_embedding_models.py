@@ -363,11 +363,14 @@ def test_files_that_are_no_json(tmp_path: Path) -> None:
 def test_saved_files_are_those_of_sentence_transformers(tmp_path: Path) -> None:
     """Field by field as in folders that sentence-transformers 2.7 wrote."""
     settings = EmbeddingSettings("last", prompts={"query": "x"}, max_length=7)
-    save_embedding_settings(tmp_path, settings)
+    save_embedding_settings(tmp_path, settings, 24)
     assert json.loads((tmp_path / "modules.json").read_text()) == MODULES
     pooling = json.loads((tmp_path / "1_Pooling" / "config.json").read_text())
-    assert [name for name, value in pooling.items() if value] == ["pooling_mode_lasttoken"]
-    assert len(pooling) == 6
+    assert pooling == LAST | {
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+    }
     prompts = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
     assert prompts == {
         "prompts": {"query": "x"},

@@ -185,7 +185,7 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
             model.generation_config or {}
         )
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
-        save_embedding_settings(draft, model.embedding_settings)
+        save_embedding_settings(draft, model.embedding_settings, model.config.hidden_size)
         files = [file for file in draft.rglob("*") if file.is_file()]
         files.sort(key=lambda file: file == draft / CONFIG_FILE)  # config.json last
         for file in files:

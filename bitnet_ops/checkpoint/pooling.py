@@ -128,8 +128,14 @@ def appended_eos(folder: Path, tokenizer: Tokenizer | None) -> int | None:
     return found
 
 
-def save_embedding_settings(folder: Path, settings: EmbeddingSettings | None) -> None:
-    """Writes the files; `load_embedding_settings` reads them back equal."""
+def save_embedding_settings(folder: Path, settings: EmbeddingSettings | None, size: int) -> None:
+    """Writes the files; `load_embedding_settings` reads them back equal.
+
+    Args:
+        folder: where they go, a new one.
+        settings: None writes nothing.
+        size: of a vector.
+    """
     if settings is None:
         return
     kind = "sentence_transformers.models."
@@ -147,7 +153,11 @@ def save_embedding_settings(folder: Path, settings: EmbeddingSettings | None) ->
     (folder / POOLING_FOLDER).mkdir()
     _write(
         folder / POOLING_FOLDER / "config.json",
-        {name: modes[settings.pooling] == mode for name, mode in OLD_POOLING_FIELDS.items()},
+        {
+            "word_embedding_dimension": size,
+            **{name: modes[settings.pooling] == mode for name, mode in OLD_POOLING_FIELDS.items()},
+            "include_prompt": True,
+        },
     )
     prompts: dict[str, Any] = {
         "prompts": dict(settings.prompts),
