@@ -424,3 +424,43 @@ def test_wrong_use_of_the_command(folder: Path, tmp_path: Path) -> None:
     assert "prompt_name: expected 'query'" in run("--model", folder, "x", "--prompt-name", "b", code=1)
     (tmp_path / "latin").write_bytes(b"\xe9")
     assert "codec can't decode" in run("--model", folder, "--file", tmp_path / "latin", code=1)
+
+
+@pytest.mark.slow
+def test_what_sentence_transformers_gives(tmp_path: Path) -> None:
+    """The same folder in both: a dense body, prompts, texts beyond the longest, and each kind of pooling.
+
+    Both compute hidden states in float32 in another order: errors grow by a few u a layer, 1e-5 is far above.
+    """
+    theirs = pytest.importorskip("sentence_transformers")
+    models = pytest.importorskip("sentence_transformers.models")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 400, "hidden_size": 60, "intermediate_size": 100, "num_hidden_layers": 3,
+        "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 20, "max_position_embeddings": 64,
+        "sliding_window": 7, "sliding_window_pattern": 2, "initializer_range": 0.3,
+    }  # fmt: skip
+    folder = tmp_path / "body"
+    transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**sizes)).save_pretrained(folder)
+    tokenizer = around(byte_level_tokenizer(), f"$A {EOS}")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=64
+    ).save_pretrained(folder)
+    body = models.Transformer(str(folder), max_seq_length=30)
+    texts = [text for text in TEXTS if text]  # they refuse an empty one
+    for mode in ("lasttoken", "mean", "cls"):
+        modules = [body, models.Pooling(60, mode), models.Normalize()]
+        whole = theirs.SentenceTransformer(modules=modules, prompts={"query": "of a "}, device="cpu")
+        whole.save(str(tmp_path / mode))
+        ours = SentenceEncoder(bitnet_ops.from_pretrained(tmp_path / mode, linear=torch.nn.Linear))
+        assert ours.max_seq_length == whole.max_seq_length == 30
+        assert ours.prompts["query"] == whole.prompts["query"]
+        for options in ({}, {"prompt_name": "query"}, {"truncate_dim": 7}, {"convert_to_tensor": True}):
+            got, expected = ours.encode(texts, **options), whole.encode(texts, **options)
+            assert type(got) is type(expected)
+            assert torch.as_tensor(got).shape == torch.as_tensor(expected).shape
+            assert (torch.as_tensor(got) - torch.as_tensor(expected)).abs().max() < 1e-5, (mode, options)
+        got, expected = ours.encode_query(texts[0]), whole.encode_query(texts[0])
+        assert abs(got - expected).max() < 1e-5
+        assert (ours.similarity(got, expected) - whole.similarity(got, expected)).abs().max() < 1e-5

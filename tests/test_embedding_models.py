@@ -299,6 +299,9 @@ def test_what_folders_say(tmp_path: Path) -> None:
         default_prompt_name="query",
         max_length=512,
     )
+    for length, known in ((64, 64), (10**30, None), (1e30, None), (None, None), (-1, None)):
+        named = write_st(tmp_path / "f", tokenizer={"model_max_length": length})
+        assert read_st(named) == EmbeddingSettings("last", max_length=known)
     silent = write_st(tmp_path / "d", None, None, {"prompts": {}}, {}, {})
     assert read_st(silent) is None
     mean = write_st(

@@ -7,6 +7,7 @@
                                         {"pooling_mode_lasttoken": true, ...}
     config_sentence_transformers.json   {"prompts": {"query": "Instruct: ..."}, "default_prompt_name": null}
     sentence_bert_config.json           {"max_seq_length": 512}
+    tokenizer_config.json               {"model_max_length": 512}, where the file above does not say it
 
 Without modules.json a folder says nothing. Without Normalize in it vectors keep their lengths.
 
@@ -94,6 +95,8 @@ def load_embedding_settings(
     length_file = folder / LENGTH_FILE
     if length_file.exists():
         fields["max_length"] = read_json(length_file).get("max_seq_length")
+    if fields.get("max_length") is None:
+        fields["max_length"] = _tokenizer_length(folder)
     try:
         settings = EmbeddingSettings(**fields)
     except ValueError as error:
@@ -126,6 +129,13 @@ def appended_eos(folder: Path, tokenizer: Tokenizer | None) -> int | None:
             file, "eos_token", "a token of tokenizer.json, because of add_eos_token", f"{token!r:.200}"
         )
     return found
+
+
+def _tokenizer_length(folder: Path) -> int | None:
+    """The longest text as tokenizer_config.json has it, where it is no stand-in for "any"."""
+    file = folder / TOKENIZER_CONFIG_FILE
+    length = read_json(file).get("model_max_length") if file.exists() else None
+    return length if type(length) is int and 0 < length < 2**31 else None
 
 
 def save_embedding_settings(folder: Path, settings: EmbeddingSettings | None, size: int) -> None:
