@@ -4,7 +4,6 @@ Settings are the fields of config.json, in the form of transformers 4 (``rope_th
 transformers 5 (``rope_parameters``). They are written in the older form, which both read.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,12 +146,12 @@ class Family:
         data |= self.write_more(config)
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind in self.rope_kinds:
-            kind, written = scaling.kind, dataclasses.asdict(scaling)
-            kept = (
-                *_FACTORS[kind],
-                *(name for name in _OPTIONAL.get(kind, ()) if written[name] is not None),
-            )
-            data["rope_scaling"] = {"rope_type": kind, **{name: written[name] for name in kept}}
+            kind, usual = scaling.kind, RopeScaling(scaling.kind, scaling.factor)
+            kept = [
+                name for name in _OPTIONAL.get(kind, ()) if getattr(scaling, name) != getattr(usual, name)
+            ]
+            written = {name: getattr(scaling, name) for name in (*_FACTORS[kind], *kept)}
+            data["rope_scaling"] = {"rope_type": kind, **written}
         return data
 
     def _rope(self, data: dict[str, Any]) -> dict[str, Any]:
