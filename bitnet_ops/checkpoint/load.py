@@ -61,6 +61,7 @@ def load(
     made.tokenizer = checkpoint.tokenizer
     made.generation_config = checkpoint.generation_config
     made.chat_template = checkpoint.chat_template
+    made.embedding_settings = checkpoint.embedding_settings
     return made
 
 
