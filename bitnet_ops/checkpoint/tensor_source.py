@@ -131,19 +131,31 @@ class TensorSource(AbstractContextManager["TensorSource"]):
 
     def read(self, name: str, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
         """A tensor's data, in memory that belongs to the caller."""
-        stored = self.tensors[name]
-        out = empty(stored.shape, dtype=self._dtype(name))
-        room = tensor_bytes(out)
+        out = empty(self.tensors[name].shape, dtype=self._dtype(name))
+        self._fill(out, name, 0)
+        return out
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Some rows of a matrix: mapped, or read. Those before them are not looked at."""
+        stored, dtype = self.tensors[name], self._dtype(name)
+        if stored.file in self._mappings and stored.offset % dtype.itemsize == 0:
+            return self.tensor(name)[begin:end]
+        out = torch.empty((end - begin, *stored.shape[1:]), dtype=dtype)
+        self._fill(out, name, begin * stored.nbytes // max(stored.shape[0], 1))
+        return out
+
+    def _fill(self, out: Tensor, name: str, begin: int) -> None:
+        """Reads a tensor's bytes from ``begin`` on until ``out`` is full."""
+        stored, room = self.tensors[name], tensor_bytes(out)
         done = 0
         try:
             while done < len(room):
-                count = os.preadv(self._descriptors[stored.file], [room[done:]], stored.offset + done)
+                count = os.preadv(self._descriptors[stored.file], [room[done:]], stored.offset + begin + done)
                 if count == 0:
                     raise OSError("the file ends before the tensor does")
                 done += count
         except OSError as error:  # the file shrank, or the disk failed, since it was opened
             raise self.error(name, "readable data", f"{error}") from None
-        return out
 
     def part(self, name: str, begin: int, count: int) -> bytes:
         """Bytes of a tensor from ``begin`` on: ``count``, or fewer at its end. They are read, not mapped."""

@@ -4,6 +4,7 @@ family.py        what a page says, and how config.json's fields become a `Decode
 bitnet.py        model_type "bitnet"
 llama.py         model_type "llama"
 one_bit_llm.py   1bitLLM's models, which say "llama", too
+qwen3.py         model_type "qwen3"
 refused.py       models known to be of another kind, and the reason
 """
 
@@ -15,10 +16,11 @@ from .bitnet import BITNET
 from .family import Family, SettingError
 from .llama import LLAMA
 from .one_bit_llm import ONE_BIT_LLM
+from .qwen3 import QWEN3
 
 __all__ = ["FAMILIES", "Family", "SettingError", "family_of", "family_to_write"]
 
-FAMILIES = (BITNET, ONE_BIT_LLM, LLAMA)
+FAMILIES = (BITNET, ONE_BIT_LLM, LLAMA, QWEN3)
 """The first that recognises config.json is the model's."""
 
 
@@ -44,4 +46,6 @@ def family_of(data: dict[str, Any]) -> Family:
 
 def family_to_write(config: DecoderConfig) -> Family:
     """The family whose fields describe a model best; what they leave out is written beside them."""
-    return BITNET if isinstance(config, BitNetConfig) else LLAMA
+    if isinstance(config, BitNetConfig):
+        return BITNET
+    return QWEN3 if config.qk_norm and not config.post_norms else LLAMA
