@@ -9,6 +9,8 @@ text_files.py     tokenizer, chat template, generation defaults
 weights.py        what the formats of weights have in common
 hf.py             weights in the published "bitnet" formats (packed, ternary, master)
 ternary_floats.py float weights that are ternary already: their scales are found
+mlx.py            weights in MLX's 2-bit form
+group_sizes.py    which inputs of a row share a scale
 packed.py         weights in our own format, and save_pretrained
 tensor_source.py  tensors by name, mapped or read
 files.py          JSON and safetensors files, not trusted

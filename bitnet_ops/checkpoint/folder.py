@@ -9,6 +9,7 @@ from .errors import CheckpointError
 from .files import TensorFiles, read_json
 from .head_copy import is_bound, table_name
 from .hf import PublishedWeights
+from .mlx import MlxWeights, mlx_settings
 from .opened import OpenCheckpoint
 from .packed import CONFIG_FILE, PackedWeights
 from .ternary_floats import TernaryFloats
@@ -31,7 +32,7 @@ def open_folder(folder: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoi
     data = read_json(file)
     config = parse_config(data, file)
     family = family_of(data, file)
-    weights = WeightReader(family) if dense else _weight_reader(data, family, file)
+    weights = _weight_reader(data, family, file, dense)
     generation_config = load_generation_config(folder, config)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     chat_template = load_chat_template(folder)
@@ -43,7 +44,12 @@ def open_folder(folder: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoi
     return opened
 
 
-def _weight_reader(data: dict[str, Any], family: Family, file: Path) -> WeightReader:
+def _weight_reader(data: dict[str, Any], family: Family, file: Path, dense: bool) -> WeightReader:
+    mlx = mlx_settings(data)
+    if mlx is not None:
+        return MlxWeights.from_config(mlx, family, file, dense)
+    if dense:
+        return WeightReader(family)
     quantization = data.get("quantization_config")
     if quantization is None:
         if not family.all_ternary:
