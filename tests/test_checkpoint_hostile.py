@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bitnet_ops import from_pretrained, packing, repack
 from bitnet_ops.checkpoint import CheckpointError
+from bitnet_ops.generation.chat import ChatSession
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -796,6 +797,31 @@ def test_generation_fields(folder: Path, fields: dict[str, Any]) -> None:
 def test_chat_templates(folder: Path, template: object) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert_refused(folder, "tokenizer_config.json", "chat_template", "a string")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x'.ljust(10**10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ 'x' | center(10**10) }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_hostile_chat_templates_in_a_folder(folder: Path, template: str, place: str) -> None:
+    """Loading does not run them; a chat refuses them, fast and in little memory."""
+    byte_tokenizer(61).save(str(folder / "tokenizer.json"))
+    content = template if place.endswith("jinja") else json.dumps({"chat_template": template})
+    (folder / place).write_text(content)
+    session = ChatSession(from_pretrained(folder))
+    with pytest.raises(ValueError, match="chat_template: "):
+        list(session.reply("Hello"))
 
 
 # Fuzzing: whatever happens to the bytes, there is a model that runs or a CheckpointError
