@@ -1,4 +1,4 @@
-"""The architectures of GGUF that are known, and the keys of their settings, in tables for reading and writing.
+"""The architectures of GGUF that are known, and the keys of their settings, in tables to read and to write.
 
 A key begins with the architecture, as in "llama.block_count". `KEYS` says which field of `DecoderConfig` each
 one is; what no key says follows from the architecture, or from the tensors that a file has (settings.py).
