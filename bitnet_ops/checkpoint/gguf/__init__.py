@@ -2,7 +2,7 @@
 
 types.py          the table of tensor types: numbers, names, bytes
 ternary/          bytes to ternary weights and scales, and back
-dense.py          bytes to floats, and back
+dense/            bytes to floats, and back
 cursor.py         what a header consists of, bounds-checked
 header.py         what a file's header says, not trusted
 names.py          what tensors are called
