@@ -31,7 +31,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor: name, shape in PyTorch's order, number of its type, bytes, and an offset, or the next free one."""
+    """A tensor: name, shape in PyTorch's order, number of its type, bytes; offset None for the next one."""
 
     name: str
     shape: tuple[int, ...]

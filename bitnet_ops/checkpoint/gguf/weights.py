@@ -74,13 +74,14 @@ class GgufWeights(WeightReader):
         """Checks the headers of a projection's tensors; see `WeightReader`."""
         weight = f"{name}.weight"
         stored = files.tensors.get(weight)
-        if stored is not None and stored.dtype in READABLE and stored.dtype not in TERNARY:
+        shape = (layer.out_features, layer.in_features)
+        if stored is not None and stored.shape == shape and stored.dtype not in TERNARY:
             raise files.error(
                 weight,
                 f"ternary weights ({', '.join(TERNARY)}), or linear=torch.nn.Linear for other models",
                 f"{stored.dtype}, such as {self._examples(files, name)}",
             )
-        files.expect(weight, TERNARY, (layer.out_features, layer.in_features))
+        files.expect(weight, TERNARY, shape)
         return [weight, *self._check_scale(files, name), *check_bias(files, name, layer)]
 
     def read_projection(
