@@ -8,6 +8,7 @@ config_json.py    config.json
 text_files.py     tokenizer, chat template, generation defaults
 weights.py        what the formats of weights have in common
 hf.py             weights in the published "bitnet" formats (packed, ternary, master)
+ternary_floats.py float weights that are ternary already: their scales are found
 packed.py         weights in our own format, and save_pretrained
 tensor_source.py  tensors by name, mapped or read
 files.py          JSON and safetensors files, not trusted

@@ -11,6 +11,7 @@ from .head_copy import is_bound, table_name
 from .hf import PublishedWeights
 from .opened import OpenCheckpoint
 from .packed import CONFIG_FILE, PackedWeights
+from .ternary_floats import TernaryFloats
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
 from .weights import WeightReader
 
@@ -45,6 +46,8 @@ def open_folder(folder: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoi
 def _weight_reader(data: dict[str, Any], family: Family, file: Path) -> WeightReader:
     quantization = data.get("quantization_config")
     if quantization is None:
+        if not family.all_ternary:
+            return TernaryFloats(family)
         return PublishedWeights.from_config(None, family, file)
     if not isinstance(quantization, dict):
         raise CheckpointError.at(file, "quantization_config", "an object", f"{quantization!r:.200}")

@@ -22,6 +22,31 @@ CHUNK_ROWS = 256
 """Rows that are packed at a time: small results find room again in the memory of those before."""
 
 
+def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """The sizes [N, K] of all projections of a model, by the names of their modules."""
+    hidden, inner, q_size, kv_size = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.q_size,
+        config.kv_size,
+    )
+    shapes = {
+        "self_attn.q_proj": (q_size, hidden),
+        "self_attn.k_proj": (kv_size, hidden),
+        "self_attn.v_proj": (kv_size, hidden),
+        "self_attn.o_proj": (hidden, q_size),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    inside = ".linear" if config.projection_norms else ""
+    return {
+        f"model.layers.{layer}.{name}{inside}": shape
+        for layer in range(config.num_hidden_layers)
+        for name, shape in shapes.items()
+    }
+
+
 class Projection(NamedTuple):
     """What a `BitLinear` holds, under the names of its attributes."""
 
@@ -65,8 +90,12 @@ class WeightReader:
         return config
 
     def other_names(self, files: TensorSource) -> list[str]:
-        """Names of tensors that may be there and belong to no module."""
-        return []
+        """Names of tensors that may be there and belong to no module.
+
+        Models of 2023 have RoPE's frequencies beside their weights. They follow from the settings, and the
+        programs that read these models never looked at them.
+        """
+        return [name for name in files.tensors if name.endswith(".self_attn.rotary_emb.inv_freq")]
 
     def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
         """Checks the headers of a ternary projection's tensors.

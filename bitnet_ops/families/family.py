@@ -4,7 +4,6 @@ Settings are the fields of config.json, in the form of transformers 4 (``rope_th
 transformers 5 (``rope_parameters``). They are written in the older form, which both read.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +59,8 @@ class Family:
         all_ternary: whether float weights are masters though no "quantization_config" says it.
         published: (our ending of a module's name, that of the checkpoint), for those that differ.
         norm_offset: what a norm adds to its stored weight; Gemma stores w of (1 + w).
+        recognises: whether the content of config.json is of this family; None for
+            ``model_type``, or ``architecture`` where that is absent.
         read: fields of ``config`` that no table above can say, from the content of config.json; may raise
             `SettingError`. They win over those of the tables.
         write_more: the fields of config.json that ``read`` needs.
@@ -78,8 +79,18 @@ class Family:
     all_ternary: bool = False
     published: tuple[tuple[str, str], ...] = ()
     norm_offset: float = 0.0
+    recognises: Callable[[dict[str, Any]], bool] | None = None
     read: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: {}
     write_more: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
+
+    def is_named_in(self, data: dict[str, Any]) -> bool:
+        """Whether the content of config.json is of this family."""
+        if self.recognises is not None:
+            return self.recognises(data)
+        if "model_type" in data:
+            return bool(data["model_type"] == self.model_type)
+        architectures = data.get("architectures")
+        return isinstance(architectures, list) and self.architecture in architectures
 
     def stored_name(self, module: str) -> str:
         """The name that a module of ours has in a published checkpoint."""
@@ -126,12 +137,12 @@ class Family:
         data |= self.write_more(config)
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind in self.rope_kinds:
-            kind, written = scaling.kind, dataclasses.asdict(scaling)
-            names = (
-                *_FACTORS[kind],
-                *(name for name in _OPTIONAL.get(kind, ()) if written[name] is not None),
-            )
-            data["rope_scaling"] = {"rope_type": kind, **{name: written[name] for name in names}}
+            kind, usual = scaling.kind, RopeScaling(scaling.kind, scaling.factor)
+            kept = [
+                name for name in _OPTIONAL.get(kind, ()) if getattr(scaling, name) != getattr(usual, name)
+            ]
+            written = {name: getattr(scaling, name) for name in (*_FACTORS[kind], *kept)}
+            data["rope_scaling"] = {"rope_type": kind, **written}
         return data
 
     def _rope(self, data: dict[str, Any]) -> dict[str, Any]:
