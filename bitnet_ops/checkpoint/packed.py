@@ -30,6 +30,7 @@ from .config_json import QUANT_METHOD, config_to_json
 from .errors import CheckpointError
 from .files import SINGLE_FILE
 from .head_copy import binding, head_to_store, stored_names, table_name
+from .pooling import save_embedding_settings
 from .tensor_source import FLOAT_DTYPES, TORCH_DTYPE, TensorSource
 from .text_files import TOKEN_FIELDS, save_text_files
 from .weights import Projection, WeightReader, check_bias, read_bias
@@ -135,11 +136,11 @@ class PackedWeights(WeightReader):
 def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> None:
     """Writes a packed model as a folder that `from_pretrained` loads again, bit for bit the same.
 
-    Files: config.json, model.safetensors, generation_config.json, and tokenizer.json and
-    chat_template.jinja where the model has them. Files of the same names are replaced, others are left
-    alone. Everything is written under temporary names first, so a write that fails leaves the folder as
-    it was; after a power cut in the middle of the renames the folder has no config.json and refuses to
-    load, rather than mix two models.
+    Files: config.json, model.safetensors, generation_config.json, and tokenizer.json, chat_template.jinja and
+    those of pooling.py where the model has them. Files of the same names are replaced, others are left alone.
+    Everything is written under temporary names first, so a write that fails leaves the folder as it was;
+    after a power cut in the middle of the renames the folder has no config.json and refuses to load, rather
+    than mix two models.
 
     Args:
         model: with `BitLinear` projections; turn a trained model into one with `bitnet_ops.pack`.
@@ -184,13 +185,17 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
             model.generation_config or {}
         )
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
-        files = sorted(draft.iterdir(), key=lambda file: file.name == CONFIG_FILE)  # config.json last
+        save_embedding_settings(draft, model.embedding_settings, model.config.hidden_size)
+        files = [file for file in draft.rglob("*") if file.is_file()]
+        files.sort(key=lambda file: file == draft / CONFIG_FILE)  # config.json last
         for file in files:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         (target / CONFIG_FILE).unlink(missing_ok=True)
         for file in files:
-            os.replace(file, target / file.name)
+            place = target / file.relative_to(draft)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
