@@ -34,6 +34,7 @@ from bitnet_ops import BitLinear, BitNetConfig, DecoderConfig, RopeScaling, from
 from bitnet_ops.checkpoint import CheckpointError
 from bitnet_ops.checkpoint.gguf.header import GgufFile
 from bitnet_ops.checkpoint.gguf.settings import read_settings
+from bitnet_ops.decoder.pooling import EmbeddingSettings
 from bitnet_ops.generation.chat import render_chat
 
 IDS = torch.arange(24).view(2, 12) * 5 % 61
@@ -283,7 +284,37 @@ def test_projections_as_they_are(architecture: str, kind: str, tmp_path: Path) -
             assert torch.equal(layer.bias, tiny.floats[f"{name}.bias"])
 
 
-def test_floats_are_no_ternary_projections(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_floats_with_ternary_values_are_ternary_projections(kind: str, tmp_path: Path) -> None:
+    """With q and k in their order of rows, and scales that bfloat16 holds."""
+    tiny = Tiny.random(ONE_LAYER["llama"], scales="row")
+    tiny.scales = {name: scale.bfloat16().float() for name, scale in tiny.scales.items()}
+    model = from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, "llama", kind))
+    assert (model.config.group_size, model.config.activation_bits) == (0, 16)
+    assert_same(model, tiny.model(activation_bits=16))
+
+
+def test_floats_with_a_scale_for_each_group(tmp_path: Path) -> None:
+    tiny = Tiny.random(ONE_LAYER["qwen3"], scales="group", group=128)
+    model = from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, "qwen3", "F16"))
+    assert model.config.group_size == 128
+    assert_same(model, tiny.model(activation_bits=16, group_size=128))
+
+
+def test_floats_with_other_values_are_refused(tmp_path: Path) -> None:
+    tiny = Tiny.random(ONE_LAYER["llama"])
+    made = entries(tiny, "llama", "F32")
+    matrix = torch.randn(256, 256)
+    at = next(at for at, entry in enumerate(made) if entry.name == "blk.0.ffn_up.weight")
+    made[at] = Entry("blk.0.ffn_up.weight", (256, 256), 0, matrix.numpy().tobytes())
+    file = tmp_path / "m.gguf"
+    file.write_bytes(gguf_bytes(settings(tiny.config, "llama"), made))
+    first = f"{matrix[0, 0].item():.9g}"
+    with pytest.raises(CheckpointError, match=rf"blk\.0\.ffn_up\.weight.*{first}.*nn\.Linear"):
+        from_pretrained(file)
+
+
+def test_quantised_floats_are_no_ternary_projections(tmp_path: Path) -> None:
     file = write_tiny(tmp_path / "m.gguf", Tiny.random(ONE_LAYER["llama"]), "llama", "Q8_0")
     with pytest.raises(
         CheckpointError, match=r"blk\.0\.attn_q\.weight.*ternary.*nn\.Linear.*Q8_0, such as -?0\."
@@ -455,6 +486,20 @@ def test_norms_inside_projections(tmp_path: Path) -> None:
     model = from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, "gemma3", "TQ2_0"))
     assert (model.config.projection_norms, model.config.activation_bits) == (True, 8)
     assert_same(model, tiny.model())
+
+
+@pytest.mark.parametrize(
+    ("number", "pooling"), [(1, "mean"), (2, "cls"), (3, "last"), (0, None), (None, None)]
+)
+def test_how_vectors_are_made_of_texts(number: int | None, pooling: str | None, tmp_path: Path) -> None:
+    tiny = Tiny.random(ONE_LAYER["qwen3"])
+    file = write_tiny(tmp_path / "m.gguf", tiny, "qwen3", qwen3__pooling_type=number)
+    expected = None if pooling is None else EmbeddingSettings(pooling=pooling)
+    assert from_pretrained(file).embedding_settings == expected
+    # What files of BitNet-embedding say is not what their models do.
+    tiny = Tiny.random(ONE_LAYER["qwen3"].replace(projection_norms=True))
+    file = write_tiny(tmp_path / "m.gguf", tiny, "qwen3", qwen3__pooling_type=number)
+    assert from_pretrained(file).embedding_settings == EmbeddingSettings("last", normalize=True)
 
 
 def test_an_activation_by_name(tmp_path: Path) -> None:

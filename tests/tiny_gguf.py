@@ -124,6 +124,7 @@ def iq2_bn(w: Tensor, scales: Tensor) -> bytes:
 TYPES: dict[str, tuple[int, Callable[[Tensor, Tensor], bytes]]] = {
     "F32": by_gguf(0),
     "F16": by_gguf(1),
+    "BF16": by_gguf(30),
     "Q8_0": by_gguf(8),
     "TQ1_0": by_gguf(34),
     "TQ2_0": by_gguf(35),

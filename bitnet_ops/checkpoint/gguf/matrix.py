@@ -110,6 +110,10 @@ class GgufMatrix:
         rows = dequantize(self.type, data, (last - first, self.shape[1]), torch.float32)[picked - first]
         return rows if self._factor is None else rows * self._file.read(self._factor).float()
 
+    def forget(self) -> None:
+        """Takes the bytes out of memory until they are needed again, where they are a mapped file's."""
+        self._file.forget(self._data)
+
     def _decode(self, begin: int, end: int) -> Tensor:
         try:
             return decode_rows(self.type, self._data, self.shape, begin, end)
