@@ -2,19 +2,20 @@
 
 There are two forms; what the model has decides, and nothing is rounded in either.
 
-*Ternary*, drawn in hf.py, for models of 8-bit activations and one scale a matrix: two bits a weight and
+*Ternary*, drawn in hf.py, for models of 8-bit activations and one scale a matrix: two bits a weight, and
 "quantization_config". Matrices whose rows cannot be packed by four have float weights of -1, 0, 1. The linear
-class is "autobitlinear", which stores the scale itself; with biases, which that class multiplies by the scale,
-also "bitlinear" is tried, which stores the reciprocal of the scale.
+class is "autobitlinear", which stores the scale itself. That class multiplies biases by the scale; where a
+model has biases that are no such products, it is "bitlinear", which stores the reciprocal of the scale.
 
-*Unpacked*, for models of float activations, whose scales may be those of rows or groups: float weights of -s,
-0 and s in an ordinary checkpoint of the family, in the dtype of the model's embedding if that holds all numbers
-exactly, otherwise in float32.
+*Unpacked*, for models of float activations, whose scales may be those of rows or groups: float weights of
+-s, 0 and s in an ordinary checkpoint of the family, in the dtype of the model's embedding if that holds all
+numbers exactly, otherwise in float32.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -144,8 +145,8 @@ def _ternary_weight(layer: BitLinear, dtype: torch.dtype, linear_class: str, nam
         )
     if linear_class == "bitlinear":
         raise ValueError(
-            f"{name}: expected a multiple of {WEIGHTS_PER_BYTE} rows, for the linear class 'bitlinear', which "
-            f"this model's biases need, has packed weights only, got {rows}"
+            f"{name}: expected a multiple of {WEIGHTS_PER_BYTE} rows, for the linear class 'bitlinear', "
+            f"which this model's biases need, has packed weights only, got {rows}"
         )
     return _Lazy((rows, inputs), dtype, lambda: layer.unpack().to(dtype))
 
@@ -168,26 +169,28 @@ def _linear_class(
     """The linear class that holds scales and biases exactly, with the numbers to store."""
     numbers: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, layer in projections.items():
-        bias = None if layer.bias is None else _solve(layer.bias / scales[name], lambda b, s=scales[name]: b * s, layer.bias)  # fmt: skip # noqa: E501
-        if layer.bias is not None and bias is None:
-            break
-        numbers[name] = scales[name], bias
+        bias, scale = layer.bias, scales[name]
+        if bias is not None:
+            bias = _solve(bias / scale, partial(torch.mul, scale), bias)
+            if bias is None:
+                break
+        numbers[name] = scale, bias
     else:
         return "autobitlinear", numbers
     for name, layer in projections.items():
-        reciprocal = _solve(1 / scales[name], lambda r: 1 / r, scales[name])
+        reciprocal = _solve(1 / scales[name], torch.reciprocal, scales[name])
         if reciprocal is None:
             raise ValueError(
                 f"{name}: expected biases and scales that one of the linear classes of transformers holds "
-                f"exactly, got a bias that is no float32 multiple of the scale {scales[name].item()!r}, which "
-                "is no reciprocal of a float32 number"
+                f"exactly, got a bias that is no multiple of the scale {scales[name].item()!r}, which is no "
+                "reciprocal"
             )
         numbers[name] = reciprocal, layer.bias
     return "bitlinear", numbers
 
 
 def _solve(first: Tensor, f: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor | None:
-    """x with f(x) == wanted in float32, element by element, near a first guess; None where one has none."""
+    """Numbers x near a first guess with f(x) == wanted in float32; None where one of them has none."""
     found = first.clone()
     for direction in (torch.inf, -torch.inf):
         x = first
@@ -203,7 +206,7 @@ def _unpacked(model: "LanguageModel", projections: dict[str, BitLinear]) -> _For
         raise ValueError("float weights with norms inside the projections: no class in transformers has them")
     family = families.family_to_write(model.config)
     dtype = model.model.embed_tokens.weight.dtype
-    numbers = [tensor for _, tensor in model.named_parameters()]
+    numbers: list[Tensor] = list(model.parameters())
     numbers += [layer.weight_scale for layer in projections.values()]
     numbers += [layer.bias for layer in projections.values() if layer.bias is not None]
     if not all(bool((number.to(dtype) == number).all()) for number in numbers):
@@ -212,22 +215,19 @@ def _unpacked(model: "LanguageModel", projections: dict[str, BitLinear]) -> _For
     for name, layer in projections.items():
         stored = family.stored_name(name)
         shape = (layer.out_features, layer.in_features)
-        tensors[f"{stored}.weight"] = _Lazy(
-            shape, dtype, lambda layer=layer: unpacked_weight(layer).to(dtype)  # type: ignore[misc]
-        )  # fmt: skip
+        tensors[f"{stored}.weight"] = _Lazy(shape, dtype, partial(_unpacked_weight, layer, dtype))
         if layer.bias is not None:
             tensors[f"{stored}.bias"] = _constant(layer.bias.to(dtype))
     return None, dtype, tensors
 
 
-def unpacked_weight(layer: BitLinear) -> Tensor:
-    """The weights times their scales, float32 [N, K]: -s, 0 and s."""
-    scale = layer.weight_scale
+def _unpacked_weight(layer: BitLinear, dtype: torch.dtype) -> Tensor:
+    """The weights times their scales, [N, K]: -s, 0 and s."""
     if layer.group_size:
-        scale = scale.repeat_interleave(layer.group_size, 0)[: layer.in_features].T
+        scale = layer.weight_scale.repeat_interleave(layer.group_size, 0)[: layer.in_features].T
     else:
-        scale = scale.unsqueeze(1)
-    return layer.unpack() * scale
+        scale = layer.weight_scale.unsqueeze(1)
+    return (layer.unpack() * scale).to(dtype)
 
 
 def _others(model: "LanguageModel", family: Family, dtype: torch.dtype | None) -> Iterator[tuple[str, _Lazy]]:

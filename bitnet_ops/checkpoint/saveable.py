@@ -33,7 +33,8 @@ def check_saveable(model: "LanguageModel", caller: str) -> dict[str, BitLinear]:
         if name != "lm_head" and isinstance(module, torch.nn.Linear):
             hint = "; call bitnet_ops.pack(model) first" if isinstance(module, BitLinearQAT) else ""
             raise ValueError(
-                f"{caller}: model: expected BitLinear projections, got {type(module).__name__} at {name!r}{hint}"
+                f"{caller}: model: expected BitLinear projections, got {type(module).__name__} at "
+                f"{name!r}{hint}"
             )
         if isinstance(module, BitLinear):
             _check_is_as_configured(model.config, name, module, caller)

@@ -8,8 +8,9 @@ The file::
     padding     up to a multiple of 32
     data        tensor after tensor, each padded to a multiple of 32; offsets count from here
 
-A string is a u64 length and so many bytes of UTF-8. An array is the u32 type of its elements, a u64 length, and
-the elements. Sizes of a tensor come in the opposite order of PyTorch's: of a matrix [N, K] first K, then N.
+A string is a u64 length and so many bytes of UTF-8. An array is the u32 type of its elements, a u64 length,
+and the elements. Sizes of a tensor come in the opposite order of PyTorch's: of a matrix [N, K] first K,
+then N.
 """
 
 import os
