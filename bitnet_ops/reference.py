@@ -328,6 +328,17 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
         f[i] / factor                             where turns < low
         (1 - s) * f[i] / factor + s * f[i]        between
 
+    With "yarn" (arXiv:2309.00071) the share that is kept falls with the number of the pair, from 1 where
+    pairs make ``beta_fast`` turns in that context to 0 where they make ``beta_slow``. ``truncate`` rounds
+    ``low`` down and ``high`` up::
+
+        pair(turns) = head_dim * log(original_max_position_embeddings / (2 pi turns)) / (2 log(theta))
+        low = max(pair(beta_fast), 0), high = min(pair(beta_slow), head_dim - 1)
+        s = 1 - clamp((i - low) / (high - low), 0, 1)
+        (1 - s) * f[i] / factor + s * f[i]
+
+    With "factors" ``f[i] / factors[i]``.
+
     Args:
         head_dim: even.
         theta: base of the wavelengths.
@@ -340,6 +351,11 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)).float()
     if scaling is None:
         return frequencies
+    if scaling.kind == "factors":
+        return (frequencies.double() / torch.tensor(scaling.factors, dtype=torch.float64)).float()
+    if scaling.kind == "yarn":
+        kept = _yarn_kept(head_dim, theta, scaling)
+        return (frequencies.double() * ((1 - kept) / scaling.factor + kept)).float()
     stretched = frequencies / scaling.factor
     if scaling.kind == "linear":
         return stretched
@@ -351,10 +367,27 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
     return torch.where(turns > high, frequencies, torch.where(turns < low, stretched, between))
 
 
+def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """The share of each frequency that "yarn" keeps, float64 [head_dim / 2]."""
+    context = scaling.original_max_position_embeddings
+    low, high = (
+        head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # a step from one pair to the next
+    return 1 - ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+
+
 def rotary_embedding(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE: position p turns pair i by the angle ``p * rotary_frequencies(...)[i]``.
+
+    Both times ``scaling.rotation_scale``, so that it multiplies queries and keys.
 
     Args:
         positions: int64 of any shape.
@@ -369,7 +402,8 @@ def rotary_embedding(
     angles = positions.float().unsqueeze(-1) * frequencies
     # Libraries and torch.compile disagree about the last bit of a sine; rounded from float64 it is the same.
     angles = angles.double()
-    return angles.cos().float(), angles.sin().float()
+    scale = 1.0 if scaling is None else scaling.rotation_scale
+    return (scale * angles.cos()).float(), (scale * angles.sin()).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from torch import Tensor
 from bitnet_ops import from_pretrained, packing, repack
 from bitnet_ops.checkpoint import CheckpointError
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
 UP = "model.layers.1.mlp.up_proj"
 NORM = "model.layers.0.self_attn.attn_sub_norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -231,8 +233,8 @@ def test_quantization_that_is_no_object(folder: Path) -> None:
         ("rope_scaling", "llama3", ["an object"]),
         (
             "rope_scaling",
-            {"rope_type": "yarn", "factor": 4.0},
-            ["rope_scaling.rope_type", "'llama3'", "'yarn'"],
+            {"rope_type": "longrope", "factor": 4.0},
+            ["rope_scaling.rope_type", "'llama3'", "'longrope'"],
         ),
         ("rope_scaling", {"type": "dynamic", "factor": 4.0}, ["rope_scaling.type", "'dynamic'"]),
         ("rope_scaling", {"rope_type": ["llama3"]}, ["rope_scaling.rope_type"]),
@@ -242,6 +244,14 @@ def test_quantization_that_is_no_object(folder: Path) -> None:
         ("rope_scaling", {"type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, ["low_freq_factor"]),
         ("rope_scaling", LLAMA3_ROPE | {"high_freq_factor": 1.0}, ["high_freq_factor", "above"]),
         ("rope_scaling", LLAMA3_ROPE | {"original_max_position_embeddings": 1.5}, ["a positive int"]),
+        ("rope_scaling", {"type": "yarn"}, ["rope_scaling.factor", "nothing"]),
+        ("rope_scaling", YARN | {"beta_fast": 0.5}, ["beta_fast", "at least beta_slow"]),
+        ("rope_scaling", YARN | {"beta_slow": 1e-300}, ["beta_slow"]),
+        ("rope_scaling", YARN | {"truncate": 1}, ["true or false"]),
+        ("rope_scaling", YARN | {"attention_factor": 0.0}, ["attention_factor"]),
+        ("rope_scaling", YARN | {"mscale": "1"}, ["mscale"]),
+        ("rope_scaling", YARN | {"original_max_position_embeddings": 2**70}, ["original_max_position"]),
+        ("rope_scaling", YARN | {"low_freq_factor": 1.0}, ["low_freq_factor"]),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4}, ["what rope_scaling says"]),
         ("rope_parameters", LLAMA3_ROPE | {"factor": 2.0}, ["what rope_scaling says"]),
         ("rope_parameters", LLAMA3_ROPE | {"rope_theta": 2e4}, ["rope_theta = 20000.0", "10000.0"]),
@@ -279,7 +289,12 @@ def test_fields_of_a_llama(llama: Path, field: str, value: object, words: list[s
         ("decoder_config", {"window": 3, "local_layers": 1}),
         ("decoder_config", {"window": 3, "local_layers": [2]}),
         ("decoder_config", {"rope_scaling": 3}),
-        ("decoder_config", {"rope_scaling": {"kind": "yarn", "factor": 2.0}}),
+        ("decoder_config", {"rope_scaling": {"kind": "longrope", "factor": 2.0}}),
+        ("decoder_config", {"rope_scaling": {"kind": "factors", "factor": 1.0}}),
+        ("decoder_config", {"rope_scaling": {"kind": "factors", "factor": 1.0, "factors": [1.0] * 5}}),
+        ("decoder_config", {"rope_scaling": {"kind": "factors", "factor": 1.0, "factors": [0.0] * 6}}),
+        ("decoder_config", {"rope_scaling": {"kind": "factors", "factor": 1.0, "factors": "123456"}}),
+        ("decoder_config", {"rope_scaling": {"kind": "yarn", "factor": 2.0}, "rope_theta": 1.0}),
         ("decoder_config", {"rope_scaling": {"kind": "linear"}}),
         ("decoder_config", {"activation": ["silu"]}),
         ("decoder_config", {"residual_scale": 10**400}),

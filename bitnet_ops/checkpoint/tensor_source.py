@@ -131,9 +131,13 @@ class TensorSource(AbstractContextManager["TensorSource"]):
 
     def read(self, name: str, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
         """A tensor's data, in memory that belongs to the caller."""
+        out = empty(self.tensors[name].shape, dtype=self._dtype(name))
+        self._fill(name, tensor_bytes(out))
+        return out
+
+    def _fill(self, name: str, room: memoryview) -> None:
+        """Reads a tensor's bytes, from the first on, into as much room."""
         stored = self.tensors[name]
-        out = empty(stored.shape, dtype=self._dtype(name))
-        room = tensor_bytes(out)
         done = 0
         try:
             while done < len(room):
@@ -143,7 +147,6 @@ class TensorSource(AbstractContextManager["TensorSource"]):
                 done += count
         except OSError as error:  # the file shrank, or the disk failed, since it was opened
             raise self.error(name, "readable data", f"{error}") from None
-        return out
 
     def part(self, name: str, begin: int, count: int) -> bytes:
         """Bytes of a tensor from ``begin`` on: ``count``, or fewer at its end. They are read, not mapped."""

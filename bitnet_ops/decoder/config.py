@@ -14,42 +14,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .checks import check_number, check_sizes
+from .rope_scaling import RopeScaling as RopeScaling
+
 ACTIVATIONS = ("relu2", "silu", "gelu_tanh")
 """Of the gate; formulas in `bitnet_ops.reference.glu`."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How the rotary embedding's frequencies are stretched for longer contexts.
-
-    Attributes:
-        kind: "linear" divides every frequency by ``factor``; "llama3" only those whose wavelength is long
-            against the context that the model was trained with (`bitnet_ops.reference.rotary_frequencies`).
-        factor: how much longer the context has become.
-        low_freq_factor: "llama3": wavelengths above ``original_max_position_embeddings`` divided by this are
-            stretched whole.
-        high_freq_factor: "llama3": wavelengths below ``original_max_position_embeddings`` divided by this
-            stay as they are.
-        original_max_position_embeddings: "llama3": the context that the model was trained with.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"RopeScaling.kind: expected 'linear' or 'llama3', got {self.kind!r:.80}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_number(self, name, 0.0, 1e6, above=True)
-        _check_sizes(self, "original_max_position_embeddings")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"RopeScaling.high_freq_factor: expected a number above low_freq_factor = "
-                f"{self.low_freq_factor}, got {self.high_freq_factor}"
-            )
 
 
 Config = TypeVar("Config", bound="DecoderConfig")
@@ -136,7 +105,7 @@ class DecoderConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_sizes(
+        check_sizes(
             self,
             "vocab_size",
             "hidden_size",
@@ -150,7 +119,7 @@ class DecoderConfig:
         if self.head_dim is None:
             self._resolve("num_attention_heads", "hidden_size")
             self._set(head_dim=self.hidden_size // self.num_attention_heads)
-        _check_sizes(self, "head_dim")
+        check_sizes(self, "head_dim")
         if self.head_dim % 2:
             self._refuse("head_dim", "an even number, because rotary embedding turns pairs")
         if self.projection_norm_eps is None:
@@ -161,12 +130,12 @@ class DecoderConfig:
             ("initializer_range", 0.0, 1e3),
             ("dropout", 0.0, 1.0),
         ):
-            _check_number(self, name, low, high)
+            check_number(self, name, low, high)
         for name in ("rope_theta", "local_rope_theta", "query_scale"):
             if getattr(self, name) is not None or name == "rope_theta":
-                _check_number(self, name, 0.0, 1e12, above=True)
+                check_number(self, name, 0.0, 1e12, above=True)
         for name in ("embedding_scale", "residual_scale", "logit_scale"):
-            _check_number(self, name, 0.0, 1e6, above=True)
+            check_number(self, name, 0.0, 1e6, above=True)
         if self.attention_output_bias is None:
             self._set(attention_output_bias=self.attention_bias)
         for field in dataclasses.fields(self):
@@ -181,6 +150,8 @@ class DecoderConfig:
             self._refuse("group_size", "0, 64, 128 or 256")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             self._refuse("rope_scaling", "a RopeScaling or None")
+        if self.rope_scaling is not None:
+            self._check_scaling(self.rope_scaling)
         if type(self.window) is not int or not 0 <= self.window < 2**31:
             self._refuse("window", "an int in [0, 2^31)")
         if isinstance(self.local_layers, (list, range)):  # a list, as JSON has it
@@ -241,6 +212,16 @@ class DecoderConfig:
             changes.setdefault("projection_norm_eps", None)
         return dataclasses.replace(self, **changes)
 
+    def _check_scaling(self, scaling: RopeScaling) -> None:
+        if scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
+            raise ValueError(
+                f"{type(self).__name__}.rope_scaling: expected head_dim / 2 = {self.head_dim // 2} factors, "
+                f"got {len(scaling.factors)}"
+            )
+        # The number of turns is a logarithm to this base.
+        if scaling.kind == "yarn" and self.rope_theta <= 1:
+            self._refuse("rope_theta", "a number above 1, because rope_scaling is 'yarn'")
+
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -270,18 +251,3 @@ class BitNetConfig(DecoderConfig):
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 128000
     eos_token_id: int | tuple[int, ...] | None = 128001
-
-
-def _check_sizes(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{type(config).__name__}.{name}: expected a positive int, got {value!r}")
-
-
-def _check_number(config: Any, name: str, low: float, high: float, *, above: bool = False) -> None:
-    value = getattr(config, name)
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or not low <= value < high or (above and value == low):
-        expected = f"a number in {'(' if above else '['}{low}, {high})"
-        raise ValueError(f"{type(config).__name__}.{name}: expected {expected}, got {value!r}")

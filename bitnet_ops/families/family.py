@@ -126,9 +126,12 @@ class Family:
         data |= self.write_more(config)
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind in self.rope_kinds:
-            written = dataclasses.asdict(scaling)
-            kind = written.pop("kind")
-            data["rope_scaling"] = {"rope_type": kind, **{name: written[name] for name in _FACTORS[kind]}}
+            kind, written = scaling.kind, dataclasses.asdict(scaling)
+            names = (
+                *_FACTORS[kind],
+                *(name for name in _OPTIONAL.get(kind, ()) if written[name] is not None),
+            )
+            data["rope_scaling"] = {"rope_type": kind, **{name: written[name] for name in names}}
         return data
 
     def _rope(self, data: dict[str, Any]) -> dict[str, Any]:
@@ -160,11 +163,11 @@ class Family:
             raise SettingError(
                 f"{name}.partial_rotary_factor", "1.0", f"{given['partial_rotary_factor']!r:.200}"
             )
-        factors = _FACTORS[kind]
-        known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *factors}
+        factors, optional = _FACTORS[kind], _OPTIONAL.get(kind, ())
+        known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *factors, *optional}
         unknown = given.keys() - known
         if unknown:
-            expected = " and ".join(("rope_theta", "rope_type", *factors))
+            expected = " and ".join(("rope_theta", "rope_type", *factors, *optional))
             raise SettingError(name, expected, f"also {sorted(unknown)!r:.200}")
         found = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
         if kind == "default":
@@ -177,6 +180,7 @@ class Family:
         for factor in factors:
             if factor not in values:
                 raise SettingError(f"{name}.{factor}", "a number", "nothing")
+        values |= {name: given[name] for name in optional if given.get(name) is not None}
         try:
             return found | {"rope_scaling": RopeScaling(kind, **values)}
         except ValueError as error:
@@ -189,5 +193,11 @@ _FACTORS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 """What belongs to a kind of scaling, named as in `RopeScaling`."""
+
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+}
+"""What may be absent or null, and then means what it means to `RopeScaling`."""

@@ -22,7 +22,7 @@ LLAMA = Family(
     same=(*SAME_NAMES, "head_dim", "attention_bias", "mlp_bias"),  # attention_bias: in o_proj as well
     only=(("partial_rotary_factor", None, (None, 1.0, 1)),),
     optional=("num_key_value_heads",),
-    rope_kinds=("linear", "llama3"),
+    rope_kinds=("linear", "llama3", "yarn"),
     projection_norms=True,
     published=(("_proj.linear", "_proj"), ("_proj.norm", "_proj.rms_norm")),
 )

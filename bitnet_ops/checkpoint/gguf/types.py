@@ -1,7 +1,7 @@
 """The table of tensor types of GGUF files: their numbers, names and bytes.
 
-A tensor is rows of K numbers. A row is blocks of ``block`` numbers, which take ``block_bytes`` each. Most types
-are nothing but blocks; some have a scale in front of each row, or behind the last block::
+A tensor is rows of K numbers. A row is blocks of ``block`` numbers, which take ``block_bytes`` each. Most
+types are nothing but blocks; some have a scale in front of each row, or behind the last block::
 
     [row_bytes][block][block] ... [block]      row 0
     [row_bytes][block][block] ... [block]      row 1
@@ -24,7 +24,7 @@ class TensorType:
 
     Attributes:
         number: in the file.
-        name: as llama.cpp and its forks call it; "Q2_0_128" and "STQ1_0" are our names for others of number 42.
+        name: as llama.cpp and its forks call it, but for "Q2_0_128", which they call Q2_0, too.
         block: numbers in a block.
         block_bytes: bytes of a block.
         row_bytes: bytes in front of each row.

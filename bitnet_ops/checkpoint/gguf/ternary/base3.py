@@ -1,19 +1,18 @@
 """Layouts with five weights a byte, as digits in base 3: TQ1_0, PTQ1_0, IQ1_BN.
 
-The digit of a weight w is w + 1. Five digits, the first one the highest, make a number v = 0 .. 242. The byte is
-not v itself but the fraction v / 243 in units of 1 / 256, rounded up::
+The digit of a weight w is w + 1. Five digits, the first one the highest, make a number v = 0 .. 242. The byte
+is not v itself but the fraction v / 243 in units of 1 / 256, rounded up::
 
     byte  =  ceil(256 v / 243)
 
-so that a multiplication brings one digit after the other to the front, without a division: ``byte * 3^n``,
-of which eight bits are kept, is a fraction that begins with digit n, and three times it has that digit above the
-point::
+so that a multiplication brings one digit after the other to the front, without a division: the lower eight
+bits of ``byte * 3^n`` are a fraction that begins with digit n. Three times that has digit n above the point::
 
     digit n  =  (3 * ((byte * 3^n) & 255)) >> 8
 
-A byte of four digits has them in front; the fifth is 0. Only 243 of the 256 bytes stand for digits. The others are
-those with (243 * byte) mod 256 >= 243: rounding up adds less than 243 / 256 to 256 v / 243, so for the others
-no v exists. No writer makes them, so they are an error.
+A byte of four digits has them in front; the fifth is 0. Only 243 of the 256 bytes stand for digits. A byte b
+is one of them if some v has 256 v / 243 <= b < 256 v / 243 + 1, that is, if a multiple of 256 is at most 243 b
+and above 243 b - 243, that is, if (243 b) mod 256 < 243. No writer makes the others, so they are an error.
 
 TQ1_0 of llama.cpp, 54 bytes for 256 weights: bytes of 5, 5 and 4 digits, then the scale d, float16::
 
@@ -27,8 +26,8 @@ PTQ1_0 of Prism, 28 bytes for 128 weights, the same with 16, 8 and 2 bytes::
 
     | 16 bytes: w[0 .. 79] | 8 bytes: w[80 .. 119] | 2 bytes: w[120 .. 127] | d |
 
-IQ1_BN of ik_llama.cpp, 13 bytes for 64 weights, and one float16 scale in front of each row. The order of digits
-is the other one, the first weight is the lowest digit (n = 4 - j). The last byte has a weight of each 16::
+IQ1_BN of ik_llama.cpp, 13 bytes for 64 weights, and one float16 scale in front of each row. The order of
+digits is the other one: the first weight is the lowest. The last byte has one weight of each 16::
 
     | 3 bytes: w[0 .. 14] | 3: w[16 .. 30] | 3: w[32 .. 46] | 3: w[48 .. 62] | 1: w[15], w[31], w[47], w[63] |
 
@@ -52,9 +51,8 @@ _PTQ1_0 = ((16, 5), (8, 5), (2, 4))
 def _first_digits(fractions: Tensor) -> Tensor:
     """Weights int8 from fractions uint8 (which are overwritten): the first digit of each, minus 1.
 
-    (3 f) >> 8 needs ten bits. It is (f + (f >> 1)) >> 7, for both pass 1 and 2 at f = 86 and 171, and with
-    h = f >> 1 the half of that sum is h + ((f - h) >> 1), which eight bits hold. So eight bytes are computed at a time,
-    in words.
+    3 f needs ten bits. But (3 f) >> 8 is (f + (f >> 1)) >> 7: both become 1 at f = 86 and 2 at f = 171. With
+    h = f >> 1, half of that sum is h + ((f - h) >> 1), which eight bits hold. So words of eight bytes do.
     """
     flat = fractions.view(-1)
     words = flat.view(torch.int64)
@@ -92,12 +90,10 @@ def _encode(weights: Tensor, parts: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def _decode_iq1_bn(data: Tensor) -> Tensor:
-    fractions = torch.empty(data.shape[0], 4, 16, dtype=torch.uint8)
-    powers = torch.tensor(_POWERS[::-1], dtype=torch.uint8)
-    first = data[:, :12].unflatten(1, (4, 3, 1))
-    torch.mul(first, powers, out=fractions[:, :, :15].unflatten(2, (3, 5)))
-    torch.mul(data[:, 12:], powers[:4], out=fractions[:, :, 15])
-    return _first_digits(fractions.view(-1, 64))
+    places = [(3 * g + j // 5, 4 - j % 5) if j < 15 else (12, 4 - g) for g in range(4) for j in range(16)]
+    fractions = data.index_select(1, torch.tensor([byte for byte, _ in places]))
+    fractions.mul_(torch.tensor([_POWERS[n] for _, n in places], dtype=torch.uint8))  # modulo 256
+    return _first_digits(fractions)
 
 
 def _no_digits(data: Tensor) -> Tensor | None:

@@ -38,8 +38,8 @@ def decode_rows(type: TensorType, data: Tensor, shape: tuple[int, int], begin: i
         int8 [end - begin, K] in {-1, 0, 1}, in memory of its own.
 
     Raises:
-        ValueError: the size of ``data`` does not fit, a byte stands for no weights, or a scale is negative, infinite
-            or a NaN. The text is "expected ..., got ...".
+        ValueError: the size of ``data`` does not fit, a byte stands for no weights, or a scale is negative,
+            infinite or a NaN. The text is "expected ..., got ...".
 
     Example:
         >>> TQ2_0 = types_of(35)[0]
@@ -92,7 +92,7 @@ def scales(type: TensorType, data: Tensor, shape: tuple[int, int]) -> Tensor:
         shape: [N, K] of the matrix.
 
     Returns:
-        float32 [G, N]: one for each group of `group_size` inputs, or with G = 1 where a row or the tensor has one.
+        float32 [G, N]: one for each group of `group_size` inputs; G is 1 where a row or the tensor has one.
 
     Raises:
         ValueError: the size of ``data`` does not fit, or a scale is negative, infinite or a NaN.
@@ -109,8 +109,8 @@ def group_size(type: TensorType) -> int:
 def encode(type: TensorType, w: Tensor, scales: Tensor) -> Tensor:
     """The bytes of a matrix.
 
-    A scale is written as it is given, also where all weights of its block are 0. (The quantisers of the Python
-    package gguf and of llama.cpp find 0 there.)
+    A scale is written as it is given, also where all weights of its block are 0. (There the quantisers of
+    llama.cpp write 0.)
 
     Args:
         type: I2_S, TQ1_0, TQ2_0, Q2_0, Q2_0_128, PQ2_0 or PTQ1_0.
@@ -121,9 +121,9 @@ def encode(type: TensorType, w: Tensor, scales: Tensor) -> Tensor:
         uint8 [type.nbytes((N, K))].
 
     Raises:
-        ValueError: this type is not written, a weight is another number, K does not fit the blocks, or the scales do not
-            fit: one is negative, infinite or a NaN, they differ (I2_S has one for the tensor), or one is not
-            exact in float16 (the other types).
+        ValueError: this type is not written, a weight is another number, K does not fit the blocks, or the
+            scales do not fit: one is negative, infinite or a NaN, they differ (I2_S has one for the tensor),
+            or one is not exact in float16 (the other types).
     """
     layout = _layout(type)
     if layout.encode is None:
@@ -134,14 +134,10 @@ def encode(type: TensorType, w: Tensor, scales: Tensor) -> Tensor:
         raise ValueError("expected weights in {-1, 0, 1}, got others")
     rows, columns = w.shape
     data = torch.zeros(type.nbytes((rows, columns)), dtype=torch.uint8)
-    counts = (1, columns // type.block) if layout.scale_of == "block" else (1,)
-    if (
-        scales.dtype != torch.float32
-        or scales.dim() != 2
-        or tuple(scales.shape) not in ((count, rows) for count in counts)
-    ):
+    shapes = [(1, rows), (columns // type.block, rows)][: 2 if layout.scale_of == "block" else 1]
+    if scales.dtype != torch.float32 or tuple(scales.shape) not in shapes:
         raise ValueError(
-            f"expected scales float32 {' or '.join(str([count, rows]) for count in counts)}, "
+            f"expected scales float32 {' or '.join(str(list(shape)) for shape in shapes)}, "
             f"got {scales.dtype} {list(scales.shape)}"
         )
     _check_scales(scales.T)

@@ -1,9 +1,9 @@
 """Layouts with two bits a weight: I2_S, TQ2_0, Q2_0, PQ2_0, IQ2_BN.
 
-The code of a weight w is c = w + 1, so 0, 1, 2 stand for -1, 0, 1. No writer makes the code 3; it is an error.
+The code of a weight w is c = w + 1, so 0, 1, 2 stand for -1, 0, 1. No writer makes the code 3: an error.
 
-I2_S of bitnet.cpp, 32 bytes for 128 weights; blocks run over the ends of rows, for the tensor is one row of
-N * K weights. One float32 scale lies behind the last block, at byte N * K / 4, then 28 bytes without meaning::
+I2_S of bitnet.cpp, 32 bytes for 128 weights. Blocks run over the ends of rows, as if the tensor were one row.
+Behind the last block, at byte N * K / 4, is one float32 scale, then 28 bytes without meaning::
 
           byte m     | c[m]  | c[32 + m] | c[64 + m] | c[96 + m] |      m = 0 .. 31
           bits         7 6       5 4         3 2         1 0
@@ -24,14 +24,14 @@ IQ2_BN of ik_llama.cpp, 16 bytes for 64 weights, and one float32 scale in front 
 
     c[16 n + m]  =  (byte m >> 2 n) & 3                                  m = 0 .. 15
 
-Q2_0 of llama.cpp, 18 bytes for 64 weights, and PQ2_0 of Prism, 34 bytes for 128 (older files of theirs say Q2_0,
-too): the scale d, float16, then codes in sequence::
+Q2_0 of llama.cpp, 18 bytes for 64 weights, and PQ2_0 of Prism, 34 bytes for 128 (Q2_0 in their older files):
+the scale d, float16, then codes in sequence::
 
     | d | byte 0: c[3] c[2] c[1] c[0] | byte 1: c[7] c[6] c[5] c[4] | ...
 
     c[4 m + n]  =  (byte m >> 2 n) & 3
 
-All are one formula, c[width * n + m] = (byte m >> shift n) & 3 in runs of ``width`` bytes, with width 32, 16 and 1.
+All are one formula, c[width * n + m] = (byte m >> shift n) & 3 in runs of ``width`` bytes: 32, 16 or 1.
 """
 
 from functools import partial
