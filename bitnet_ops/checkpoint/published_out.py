@@ -205,6 +205,11 @@ def _unpacked(model: "LanguageModel", projections: dict[str, BitLinear]) -> _For
     if model.config.projection_norms:
         raise ValueError("float weights with norms inside the projections: no class in transformers has them")
     family = families.family_to_write(model.config)
+    if family.all_ternary:
+        raise ValueError(
+            f"expected activation_bits=8, for float weights of model_type {family.model_type!r} are taken for "
+            f"masters of 8-bit models, got {model.config.activation_bits}"
+        )
     dtype = model.model.embed_tokens.weight.dtype
     numbers: list[Tensor] = list(model.parameters())
     numbers += [layer.weight_scale for layer in projections.values()]
