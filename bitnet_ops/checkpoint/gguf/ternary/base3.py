@@ -11,8 +11,8 @@ bits of ``byte * 3^n`` are a fraction that begins with digit n. Three times that
     digit n  =  (3 * ((byte * 3^n) & 255)) >> 8
 
 A byte of four digits has them in front; the fifth is 0. Only 243 of the 256 bytes stand for digits. A byte b
-is one of them if some v has 256 v / 243 <= b < 256 v / 243 + 1, that is, if a multiple of 256 is at most 243 b
-and above 243 b - 243, that is, if (243 b) mod 256 < 243. No writer makes the others, so they are an error.
+is one of them if some v has 256 v / 243 <= b < 256 v / 243 + 1. Then a multiple of 256 is at most 243 b and
+above 243 b - 243, so (243 b) mod 256 < 243. No writer makes the others, so they are an error.
 
 TQ1_0 of llama.cpp, 54 bytes for 256 weights: bytes of 5, 5 and 4 digits, then the scale d, float16::
 
