@@ -49,9 +49,6 @@ POST_NORMS = {
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary embedding's frequencies; no module has them."""
 
-SCALE = ".scale"
-"""Ending of a tensor of one number that multiplies a projection's result; only the architecture "bitnet" has it."""
-
 
 def layer_names(post_norms: bool) -> dict[str, str]:
     """The modules of a layer, from our names to GGUF's."""

@@ -77,9 +77,7 @@ def _from_keys(reader: "_Keys", config: DecoderConfig) -> RopeScaling | None:
         attention = reader.number("rope.scaling.attn_factor", 1.0) * reader.number(
             "rope.scaling.yarn_attn_factor", 1.0
         )
-        context = reader.number(
-            "rope.scaling.original_context_length", float(config.max_position_embeddings)
-        )
+        context = reader.number("rope.scaling.original_context_length", float(config.max_position_embeddings))
         growth = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0
         return reader.scaling(
             kind,
@@ -102,7 +100,11 @@ def _from_factors(
     plain = reference.rotary_frequencies(config.head_dim, config.rope_theta)
     try:
         llama3 = RopeScaling(
-            "llama3", float(factors.max()), LLAMA3_LOW, LLAMA3_HIGH, original_max_position_embeddings=int(context)
+            "llama3",
+            float(factors.max()),
+            LLAMA3_LOW,
+            LLAMA3_HIGH,
+            original_max_position_embeddings=int(context),
         )
         stretched = reference.rotary_frequencies(config.head_dim, config.rope_theta, llama3)
         if torch.allclose(plain / factors, stretched, rtol=TOLERANCE, atol=0.0):
@@ -136,7 +138,9 @@ class _Keys:
         try:
             return RopeScaling(kind, **fields)
         except ValueError as error:
-            raise self.error("rope.scaling.type", "the factors of a scaling", f"{kind}: {error!s:.200}") from None
+            raise self.error(
+                "rope.scaling.type", "the factors of a scaling", f"{kind}: {error!s:.200}"
+            ) from None
 
     def error(self, name: str, expected: str, given: Any) -> CheckpointError:
         """The error to raise about a key."""

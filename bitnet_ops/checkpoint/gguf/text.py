@@ -1,4 +1,4 @@
-"""What a GGUF file says about text besides its tokenizer: special tokens, and the template of conversations."""
+"""What a GGUF file says about text besides its tokenizer: special tokens, and a template of conversations."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ BITNET_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
-"""microsoft/bitnet-b1.58-2B-4T-gguf has neither a pre-tokenizer nor a template. Its tokenizer is Llama 3's, and
+"""microsoft/bitnet-b1.58-2B-4T-gguf has neither a pre-tokenizer nor a template. Its tokenizer is Llama 3's;
 conversations look like ``User: Hello<|eot_id|>Assistant: ``, as its Hugging Face folder says."""
 
 
