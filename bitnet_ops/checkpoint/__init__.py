@@ -22,8 +22,9 @@ errors.py         CheckpointError
 """
 
 from .errors import CheckpointError
+from .gguf.export import save_gguf
 from .load import load
 from .packed import save_pretrained
 from .published_out import save_published
 
-__all__ = ["CheckpointError", "load", "save_pretrained", "save_published"]
+__all__ = ["CheckpointError", "load", "save_gguf", "save_pretrained", "save_published"]

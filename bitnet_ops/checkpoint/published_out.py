@@ -207,8 +207,8 @@ def _unpacked(model: "LanguageModel", projections: dict[str, BitLinear]) -> _For
     family = families.family_to_write(model.config)
     if family.all_ternary:
         raise ValueError(
-            f"expected activation_bits=8, for float weights of model_type {family.model_type!r} are taken for "
-            f"masters of 8-bit models, got {model.config.activation_bits}"
+            f"expected activation_bits=8, for float weights of model_type {family.model_type!r} are taken "
+            f"for masters of 8-bit models, got {model.config.activation_bits}"
         )
     dtype = model.model.embed_tokens.weight.dtype
     numbers: list[Tensor] = list(model.parameters())

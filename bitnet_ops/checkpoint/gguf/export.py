@@ -13,7 +13,7 @@ rounded; ours finds it in the key "bitnet_ops.weight_scale.NAME" (matrix.py).
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,19 @@ from torch import Tensor, nn
 from ...layers.linear import BitLinear
 from ...layers.norm import RMSNorm
 from ..saveable import check_saveable
-from ..tensor_source import tensor_bytes
+from .architectures import ARCHITECTURE_KEY, Architecture
 from .dense import quantize
 from .matrix import WEIGHT_SCALE_PREFIX
 from .names import ROPE_FACTORS, attention_part, gguf_name
 from .scales_out import scales_for, stored_scales
-from .settings import ARCHITECTURE_KEY, Architecture
-from .settings_out import architecture_for, check_expressible, rope_factors, settings_metadata, token_metadata
+from .settings_out import (
+    architecture_for,
+    check_expressible,
+    rope_factors,
+    settings_metadata,
+    token_metadata,
+    with_all_ends,
+)
 from .ternary import encode
 from .text import MODEL_KEY, TEMPLATE_KEY
 from .tokenizer import tokenizer_metadata
@@ -146,13 +152,11 @@ def _misfit(projections: dict[str, BitLinear], type_: TensorType) -> str:
 
 def _text_metadata(model: "LanguageModel") -> dict[str, Any]:
     """Tokenizer, special tokens and template."""
-    config = model.config
+    config = with_all_ends(model.config, model.generation_config or {})
     if model.tokenizer is None:
-        metadata: dict[str, Any] = {MODEL_KEY: "none"}
+        metadata: dict[str, Any] = {MODEL_KEY: "none", **token_metadata(config)}
     else:
         metadata = tokenizer_metadata(model.tokenizer, config, config.vocab_size)
-    for key, token in token_metadata(config, model.generation_config or {}).items():
-        metadata.setdefault(key, token)
     if model.chat_template is not None:
         metadata[TEMPLATE_KEY] = model.chat_template
     return metadata

@@ -1,4 +1,4 @@
-"""From a `DecoderConfig` to the metadata of a GGUF file: the tables of settings.py and rope.py, the other way.
+"""From a `DecoderConfig` to the metadata of a GGUF file: what settings.py and rope.py read, written.
 
 A file holds a model if what it says reads back as the same model. So the metadata is read here as a file's
 would be (`check_expressible`), and a model that would come back as another one is refused.
@@ -13,10 +13,7 @@ from torch import Tensor
 from ... import reference
 from ...decoder.config import DecoderConfig, RopeScaling
 from ..tensor_source import StoredTensor, TensorSource
-from .header import GgufFile
-from .names import ROPE_FACTORS
-from .rope import CONTEXT_KEY, HIGH_KEY, LLAMA3_CONTEXT, LLAMA3_HIGH, LLAMA3_LOW, LOW_KEY, llama3_factors
-from .settings import (
+from .architectures import (
     ACTIVATION_BITS_KEY,
     ARCHITECTURES,
     GLOBAL_EVERY,
@@ -24,16 +21,19 @@ from .settings import (
     KEYS,
     PATTERN_KEY,
     Architecture,
-    read_settings,
 )
+from .header import GgufFile
+from .names import ROPE_FACTORS
+from .rope import CONTEXT_KEY, HIGH_KEY, LLAMA3_CONTEXT, LLAMA3_HIGH, LLAMA3_LOW, LOW_KEY, llama3_factors
+from .settings import read_settings
 from .text import BOS_KEY, END_KEYS, PAD_KEY
 
 FOUND = ("group_size", "initializer_range", "dropout")
 """Fields that weights say, or that only training needs."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Fields that are compared by what they mean: ids in a file are those of the configuration and of the defaults
-of generation."""
+"""Fields that are not compared: the ids in a file are those of the configuration, of the defaults of generation
+and of the tokenizer together."""
 
 BIASED = ("llama",)
 """Architectures whose programs know all biases."""
@@ -74,7 +74,7 @@ def settings_metadata(config: DecoderConfig, architecture: Architecture) -> dict
     values: dict[str, Any] = {"vocab_size": config.vocab_size}
     for key in KEYS:
         value = getattr(config, key.field)
-        # No program looks at "attention.scale" in these architectures: another one is for the check to refuse.
+        # No program looks at "attention.scale" in these architectures; the check refuses another one.
         known = key.field != "query_scale" and (not key.windows or (architecture.windows and config.window))
         if value is not None and known:
             values[key.name] = float(value) if key.kind is float else value
@@ -125,21 +125,26 @@ def rope_factors(config: DecoderConfig) -> Tensor | None:
         return None
     if scaling.kind == "factors":
         return torch.tensor(scaling.factors, dtype=torch.float32)
-    return llama3_factors(config.head_dim, config.rope_theta, scaling)
+    return llama3_factors(config, scaling)
 
 
-def token_metadata(config: DecoderConfig, generation_config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of special tokens: those of the configuration, and all that end a text.
+def with_all_ends(config: DecoderConfig, generation_config: dict[str, Any]) -> DecoderConfig:
+    """The configuration with all ids that end a text, for a file has no defaults of generation.
 
     Raises:
-        ValueError: more ids end a text than GGUF has keys for.
+        ValueError: they are more than GGUF has keys for.
     """
     more = generation_config.get("eos_token_id")
     more = more if isinstance(more, (list, tuple)) else [more]
-    ends = list(dict.fromkeys(end for end in (*config.eos_token_ids, *more) if end is not None))
+    ends = tuple(dict.fromkeys(end for end in (*config.eos_token_ids, *more) if end is not None))
     if len(ends) > len(END_KEYS):
-        raise ValueError(f"GGUF has keys for {len(END_KEYS)} ids that end a text, got {ends}")
-    metadata = dict(zip(END_KEYS, ends, strict=False))
+        raise ValueError(f"GGUF has keys for {len(END_KEYS)} ids that end a text, got {list(ends)}")
+    return config.replace(eos_token_id=ends or None)
+
+
+def token_metadata(config: DecoderConfig) -> dict[str, Any]:
+    """The keys of special tokens."""
+    metadata: dict[str, Any] = dict(zip(END_KEYS, config.eos_token_ids, strict=False))
     for key, token in ((BOS_KEY, config.bos_token_id), (PAD_KEY, config.pad_token_id)):
         if token is not None:
             metadata[key] = token
@@ -147,7 +152,10 @@ def token_metadata(config: DecoderConfig, generation_config: dict[str, Any]) -> 
 
 
 def check_expressible(
-    config: DecoderConfig, architecture: Architecture, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+    config: DecoderConfig,
+    architecture: Architecture,
+    metadata: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
 ) -> None:
     """Checks that a file of this metadata is read as a model of this configuration.
 
@@ -182,7 +190,8 @@ def check_expressible(
 
 def _same_rotation(config: DecoderConfig, again: DecoderConfig) -> bool:
     frequencies = [
-        reference.rotary_frequencies(one.head_dim, one.rope_theta, one.rope_scaling) for one in (config, again)
+        reference.rotary_frequencies(one.head_dim, one.rope_theta, one.rope_scaling)
+        for one in (config, again)
     ]
     scales = [1.0 if one.rope_scaling is None else one.rope_scaling.rotation_scale for one in (config, again)]
     return torch.equal(*frequencies) and _float32(scales[0]) == _float32(scales[1])
@@ -203,12 +212,11 @@ class _Planned(GgufFile):
         self.metadata = {
             key: _float32(value) if isinstance(value, float) else value for key, value in metadata.items()
         }
-        self.tensors = {
-            name: StoredTensor(self.file, "F32", shape, 0, 0) for name, shape in shapes.items()
-        }
+        self.tensors = {name: StoredTensor(self.file, "F32", shape, 0, 0) for name, shape in shapes.items()}
         self._factors = factors
 
     def read(self, name: str, empty: Any = torch.empty) -> Tensor:
         """The factors, the only tensor that is read for settings."""
-        assert name == ROPE_FACTORS and self._factors is not None
+        assert name == ROPE_FACTORS
+        assert self._factors is not None
         return self._factors
