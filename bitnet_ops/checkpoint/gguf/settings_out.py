@@ -32,8 +32,8 @@ FOUND = ("group_size", "initializer_range", "dropout")
 """Fields that weights say, or that only training needs."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Fields that are not compared: the ids in a file are those of the configuration, of the defaults of generation
-and of the tokenizer together."""
+"""Fields that are not compared: the ids in a file are those of configuration, defaults of generation
+and tokenizer together."""
 
 BIASED = ("llama",)
 """Architectures whose programs know all biases."""
