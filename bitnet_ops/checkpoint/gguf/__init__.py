@@ -2,7 +2,7 @@
 
 types.py          the table of tensor types: numbers, names, bytes
 ternary/          bytes to ternary weights and scales, and back
-dense.py          bytes to floats, and back
+dense/            bytes to floats, and back
 cursor.py         what a header consists of, bounds-checked
 header.py         what a file's header says, not trusted
 names.py          what tensors are called
@@ -11,6 +11,10 @@ settings.py       metadata to `DecoderConfig`
 rope.py           how the rotary embedding is stretched
 text.py           ids of special tokens, chat template
 tokenizer.py      metadata to a tokenizer, and back
+token_list.py     the list of its tokens
+byte_level.py     byte-level BPE
+pre_tokenizers.py  how it cuts texts
+sentencepiece.py  SentencePiece BPE
 floats.py         float32 to the decimals that people wrote
 matrix.py         one matrix, in the model's order of rows
 weights.py        a model's weights

@@ -1,8 +1,8 @@
 """What a GGUF file says about a model's sizes and parts.
 
-Keys and architectures are in architectures.py. What no key says, tensors do: the vocabulary is as large as the
-embedding, the head is tied where there is no "output", and biases and norms inside projections are there where
-they have tensors.
+Keys and architectures are in architectures.py. What no key says, tensors do: the vocabulary is as large as
+the embedding, the head is tied where there is no "output", and biases and norms inside projections are there
+where they have tensors.
 
 Numbers are float32 in a file; `floats.decimal` turns them into what config.json would have.
 """
