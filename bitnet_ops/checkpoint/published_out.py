@@ -55,7 +55,7 @@ class _Lazy(NamedTuple):
     make: Callable[[], Tensor]
 
 
-def save_published(model: "LanguageModel", folder: str | os.PathLike[str]) -> None:
+def save_published(model: "LanguageModel", folder: str | os.PathLike[str]) -> str:
     """Writes a packed model as a Hugging Face checkpoint that transformers loads, and `from_pretrained` too.
 
     Where the model was trained with 8-bit activations and each matrix has one scale, it has packed weights
@@ -69,6 +69,9 @@ def save_published(model: "LanguageModel", folder: str | os.PathLike[str]) -> No
     Args:
         model: with `BitLinear` projections.
         folder: made where it does not exist.
+
+    Returns:
+        The form of the weights, for people: such as "packed weights, autobitlinear" or "float16 weights".
 
     Raises:
         ValueError: the model has something that the layout cannot say; the text says what. GGUF
@@ -114,6 +117,9 @@ def save_published(model: "LanguageModel", folder: str | os.PathLike[str]) -> No
             (draft / TOKENIZER_CONFIG_FILE).write_text(
                 json.dumps(settings, indent=2) + "\n", encoding="utf-8"
             )
+    if quantization is None:
+        return f"{_NAME[dtype]} weights"
+    return f"packed weights, {quantization['linear_class']}"
 
 
 _Form = tuple[dict[str, Any] | None, torch.dtype, dict[str, _Lazy]]
