@@ -221,7 +221,9 @@ def test_a_ternary_embedding_and_head_are_exact(kind: str, tmp_path: Path) -> No
     w[:, ::32] = 1
     scales = torch.full((1, 61), 0.0371).half().float()
     number, encode = TYPES[kind]
-    made = [entry for entry in entries(tiny, "qwen3") if entry.name not in ("token_embd.weight", "output.weight")]
+    made = [
+        entry for entry in entries(tiny, "qwen3") if entry.name not in ("token_embd.weight", "output.weight")
+    ]
     for name in ("token_embd.weight", "output.weight"):
         made.append(Entry(name, (61, 256), number, encode(w, scales)))
         w = -w
@@ -274,7 +276,9 @@ def test_projections_as_they_are(architecture: str, kind: str, tmp_path: Path) -
 
 def test_floats_are_no_ternary_projections(tmp_path: Path) -> None:
     file = write_tiny(tmp_path / "m.gguf", Tiny.random(CONFIGS["llama"]), "llama", "Q8_0")
-    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.weight.*ternary.*nn\.Linear.*Q8_0, such as -?0\."):
+    with pytest.raises(
+        CheckpointError, match=r"blk\.0\.attn_q\.weight.*ternary.*nn\.Linear.*Q8_0, such as -?0\."
+    ):
         from_pretrained(file)
 
 
@@ -322,7 +326,9 @@ def test_our_own_scales_win(scales: str, tmp_path: Path) -> None:
 # Settings
 
 
-def load_config(tmp_path: Path, architecture: str = "llama", kind: str = "I2_S", **changes: Any) -> DecoderConfig:
+def load_config(
+    tmp_path: Path, architecture: str = "llama", kind: str = "I2_S", **changes: Any
+) -> DecoderConfig:
     tiny = Tiny.random(CONFIGS[architecture])
     return from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, architecture, kind, **changes)).config
 
@@ -455,7 +461,11 @@ def test_special_tokens(tmp_path: Path) -> None:
     }
     tiny = Tiny.random(CONFIGS["llama"])
     model = from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, "llama", **ids))
-    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (3, (4, 5), None)
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (
+        3,
+        (4, 5),
+        None,
+    )
     assert model.generation_config == {"bos_token_id": 3, "eos_token_id": [4, 5], "pad_token_id": None}
 
 
@@ -471,8 +481,7 @@ def test_a_template_and_the_tokens_that_end_texts(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hello"}]
     assert model.chat_template is not None
     assert (
-        render(model.chat_template, messages)
-        == "System: Be kind.<|eot_id|>User: Hello<|eot_id|>Assistant: "
+        render(model.chat_template, messages) == "System: Be kind.<|eot_id|>User: Hello<|eot_id|>Assistant: "
     )
     own = write_with_tokens(tmp_path, tiny, "bitnet-b1.58", tokens, tokenizer__chat_template="{{ 1 }}")
     assert from_pretrained(own).chat_template == "{{ 1 }}"

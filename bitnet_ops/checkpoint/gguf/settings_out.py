@@ -61,7 +61,7 @@ def architecture_for(config: DecoderConfig) -> Architecture:
         ("projection_norms", config.projection_norms, NORMED),
         ("rope_scaling " + (config.rope_scaling.kind if config.rope_scaling else ""),
          config.rope_scaling is not None and config.rope_scaling.kind in ("llama3", "factors"), ("llama",)),
-        ("an untied head", name == "bitnet" and not config.tie_word_embeddings, ()),
+        ("head of its own", name == "bitnet" and not config.tie_word_embeddings, ()),
     ):  # fmt: skip
         if there and name not in known:
             where = f"only of {' and '.join(map(repr, known))}" if known else "not"
