@@ -1,7 +1,7 @@
-"""Writes a greedy text with llama.cpp: run by tests with a Python that has llama-cpp-python.
+"""Writes greedy texts with llama.cpp, for tests/test_llama_cpp.py, in a Python that has llama_cpp.
 
-Arguments: a GGUF file, a prompt, a number of tokens. Prints one JSON object: ids of the prompt, ids of the text,
-the text, and for each step the logits.
+Arguments: a GGUF file and a number of tokens. Reads a JSON array of prompts, texts or ids, and writes one JSON
+object for each in an array: ids of the prompt, ids of the text, the text, and the logits of each step.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 import llama_cpp
 
 
-def main(file: str, prompt: str, count: int) -> None:
+def main(file: str, count: int) -> None:
     model = llama_cpp.Llama(
         file,
         n_ctx=0,
@@ -18,20 +18,26 @@ def main(file: str, prompt: str, count: int) -> None:
         verbose=False,
         logits_all=True,
         flash_attn=False,
-        type_k=llama_cpp.GGML_TYPE_F32,  # float16 by default: one rounding that we do not have
+        type_k=llama_cpp.GGML_TYPE_F32,  # float16 by default: a rounding that has nothing to do with the file
         type_v=llama_cpp.GGML_TYPE_F32,
     )
-    ids = model.tokenize(prompt.encode(), add_bos=True, special=True)
-    model.eval(ids)
-    new, logits = [], []
-    for _ in range(count):
-        row = model.scores[model.n_tokens - 1]
-        logits.append([float(score) for score in row])
-        new.append(int(row.argmax()))
-        model.eval(new[-1:])
-    text = model.detokenize(new, prev_tokens=ids).decode("utf-8", errors="replace")
-    print(json.dumps({"prompt": ids, "new": new, "text": text, "logits": logits}))
+    texts = []
+    for prompt in json.load(sys.stdin):
+        model.reset()
+        is_text = isinstance(prompt, str)
+        ids = model.tokenize(prompt.encode(), add_bos=True, special=True) if is_text else prompt
+        model.eval(ids)
+        new: list[int] = []
+        logits = []
+        for _ in range(count):
+            row = model.scores[model.n_tokens - 1]
+            logits.append([float(score) for score in row])
+            new.append(int(row.argmax()))
+            model.eval(new[-1:])
+        text = model.detokenize(new, prev_tokens=ids).decode("utf-8", errors="replace")
+        texts.append({"prompt": ids, "new": new, "text": text, "logits": logits})
+    json.dump(texts, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -34,6 +34,12 @@ def eager() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    """Models are so small that threads would wait for one another."""
+    torch.set_num_threads(1)
+
+
 def load_theirs(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval().requires_grad_(False)
