@@ -1,6 +1,6 @@
 """Writes greedy texts with llama.cpp, for tests/test_llama_cpp.py, in a Python that has llama_cpp.
 
-Arguments: a GGUF file and a number of tokens. Reads a JSON array of prompts, texts or ids, and writes one JSON
+"""Writes greedy texts with llama.cpp, for tests/test_llama_cpp.py, in a Python that has it.
 object for each in an array: ids of the prompt, ids of the text, the text, and the logits of each step.
 """
 
