@@ -13,6 +13,8 @@ with warnings.catch_warnings():
 from bitnet_ops.checkpoint import CheckpointError, save_gguf, save_pretrained, save_published
 from bitnet_ops.decoder.cache import KVCache
 from bitnet_ops.decoder.config import BitNetConfig, DecoderConfig, RopeScaling
+from bitnet_ops.decoder.pooling import EmbeddingSettings
+from bitnet_ops.embedding.sentence_encoder import SentenceEncoder
 from bitnet_ops.evaluation.perplexity import TextLoss, perplexity
 from bitnet_ops.integrations.transformers import accelerate
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
@@ -49,8 +51,10 @@ __all__ = [
     "BitNetConfig",
     "CheckpointError",
     "DecoderConfig",
+    "EmbeddingSettings",
     "KVCache",
     "RopeScaling",
+    "SentenceEncoder",
     "TextLoss",
     "accelerate",
     "best_layout",

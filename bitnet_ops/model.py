@@ -8,25 +8,27 @@ from torch import nn
 
 from . import checkpoint
 from .decoder.model import LanguageModel
+from .embedding.mixin import EmbeddingMixin
 from .generation.mixin import GenerationMixin
 from .layers.linear import BitLinear
 
 
-class BitNet(GenerationMixin, LanguageModel):
+class BitNet(GenerationMixin, EmbeddingMixin, LanguageModel):
     """A ternary language model: BitNet b1.58 2B4T, a Llama, or any other that `DecoderConfig` describes.
 
-    Calling it gives scores; `generate`, `stream` and `encode` write text.
+    Calling it gives scores; `generate`, `stream` and `encode` write text; `embed` makes vectors of texts.
 
     Args:
         config: what it is made of; `BitNetConfig` for the architecture of 2B4T.
         linear: makes the projections. `BitLinear` (packed, inference) by default, `BitLinearQAT` to train.
 
     Attributes:
-        tokenizer: from text to ids and back, or None. This and the next two come from the checkpoint's
+        tokenizer: from text to ids and back, or None. This and the next three come from the checkpoint's
             folder; the forward pass does not look at them.
         chat_template: Jinja text that turns a conversation into a prompt, or None.
         generation_config: the checkpoint's defaults for `generate`, as generation_config.json has them, or
             None.
+        embedding_settings: how the model makes a vector of a text, where it was trained for that, or None.
 
     Example:
         >>> model = BitNet(BitNetConfig(vocab_size=256, hidden_size=64, ...), BitLinearQAT)

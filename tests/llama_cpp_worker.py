@@ -1,7 +1,7 @@
-"""Writes greedy texts with llama.cpp, for tests/test_llama_cpp.py, in a Python that has llama_cpp.
+"""Writes greedy texts with llama.cpp, for tests/test_llama_cpp.py.
 
-"""Writes greedy texts with llama.cpp, for tests/test_llama_cpp.py, in a Python that has it.
-object for each in an array: ids of the prompt, ids of the text, the text, and the logits of each step.
+Arguments: a GGUF file and a number of tokens. Reads a JSON array of prompts, texts or ids, and writes a JSON
+array with an object for each: ids of the prompt, ids of the text, the text, and the logits of each step.
 """
 
 import json

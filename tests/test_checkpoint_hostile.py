@@ -255,7 +255,6 @@ def test_quantization_that_is_no_object(folder: Path) -> None:
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4}, ["what rope_scaling says"]),
         ("rope_parameters", LLAMA3_ROPE | {"factor": 2.0}, ["what rope_scaling says"]),
         ("rope_parameters", LLAMA3_ROPE | {"rope_theta": 2e4}, ["rope_theta = 20000.0", "10000.0"]),
-        ("quantization_config", None, ["most models of model_type 'llama' are not ternary"]),
         ("quantization_config", {"quant_method": "bitnet", "use_rms_norm": "yes"}, ["use_rms_norm"]),
         (
             "quantization_config",
@@ -278,6 +277,12 @@ def test_quantization_that_is_no_object(folder: Path) -> None:
 def test_fields_of_a_llama(llama: Path, field: str, value: object, words: list[str]) -> None:
     change_config(llama, **{field: value})
     assert_refused(llama, "config.json", "expected", "got", *words)
+
+
+def test_a_llama_without_its_quantization_config(llama: Path) -> None:
+    """Then it may be float weights that are ternary, which packed ones are not."""
+    change_config(llama, quantization_config=None)
+    assert_refused(llama, "model.safetensors", "q_proj.weight", "F32 or BF16 or F16", "U8")
 
 
 @pytest.mark.parametrize(

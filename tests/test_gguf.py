@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from tiny_checkpoints import Sizes, Weights, published_tensors, write_folder
 from tiny_gguf import (
+    ARRAY,
     CONFIGS,
     GROUPS,
-    SMALL,
+    I32,
+    STRING,
     TYPES,
     Entry,
     Tiny,
+    Typed,
+    as_floats,
     entries,
     gguf_bytes,
     permute,
@@ -22,10 +27,15 @@ from tiny_gguf import (
     write_tiny,
     write_with_gguf,
 )
+from tokenizers import pre_tokenizers
 from torch import nn
 
-from bitnet_ops import BitLinear, BitNetConfig, DecoderConfig, RopeScaling, from_pretrained, reference
+from bitnet_ops import BitLinear, BitNetConfig, DecoderConfig, RopeScaling, from_pretrained
 from bitnet_ops.checkpoint import CheckpointError
+from bitnet_ops.checkpoint.gguf.header import GgufFile
+from bitnet_ops.checkpoint.gguf.settings import read_settings
+from bitnet_ops.decoder.pooling import EmbeddingSettings
+from bitnet_ops.generation.chat import render_chat
 
 IDS = torch.arange(24).view(2, 12) * 5 % 61
 
@@ -37,6 +47,8 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     assert logits.std() > 1e-3
 
 
+ONE_LAYER = {name: config.replace(num_hidden_layers=1, local_layers=(), window=0, local_rope_theta=None)
+             for name, config in CONFIGS.items()}  # fmt: skip
 TERNARY = ["TQ1_0", "TQ2_0", "I2_S", "Q2_0", "Q2_0_128", "PQ2_0", "IQ2_BN"]
 
 
@@ -59,7 +71,7 @@ def test_every_architecture_gives_its_configuration(architecture: str, tmp_path:
 def test_every_ternary_type_gives_the_weights_that_were_written(
     kind: str, mmap: bool, tmp_path: Path
 ) -> None:
-    tiny = Tiny.random(CONFIGS["llama"])
+    tiny = Tiny.random(ONE_LAYER["llama"])
     file = write_tiny(tmp_path / "m.gguf", tiny, "llama", kind, bitnet_ops__activation_bits=8)
     model = from_pretrained(file, mmap=mmap)
     assert model.config.group_size == 0
@@ -70,7 +82,7 @@ def test_every_ternary_type_gives_the_weights_that_were_written(
 def test_scales_of_groups_stay(kind: str, tmp_path: Path) -> None:
     group = GROUPS[kind]
     # With blocks of 256, hidden sizes of two groups and more.
-    config = CONFIGS["qwen3"].replace(hidden_size=512, activation_bits=16, group_size=group)
+    config = ONE_LAYER["qwen3"].replace(hidden_size=512, activation_bits=16, group_size=group)
     tiny = Tiny.random(config, scales="group", group=group)
     model = from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, "qwen3", kind))
     assert model.config.group_size == group
@@ -79,7 +91,7 @@ def test_scales_of_groups_stay(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["TQ2_0", "Q2_0", "IQ2_BN"])
 def test_scales_of_rows_need_no_groups(kind: str, tmp_path: Path) -> None:
-    tiny = Tiny.random(CONFIGS["llama"], scales="row")  # also permuted
+    tiny = Tiny.random(ONE_LAYER["llama"], scales="row")  # also permuted
     file = write_tiny(tmp_path / "m.gguf", tiny, "llama", kind, bitnet_ops__activation_bits=8)
     model = from_pretrained(file)
     assert model.config.group_size == 0
@@ -87,15 +99,15 @@ def test_scales_of_rows_need_no_groups(kind: str, tmp_path: Path) -> None:
 
 
 def test_types_may_be_mixed(tmp_path: Path) -> None:
-    """Groups of 256 in some projections, of 64 in others, one scale in the rest: the smallest groups for all."""
-    config = CONFIGS["qwen3"].replace(hidden_size=512, activation_bits=16)
+    """Groups of 256 in some projections, of 64 in others, one scale in the rest: groups of 64 for all."""
+    config = ONE_LAYER["qwen3"].replace(hidden_size=512, activation_bits=16)
     tiny = Tiny.random(config, scales="tensor")
     kinds = {}
     for number, name in enumerate(tiny.ternary):
         kind = kinds[name] = ["TQ2_0", "Q2_0", "I2_S", "IQ2_BN"][number % 4]
         n, k = tiny.ternary[name].shape
         if kind in GROUPS:
-            tiny.scales[name] = torch.rand(k // GROUPS[kind], n).half().float() + 0.5
+            tiny.scales[name] = (torch.rand(k // GROUPS[kind], n) + 0.5).half().float()
     made = {kind: entries(tiny, "qwen3", kind) for kind in {"F32", *kinds.values()}}
     chosen = [made[kinds.get(name, "F32")][at] for at, name in enumerate([*tiny.ternary, *tiny.floats])]
     file = tmp_path / "m.gguf"
@@ -107,7 +119,7 @@ def test_types_may_be_mixed(tmp_path: Path) -> None:
 
 def test_groups_without_weights_have_any_scale(tmp_path: Path) -> None:
     """llama.cpp's quantisers write scale 0 there; one scale a row is still enough."""
-    tiny = Tiny.random(CONFIGS["bitnet"])
+    tiny = Tiny.random(ONE_LAYER["bitnet"])
     name = "model.layers.0.mlp.down_proj"
     tiny.ternary[name][:, :256] = 0
     tiny.ternary[name][3] = 0
@@ -120,7 +132,7 @@ def test_groups_without_weights_have_any_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "bitnet"])
 @pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
 def test_files_of_the_gguf_package(architecture: str, kind: str, tmp_path: Path) -> None:
-    tiny = Tiny.random(CONFIGS[architecture].replace(activation_bits=8 if architecture == "bitnet" else 16))
+    tiny = Tiny.random(ONE_LAYER[architecture].replace(activation_bits=8 if architecture == "bitnet" else 16))
     assert_same(from_pretrained(write_with_gguf(tmp_path / "m.gguf", tiny, architecture, kind)), tiny.model())
 
 
@@ -148,7 +160,7 @@ def test_the_model_of_the_published_folder(architecture: str, kind: str, tmp_pat
     if sizes.llama:
         config["rope_scaling"] = None
     # A bias of "autobitlinear" is multiplied by the scale, those of a file are not.
-    for name, scale in weights.scale.items():
+    for name in weights.scale:
         if sizes.llama:
             weights.floats[f"{name}.bias"] = torch.ones_like(weights.floats[f"{name}.bias"]) * 0.5
     folder = from_pretrained(write_folder(tmp_path / "folder", config, published_tensors(weights)))
@@ -169,11 +181,11 @@ def test_the_model_of_the_published_folder(architecture: str, kind: str, tmp_pat
 
 def test_rows_of_q_and_k_turn_back_by_their_own_heads(tmp_path: Path) -> None:
     """Against llama.cpp's formula, with fewer key heads than query heads."""
-    config = CONFIGS["llama"].replace(num_attention_heads=8, num_key_value_heads=2, head_dim=96)
+    config = ONE_LAYER["llama"].replace(num_attention_heads=8, num_key_value_heads=2, head_dim=96)
     tiny = Tiny.random(config)
     model = from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, "llama"))
     for part, heads in (("q_proj", 8), ("k_proj", 2)):
-        name = f"model.layers.1.self_attn.{part}"
+        name = f"model.layers.0.self_attn.{part}"
         layer = model.get_submodule(name)
         assert isinstance(layer, BitLinear)
         assert torch.equal(layer.unpack(), tiny.ternary[name])
@@ -193,7 +205,7 @@ NUMBERS = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q6_K": 14, "Q5_0": 6, "Q4
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_an_embedding_of_floats_of_every_type(kind: str, mmap: bool, tmp_path: Path) -> None:
     """As it is stored, or what the gguf package makes of random blocks, rounded to float16."""
-    tiny = Tiny.random(CONFIGS["bitnet"])
+    tiny = Tiny.random(ONE_LAYER["bitnet"])
     number = GGMLQuantizationType(NUMBERS[kind])
     if kind in FLOATS:
         expected = torch.randn(61, 256).to(FLOATS[kind])
@@ -216,7 +228,7 @@ def test_an_embedding_of_floats_of_every_type(kind: str, mmap: bool, tmp_path: P
 
 @pytest.mark.parametrize("kind", TERNARY)
 def test_a_ternary_embedding_and_head_are_exact(kind: str, tmp_path: Path) -> None:
-    tiny = Tiny.random(CONFIGS["qwen3"].replace(tie_word_embeddings=False))
+    tiny = Tiny.random(ONE_LAYER["qwen3"].replace(tie_word_embeddings=False))
     w = torch.randint(-1, 2, (61, 256), dtype=torch.int8)
     w[:, ::32] = 1
     scales = torch.full((1, 61), 0.0371).half().float()
@@ -224,21 +236,19 @@ def test_a_ternary_embedding_and_head_are_exact(kind: str, tmp_path: Path) -> No
     made = [
         entry for entry in entries(tiny, "qwen3") if entry.name not in ("token_embd.weight", "output.weight")
     ]
-    for name in ("token_embd.weight", "output.weight"):
-        made.append(Entry(name, (61, 256), number, encode(w, scales)))
-        w = -w
-        w[:, ::32] = 1
+    other = w.roll(1, 0)
+    made.append(Entry("token_embd.weight", (61, 256), number, encode(w, scales)))
+    made.append(Entry("output.weight", (61, 256), number, encode(other, scales)))
     file = tmp_path / "m.gguf"
     file.write_bytes(gguf_bytes(settings(tiny.config, "qwen3"), made))
     model = from_pretrained(file)
-    for table, sign in ((model.model.embed_tokens.weight, w), (model.head_weight, None)):
+    for table, expected in ((model.model.embed_tokens.weight, w), (model.head_weight, other)):
         assert table.dtype == torch.float16
-        if sign is not None:
-            assert torch.equal(table, (sign * scales[0, 0]).half())
+        assert torch.equal(table, (expected * scales[0, 0]).half())
 
 
 def test_numbers_that_float16_cannot_hold_become_bfloat16(tmp_path: Path) -> None:
-    tiny = Tiny.random(CONFIGS["bitnet"])
+    tiny = Tiny.random(ONE_LAYER["bitnet"])
     block = np.zeros((61, 8, 34), dtype=np.uint8)
     block[..., :2] = np.full((61, 8, 1), 1000.0, dtype="<f2").view(np.uint8)
     block[..., 2:] = 100
@@ -257,7 +267,7 @@ def test_numbers_that_float16_cannot_hold_become_bfloat16(tmp_path: Path) -> Non
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_projections_as_they_are(architecture: str, kind: str, tmp_path: Path) -> None:
     """Float32 matrices with the numbers that the gguf package reads, rows in our order."""
-    tiny = Tiny.random(CONFIGS[architecture])
+    tiny = Tiny.random(ONE_LAYER[architecture])
     file = write_tiny(tmp_path / "m.gguf", tiny, architecture, kind)
     model = from_pretrained(file, linear=nn.Linear)
     for name, w in tiny.ternary.items():
@@ -274,8 +284,38 @@ def test_projections_as_they_are(architecture: str, kind: str, tmp_path: Path) -
             assert torch.equal(layer.bias, tiny.floats[f"{name}.bias"])
 
 
-def test_floats_are_no_ternary_projections(tmp_path: Path) -> None:
-    file = write_tiny(tmp_path / "m.gguf", Tiny.random(CONFIGS["llama"]), "llama", "Q8_0")
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_floats_with_ternary_values_are_ternary_projections(kind: str, tmp_path: Path) -> None:
+    """With q and k in their order of rows, and scales that bfloat16 holds."""
+    tiny = Tiny.random(ONE_LAYER["llama"], scales="row")
+    tiny.scales = {name: scale.bfloat16().float() for name, scale in tiny.scales.items()}
+    model = from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, "llama", kind))
+    assert (model.config.group_size, model.config.activation_bits) == (0, 16)
+    assert_same(model, tiny.model(activation_bits=16))
+
+
+def test_floats_with_a_scale_for_each_group(tmp_path: Path) -> None:
+    tiny = Tiny.random(ONE_LAYER["qwen3"], scales="group", group=128)
+    model = from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, "qwen3", "F16"))
+    assert model.config.group_size == 128
+    assert_same(model, tiny.model(activation_bits=16, group_size=128))
+
+
+def test_floats_with_other_values_are_refused(tmp_path: Path) -> None:
+    tiny = Tiny.random(ONE_LAYER["llama"])
+    made = entries(tiny, "llama", "F32")
+    matrix = torch.randn(256, 256)
+    at = next(at for at, entry in enumerate(made) if entry.name == "blk.0.ffn_up.weight")
+    made[at] = Entry("blk.0.ffn_up.weight", (256, 256), 0, matrix.numpy().tobytes())
+    file = tmp_path / "m.gguf"
+    file.write_bytes(gguf_bytes(settings(tiny.config, "llama"), made))
+    first = f"{matrix[0, 0].item():.9g}"
+    with pytest.raises(CheckpointError, match=rf"blk\.0\.ffn_up\.weight.*{first}.*nn\.Linear"):
+        from_pretrained(file)
+
+
+def test_quantised_floats_are_no_ternary_projections(tmp_path: Path) -> None:
+    file = write_tiny(tmp_path / "m.gguf", Tiny.random(ONE_LAYER["llama"]), "llama", "Q8_0")
     with pytest.raises(
         CheckpointError, match=r"blk\.0\.attn_q\.weight.*ternary.*nn\.Linear.*Q8_0, such as -?0\."
     ):
@@ -286,10 +326,10 @@ def test_floats_are_no_ternary_projections(tmp_path: Path) -> None:
 
 
 def test_a_scale_tensor_multiplies(tmp_path: Path) -> None:
-    tiny = Tiny.random(CONFIGS["bitnet"])
+    tiny = Tiny.random(ONE_LAYER["bitnet"])
     extra = [
         Entry(f"blk.{layer}.{name}.scale", (1,), 0, np.float32(0.75).tobytes())
-        for layer in range(2)
+        for layer in range(1)
         for name in ("attn_q", "ffn_down")
     ]
     file = tmp_path / "m.gguf"
@@ -303,7 +343,7 @@ def test_a_scale_tensor_multiplies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scales", ["tensor", "row", "group"])
 def test_our_own_scales_win(scales: str, tmp_path: Path) -> None:
     """Of a model whose scales float16 cannot hold."""
-    config = CONFIGS["llama"].replace(hidden_size=512, head_dim=64, activation_bits=16)
+    config = ONE_LAYER["llama"].replace(hidden_size=512, head_dim=64, activation_bits=16)
     tiny = Tiny.random(config, scales=scales, group=256)
     metadata: dict[str, Any] = settings(config, "llama")
     exact = {}
@@ -329,8 +369,21 @@ def test_our_own_scales_win(scales: str, tmp_path: Path) -> None:
 def load_config(
     tmp_path: Path, architecture: str = "llama", kind: str = "I2_S", **changes: Any
 ) -> DecoderConfig:
-    tiny = Tiny.random(CONFIGS[architecture])
-    return from_pretrained(write_tiny(tmp_path / "m.gguf", tiny, architecture, kind, **changes)).config
+    """The configuration of a file of seven layers, of which hardly any tensor is there."""
+    metadata = settings(CONFIGS[architecture].replace(local_layers=(), window=0), architecture)
+    metadata[f"{architecture}.block_count"] = 7
+    if architecture == "gemma3":
+        metadata["gemma3.attention.sliding_window"] = 5
+    metadata |= {key.replace("__", "."): value for key, value in changes.items()}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    number, encode = TYPES[kind]
+    matrix = encode(torch.ones(2, 256, dtype=torch.int8), torch.ones(1, 2))
+    made = [Entry("token_embd.weight", (61, 256), 1, bytes(61 * 512))]
+    made += [Entry(f"blk.{layer}.attn_q.weight", (2, 256), number, matrix) for layer in range(7)]
+    file = tmp_path / "m.gguf"
+    file.write_bytes(gguf_bytes(metadata, made))
+    with GgufFile(file) as files:
+        return read_settings(files)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +440,7 @@ def llama3_factors(head_dim: int, theta: float, factor: float, context: int) -> 
 
 @pytest.mark.parametrize(("factor", "key"), [(8.0, None), (32.0, None), (4.0, 16)])
 def test_factors_of_llama_3(factor: float, key: int | None, tmp_path: Path) -> None:
-    config = CONFIGS["llama"].replace(rope_theta=500000.0, tie_word_embeddings=True)
+    config = ONE_LAYER["llama"].replace(rope_theta=500000.0, tie_word_embeddings=True)
     tiny = Tiny.random(config)
     factors = llama3_factors(config.head_dim, config.rope_theta, factor, key or 8192)
     metadata = settings(config, "llama")
@@ -435,6 +488,20 @@ def test_norms_inside_projections(tmp_path: Path) -> None:
     assert_same(model, tiny.model())
 
 
+@pytest.mark.parametrize(
+    ("number", "pooling"), [(1, "mean"), (2, "cls"), (3, "last"), (0, None), (None, None)]
+)
+def test_how_vectors_are_made_of_texts(number: int | None, pooling: str | None, tmp_path: Path) -> None:
+    tiny = Tiny.random(ONE_LAYER["qwen3"])
+    file = write_tiny(tmp_path / "m.gguf", tiny, "qwen3", qwen3__pooling_type=number)
+    expected = None if pooling is None else EmbeddingSettings(pooling=pooling)
+    assert from_pretrained(file).embedding_settings == expected
+    # What files of BitNet-embedding say is not what their models do.
+    tiny = Tiny.random(ONE_LAYER["qwen3"].replace(projection_norms=True))
+    file = write_tiny(tmp_path / "m.gguf", tiny, "qwen3", qwen3__pooling_type=number)
+    assert from_pretrained(file).embedding_settings == EmbeddingSettings("last", normalize=True)
+
+
 def test_an_activation_by_name(tmp_path: Path) -> None:
     assert load_config(tmp_path, "bitnet", bitnet__hidden_activation="relu2").activation == "relu2"
 
@@ -445,7 +512,7 @@ def test_a_scale_of_queries(tmp_path: Path) -> None:
 
 
 def test_numbers_of_each_layer_that_are_the_same(tmp_path: Path) -> None:
-    config = load_config(tmp_path, llama__attention__head_count_kv=[2, 2])
+    config = load_config(tmp_path, llama__attention__head_count_kv=[2] * 7)
     assert config.num_key_value_heads == 2
 
 
@@ -469,19 +536,37 @@ def test_special_tokens(tmp_path: Path) -> None:
     assert model.generation_config == {"bos_token_id": 3, "eos_token_id": [4, 5], "pad_token_id": None}
 
 
+def write_with_tokens(file: Path, tiny: Tiny, architecture: str, **changes: Any) -> Path:
+    """A file with a byte-level tokenizer of 60 tokens and the end of a turn; like 2B4T's without "pre"."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:60], "<|eot_id|>"]
+    keys: dict[str, Any] = {
+        "tokenizer__ggml__model": "gpt2",
+        "tokenizer__ggml__tokens": Typed(tokens, ARRAY, STRING),
+        "tokenizer__ggml__token_type": Typed([1] * 60 + [3], ARRAY, I32),
+        "tokenizer__ggml__merges": Typed(["A B"], ARRAY, STRING),
+        "tokenizer__ggml__bos_token_id": 2,
+        "tokenizer__ggml__eos_token_id": 4,
+        "tokenizer__ggml__add_bos_token": False,
+    }
+    tokens[-2] = "AB"
+    return write_tiny(file, tiny, architecture, **(keys | changes))
+
+
 def test_a_template_and_the_tokens_that_end_texts(tmp_path: Path) -> None:
     """2B4T's file has no template, and no key for the token that ends a turn."""
-    tokens = [f"t{n}" for n in range(60)] + ["<|eot_id|>"]
     tiny = Tiny.random(CONFIGS["bitnet-b1.58"])
-    file = write_with_tokens(tmp_path, tiny, "bitnet-b1.58", tokens)
-    model = from_pretrained(file)
+    model = from_pretrained(write_with_tokens(tmp_path / "m.gguf", tiny, "bitnet-b1.58"))
+    assert model.tokenizer is not None
+    assert model.tokenizer.encode("AB!<|eot_id|>").ids == [59, 0, 60]
     assert model.generation_config is not None
     assert model.generation_config["eos_token_id"] == [4, 60]
     assert model.config.eos_token_id == 4
     messages = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hello"}]
     assert model.chat_template is not None
-    assert (
-        render(model.chat_template, messages) == "System: Be kind.<|eot_id|>User: Hello<|eot_id|>Assistant: "
-    )
-    own = write_with_tokens(tmp_path, tiny, "bitnet-b1.58", tokens, tokenizer__chat_template="{{ 1 }}")
+    text = render_chat(model.chat_template, messages)
+    assert text == "System: Be kind.<|eot_id|>User: Hello<|eot_id|>Assistant: "
+    own = write_with_tokens(tmp_path / "m.gguf", tiny, "bitnet-b1.58", tokenizer__chat_template="{{ 1 }}")
     assert from_pretrained(own).chat_template == "{{ 1 }}"
+    llama = write_with_tokens(tmp_path / "l.gguf", Tiny.random(CONFIGS["llama"]), "llama",
+                              tokenizer__ggml__pre="llama-bpe")  # fmt: skip
+    assert from_pretrained(llama).chat_template is None

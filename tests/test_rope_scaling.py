@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from bitnet_ops import BitNet, DecoderConfig, RopeScaling, reference
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import rotation_tables
-from bitnet_ops.families import FAMILIES
+from bitnet_ops.families.llama import LLAMA
 
 YARNS: dict[str, dict[str, Any]] = {
     "Bonsai 8B": {"factor": 4.0, "original_max_position_embeddings": 16384},
@@ -149,7 +149,7 @@ SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 
 def settings(**fields: Any) -> Any:
-    return FAMILIES["llama"].settings(dict.fromkeys(SIZES, 32) | fields).get("rope_scaling")
+    return LLAMA.settings(dict.fromkeys(SIZES, 32) | fields).get("rope_scaling")
 
 
 def test_the_original_context_has_the_order_of_transformers() -> None:

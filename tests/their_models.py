@@ -4,6 +4,7 @@ Notation: u = 2^-24 is the unit roundoff of float32.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import torch.nn.functional as F
 from tiny_checkpoints import Sizes, Weights, published_tensors, write_folder
 from torch import Tensor, nn
 from transformers import BitNetConfig as TheirConfig
-from transformers import BitNetForCausalLM, BitNetQuantConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BitNetForCausalLM,
+    BitNetQuantConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.integrations.bitnet import (
     VALUES_PER_ITEM,
     AutoBitLinear,
@@ -209,7 +217,7 @@ def shipped_model() -> BitNetForCausalLM:
     return theirs.eval().requires_grad_(False)
 
 
-# Llama-class models
+# Llama- and Qwen3-class models
 
 LLAMA_FORMATS = ("bitlinear", "autobitlinear", "ternary", "online")
 """Packed in either class, "autobitlinear" unpacked as transformers saves it, and its masters."""
@@ -217,14 +225,22 @@ LLAMA_FORMATS = ("bitlinear", "autobitlinear", "ternary", "online")
 
 @dataclass
 class LlamaPair:
-    """The same Llama-class checkpoint in both implementations, float32, and its folder."""
+    """The same Llama- or Qwen3-class checkpoint in both implementations, float32, and its folder."""
 
     folder: Path
     ours: BitNet
-    theirs: LlamaForCausalLM
+    theirs: Any
 
 
-def make_llama(folder: Path, form: str, seed: int = 0, *, norms: bool = False, **fields: Any) -> LlamaPair:
+def make_llama(
+    folder: Path,
+    form: str,
+    seed: int = 0,
+    *,
+    norms: bool = False,
+    config_class: type = LlamaConfig,
+    **fields: Any,
+) -> LlamaPair:
     """Fills transformers' own model with random numbers, writes it down and loads it with `from_pretrained`.
 
     Args:
@@ -232,7 +248,8 @@ def make_llama(folder: Path, form: str, seed: int = 0, *, norms: bool = False, *
         form: one of `LLAMA_FORMATS`.
         seed: of the weights.
         norms: "use_rms_norm".
-        **fields: of LlamaConfig.
+        config_class: LlamaConfig or Qwen3Config.
+        **fields: of the configuration.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -240,14 +257,14 @@ def make_llama(folder: Path, form: str, seed: int = 0, *, norms: bool = False, *
         return torch.randn(shape, generator=generator)
 
     defaults = {"vocab_size": 97, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
-    config = LlamaConfig(attn_implementation="eager", **(defaults | fields))
+    config = config_class(attn_implementation="eager", **(defaults | fields))
     quantization = BitNetQuantConfig(
         linear_class="bitlinear" if form == "bitlinear" else "autobitlinear",
         quantization_mode="online" if form == "online" else "offline",
         use_rms_norm=norms,
         rms_norm_eps=1e-4,  # neither their default nor that of the other norms
     )
-    theirs = replace_with_bitnet_linear(LlamaForCausalLM(config), ["lm_head"], quantization)
+    theirs = replace_with_bitnet_linear(their_class(config)(config), ["lm_head"], quantization)
     tensors: dict[str, Tensor] = {}
     for name, module in theirs.named_modules():
         tensor = f"{name}.weight"
@@ -286,6 +303,52 @@ def make_llama(folder: Path, form: str, seed: int = 0, *, norms: bool = False, *
     return LlamaPair(folder, ours, theirs)
 
 
+def their_class(config: Any) -> Any:
+    """The class of transformers' models with such a configuration."""
+    return Qwen3ForCausalLM if config.model_type == "qwen3" else LlamaForCausalLM
+
+
+def make_ternary_floats(
+    folder: Path, group: int, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+) -> LlamaPair:
+    """A Qwen3-class checkpoint as Ternary-Bonsai's: plain floats that are ternary times a scale.
+
+    Args:
+        folder: of the checkpoint.
+        group: inputs that share a scale; 0 for whole rows.
+        seed: of the weights.
+        dtype: of the stored tensors.
+        **fields: of Qwen3Config.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    defaults = {"vocab_size": 97, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    config = Qwen3Config(attn_implementation="eager", **(defaults | fields))
+    theirs = Qwen3ForCausalLM(config)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in theirs.named_parameters():  # a tied head is not among them
+        if parameter.dim() == 1:
+            offset, size = (0.0, 0.3) if name.endswith("bias") else (1.0, 0.2)
+            tensors[name] = offset + size * torch.randn(parameter.shape, generator=generator)
+        elif "_proj" in name:
+            tensors[name] = ternary_floats(*parameter.shape, group, generator)
+        else:
+            tensors[name] = torch.randn(parameter.shape, generator=generator)
+        tensors[name] = tensors[name].to(dtype)
+    ours = from_pretrained(write_folder(folder, json.loads(config.to_json_string(use_diff=False)), tensors))
+    theirs.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
+    theirs.tie_weights()
+    theirs.eval().requires_grad_(False)
+    return LlamaPair(folder, ours, theirs)
+
+
+def ternary_floats(n: int, k: int, group: int, generator: torch.Generator) -> Tensor:
+    """Random numbers -s, 0 and s [n, k], with one s for each ``group`` inputs of a row; 0 for whole rows."""
+    w = torch.randint(-1, 2, (n, k), generator=generator)
+    size = group or k
+    scales = (0.3 * torch.randn(n, -(-k // size), generator=generator)).exp() * k**-0.5
+    return w * scales.repeat_interleave(size, dim=1)[:, :k]
+
+
 def layer_and_norm(module: nn.Module) -> tuple[BitLinear, nn.Module | None]:
     """A projection of ours and the norm inside it."""
     if isinstance(module, NormedLinear):
@@ -303,8 +366,11 @@ def biased_bound(x: Tensor, layer: BitLinear) -> Tensor:
     return bound + 4 * U * (layer.bias.double().abs() + layer(x).double().abs() + bound)
 
 
-def exact_llama(theirs: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """The model in float64, [B, T] to [B, T, V], written out from the formulas; the numbers are theirs."""
+def exact_llama(theirs: Any, ids: Tensor, largest_q: int | None = None) -> Tensor:
+    """The model in float64, [B, T] to [B, T, V], written out from the formulas; the numbers are theirs.
+
+    With ``largest_q`` the inputs of float projections are rounded to integers up to that, times a scale.
+    """
     config = theirs.config
 
     def norm(x: Tensor, module: Any) -> Tensor:
@@ -312,6 +378,11 @@ def exact_llama(theirs: LlamaForCausalLM, ids: Tensor) -> Tensor:
         return x / root * module.weight.double()
 
     def linear(x: Tensor, module: Any) -> Tensor:
+        if type(module) is nn.Linear:
+            if largest_q is not None:
+                s = largest_q / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+                x = (x * s).round() / s
+            return x @ module.weight.double().T + (0.0 if module.bias is None else module.bias.double())
         if module.rms_norm is not None:
             x = norm(x, module.rms_norm)
         s = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
@@ -335,12 +406,21 @@ def exact_llama(theirs: LlamaForCausalLM, ids: Tensor) -> Tensor:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / rope["factor"])
+    length = 1.0
+    if rope["rope_type"] == "yarn":
+        context, base = rope["original_max_position_embeddings"], math.log(rope["rope_theta"])
+        low, high = (half * math.log(context / (2 * math.pi * turns)) / base for turns in (32, 1))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * half - 1)
+        stretched = ((torch.arange(half, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (1 - stretched + stretched / rope["factor"])
+        length = 1 + 0.1 * math.log(rope["factor"])
     time = torch.arange(ids.shape[1], dtype=torch.float64)
     angle = time[:, None] * frequency
-    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    turn = torch.polar(torch.full_like(angle, length), angle)[:, None]
 
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, config.head_dim))
+    def heads(x: Tensor, module: Any = None) -> Tensor:
+        x = x.unflatten(-1, (-1, config.head_dim))
+        return x if module is None else norm(x, module)
 
     def rotate(x: Tensor) -> Tensor:  # [B, T, heads, d]; the pair (i, i + d/2) is a complex number
         turned = torch.complex(x[..., :half], x[..., half:]) * turn
@@ -351,8 +431,9 @@ def exact_llama(theirs: LlamaForCausalLM, ids: Tensor) -> Tensor:
     for layer in theirs.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         n = norm(x, layer.input_layernorm)
-        q = rotate(heads(linear(n, attention.q_proj)))
-        k, v = rotate(heads(linear(n, attention.k_proj))), heads(linear(n, attention.v_proj))
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        q = rotate(heads(linear(n, attention.q_proj), q_norm))
+        k, v = rotate(heads(linear(n, attention.k_proj), k_norm)), heads(linear(n, attention.v_proj))
         group = torch.arange(q.shape[2]) * k.shape[2] // q.shape[2]
         k, v = k[:, :, group], v[:, :, group]
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / config.head_dim**0.5

@@ -31,7 +31,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor: name, shape in PyTorch's order, number of its type, bytes; offset None for the next free one."""
+    """A tensor: name, shape in PyTorch's order, number of its type, bytes; offset None for the next one."""
 
     name: str
     shape: tuple[int, ...]
@@ -124,6 +124,7 @@ def iq2_bn(w: Tensor, scales: Tensor) -> bytes:
 TYPES: dict[str, tuple[int, Callable[[Tensor, Tensor], bytes]]] = {
     "F32": by_gguf(0),
     "F16": by_gguf(1),
+    "BF16": by_gguf(30),
     "Q8_0": by_gguf(8),
     "TQ1_0": by_gguf(34),
     "TQ2_0": by_gguf(35),
@@ -247,7 +248,10 @@ def settings(config: DecoderConfig, architecture: str) -> dict[str, Any]:
             f"{a}.attention.value_length": config.head_dim,
         }
     if config.window:
-        metadata[f"{a}.attention.sliding_window"] = config.window
+        metadata |= {
+            f"{a}.attention.sliding_window": config.window,
+            f"{a}.attention.sliding_window_pattern": 2,
+        }
     return metadata
 
 
@@ -259,7 +263,7 @@ def entries(tiny: Tiny, architecture: str, kind: str = "I2_S") -> list[Entry]:
 
     def order(name: str, matrix: Tensor) -> Tensor:
         """``matrix`` has its rows first."""
-        if architecture != "llama" or ".q_proj" not in name and ".k_proj" not in name:
+        if architecture != "llama" or (".q_proj" not in name and ".k_proj" not in name):
             return matrix
         heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
         return torch.from_numpy(permute(matrix.numpy(), heads).copy())
@@ -306,7 +310,7 @@ def write_with_gguf(file: Path, tiny: Tiny, architecture: str, kind: str) -> Pat
 SMALL = DecoderConfig(
     vocab_size=61,
     hidden_size=256,
-    intermediate_size=512,
+    intermediate_size=256,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -324,7 +328,7 @@ CONFIGS = {
                      tie_word_embeddings=False),
     "qwen3": SMALL.replace(qk_norm=True, head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6),
     "gemma3": SMALL.replace(qk_norm=True, post_norms=True, activation="gelu_tanh", rope_theta=1e6,
-                      num_hidden_layers=7, window=5, local_layers=(0, 1, 2, 3, 4, 6), local_rope_theta=1e4,
+                      num_hidden_layers=3, window=5, local_layers=(0, 2), local_rope_theta=1e4,
                       embedding_scale=16.0, rms_norm_eps=1e-6),
 }  # fmt: skip
-"""By architecture; every part that GGUF files of it have."""
+"""By architecture; every part that GGUF files of it have. Of Gemma's layers every second one is global."""

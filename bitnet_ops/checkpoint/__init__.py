@@ -5,9 +5,12 @@ location.py       what users name a model by, and where it lies
 opened.py         what there is to know before weights are read
 folder.py         a folder in the Hugging Face layout
 config_json.py    config.json
+body.py           what only the names of tensors say
 text_files.py     tokenizer, chat template, generation defaults
+pooling.py        embeddings, in the files of sentence-transformers
 weights.py        what the formats of weights have in common
 hf.py             weights in the published "bitnet" formats (packed, ternary, master)
+ternary_floats.py float weights that are ternary already: their scales are found
 packed.py         weights in our own format, and save_pretrained
 published_out.py  writes the published layout, for transformers
 saveable.py       what a model has to be to be written

@@ -12,8 +12,9 @@ from pathlib import Path
 def folder_draft(target: Path, last: str) -> Iterator[Path]:
     """A folder to write files into, which move to ``target`` behind the ``with`` block.
 
-    Files of the same names are replaced, others are left alone. Where the block raises, ``target`` is as it
-    was. After a power cut in the middle of the renames it has no file ``last``.
+    It may have folders with files. Files of the same names are replaced, others are left alone. Where the
+    block raises, ``target`` is as it was. After a power cut in the middle of the renames it has no file
+    ``last``.
 
     Args:
         target: made where it does not exist.
@@ -27,12 +28,15 @@ def folder_draft(target: Path, last: str) -> Iterator[Path]:
     draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         yield draft
-        files = sorted(draft.iterdir(), key=lambda file: file.name == last)
+        files = [file for file in draft.rglob("*") if file.is_file()]
+        files.sort(key=lambda file: file == draft / last)
         for file in files:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         (target / last).unlink(missing_ok=True)
         for file in files:
-            os.replace(file, target / file.name)
+            place = target / file.relative_to(draft)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -46,14 +46,19 @@ def read_text(file: Path) -> str:
         raise CheckpointError.at(file, "file", "UTF-8 text", f"{error}") from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds one object."""
+def read_json_value(file: Path) -> Any:
+    """What a JSON file holds."""
     try:
-        value = json.loads(read_text(file))
+        return json.loads(read_text(file))
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # malformed; a number of too many digits; nested too deeply
         raise CheckpointError.at(file, "file", "valid JSON", f"{error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds one object."""
+    value = read_json_value(file)
     if not isinstance(value, dict):
         raise CheckpointError.at(file, "file", "a JSON object", type(value).__name__)
     return value

@@ -57,21 +57,12 @@ class PublishedWeights(WeightReader):
     def from_config(
         cls, quantization: dict[str, Any] | None, family: Family, file: Path
     ) -> "PublishedWeights":
-        """Understands "quantization_config" of config.json; None where there is none.
+        """Understands "quantization_config" of config.json; None, where there is none, for masters.
 
         Raises:
             CheckpointError: it asks for something that is not supported.
         """
         if quantization is None:
-            if not family.all_ternary:
-                raise CheckpointError.at(
-                    file,
-                    "quantization_config",
-                    f"this field, because most models of model_type {family.model_type!r} are not ternary "
-                    "(for float weights of one that is: {'quant_method': 'bitnet', 'linear_class': "
-                    "'autobitlinear', 'quantization_mode': 'online'})",
-                    "nothing",
-                )
             return cls(family, has_scale=False, reciprocal=False)
         # Absent fields mean what they mean to transformers' BitNetQuantConfig.
         linear_class = quantization.get("linear_class", "bitlinear")

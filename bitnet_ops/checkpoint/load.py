@@ -62,6 +62,7 @@ def load(
     model.tokenizer = checkpoint.tokenizer
     model.generation_config = checkpoint.generation_config
     model.chat_template = checkpoint.chat_template
+    model.embedding_settings = checkpoint.embedding_settings
     return model
 
 

@@ -29,6 +29,7 @@ from .draft import folder_draft
 from .errors import CheckpointError
 from .files import SINGLE_FILE
 from .head_copy import binding, head_to_store, stored_names, table_name
+from .pooling import save_embedding_settings
 from .saveable import check_saveable
 from .tensor_source import TensorSource
 from .text_files import TOKEN_FIELDS, save_text_files
@@ -132,11 +133,11 @@ class PackedWeights(WeightReader):
 def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> None:
     """Writes a packed model as a folder that `from_pretrained` loads again, bit for bit the same.
 
-    Files: config.json, model.safetensors, generation_config.json, and tokenizer.json and
-    chat_template.jinja where the model has them. Files of the same names are replaced, others are left
-    alone. Everything is written under temporary names first, so a write that fails leaves the folder as
-    it was; after a power cut in the middle of the renames the folder has no config.json and refuses to
-    load, rather than mix two models.
+    Files: config.json, model.safetensors, generation_config.json, and tokenizer.json, chat_template.jinja and
+    those of pooling.py where the model has them. Files of the same names are replaced, others are left alone.
+    Everything is written under temporary names first, so a write that fails leaves the folder as it was;
+    after a power cut in the middle of the renames the folder has no config.json and refuses to load, rather
+    than mix two models.
 
     Args:
         model: with `BitLinear` projections; turn a trained model into one with `bitnet_ops.pack`.
@@ -163,6 +164,7 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
             model.generation_config or {}
         )
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
+        save_embedding_settings(draft, model.embedding_settings, model.config.hidden_size)
 
 
 def _layouts(model: "LanguageModel") -> dict[str, Any]:

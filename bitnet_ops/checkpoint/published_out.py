@@ -32,6 +32,7 @@ from .draft import folder_draft
 from .files import SINGLE_FILE
 from .hf import WEIGHTS_PER_BYTE, pack_quarters
 from .packed import CONFIG_FILE
+from .pooling import save_embedding_settings
 from .saveable import check_saveable
 from .tensor_source import TORCH_DTYPE
 from .text_files import TOKEN_FIELDS, TOKENIZER_CONFIG_FILE, save_text_files
@@ -63,7 +64,7 @@ def save_published(model: "LanguageModel", folder: str | os.PathLike[str]) -> st
     -s, 0 or s. `from_pretrained` gives the same weights and scales again, bit for bit.
 
     Files: config.json, model.safetensors, generation_config.json, and where the model has them
-    tokenizer.json with tokenizer_config.json, and chat_template.jinja. Files of the same names are replaced,
+    tokenizer.json with tokenizer_config.json, chat_template.jinja, and those of sentence-transformers. Files of the same names are replaced,
     others are left alone; a write that fails leaves the folder as it was.
 
     Args:
@@ -110,6 +111,7 @@ def save_published(model: "LanguageModel", folder: str | os.PathLike[str]) -> st
             write_tensors(draft / SINGLE_FILE, shapes, {}, make)
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
+        save_embedding_settings(draft, model.embedding_settings, model.config.hidden_size)
         if model.tokenizer is not None:
             settings = _tokenizer_config(
                 model.tokenizer, generation_config, config["max_position_embeddings"]

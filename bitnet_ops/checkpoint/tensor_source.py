@@ -132,16 +132,25 @@ class TensorSource(AbstractContextManager["TensorSource"]):
     def read(self, name: str, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
         """A tensor's data, in memory that belongs to the caller."""
         out = empty(self.tensors[name].shape, dtype=self._dtype(name))
-        self._fill(name, tensor_bytes(out))
+        self._fill(out, name, 0)
         return out
 
-    def _fill(self, name: str, room: memoryview) -> None:
-        """Reads a tensor's bytes, from the first on, into as much room."""
-        stored = self.tensors[name]
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Some rows of a matrix: mapped, or read. Those before them are not looked at."""
+        stored, dtype = self.tensors[name], self._dtype(name)
+        if stored.file in self._mappings and stored.offset % dtype.itemsize == 0:
+            return self.tensor(name)[begin:end]
+        out = torch.empty((end - begin, *stored.shape[1:]), dtype=dtype)
+        self._fill(out, name, begin * stored.nbytes // max(stored.shape[0], 1))
+        return out
+
+    def _fill(self, out: Tensor, name: str, begin: int) -> None:
+        """Reads a tensor's bytes from ``begin`` on until ``out`` is full."""
+        stored, room = self.tensors[name], tensor_bytes(out)
         done = 0
         try:
             while done < len(room):
-                count = os.preadv(self._descriptors[stored.file], [room[done:]], stored.offset + done)
+                count = os.preadv(self._descriptors[stored.file], [room[done:]], stored.offset + begin + done)
                 if count == 0:
                     raise OSError("the file ends before the tensor does")
                 done += count

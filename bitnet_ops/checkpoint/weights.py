@@ -21,6 +21,34 @@ from .tensor_source import FLOAT_DTYPES, TensorSource
 CHUNK_ROWS = 256
 """Rows that are packed at a time: small results find room again in the memory of those before."""
 
+BODY_PREFIX = "model."
+"""In front of the names of all modules but the head."""
+
+
+def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """The sizes [N, K] of all projections of a model, by the names of their modules."""
+    hidden, inner, q_size, kv_size = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.q_size,
+        config.kv_size,
+    )
+    shapes = {
+        "self_attn.q_proj": (q_size, hidden),
+        "self_attn.k_proj": (kv_size, hidden),
+        "self_attn.v_proj": (kv_size, hidden),
+        "self_attn.o_proj": (hidden, q_size),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    inside = ".linear" if config.projection_norms else ""
+    return {
+        f"model.layers.{layer}.{name}{inside}": shape
+        for layer in range(config.num_hidden_layers)
+        for name, shape in shapes.items()
+    }
+
 
 class Projection(NamedTuple):
     """What a `BitLinear` holds, under the names of its attributes."""
@@ -40,6 +68,7 @@ class WeightReader:
 
     Attributes:
         family: says what modules are called.
+        is_bare: whether the files leave out `BODY_PREFIX`; see body.py.
         maps_files: whether its files may be mapped where the user does not say: nobody changes them in place.
     """
 
@@ -47,10 +76,12 @@ class WeightReader:
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        self.is_bare = False
 
     def stored_name(self, module: str) -> str:
         """The name in the files of the module that is called ``module`` in the model."""
-        return self.family.stored_name(module)
+        name = self.family.stored_name(module)
+        return name.removeprefix(BODY_PREFIX) if self.is_bare else name
 
     def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
         """The configuration with what only the weights say, such as the size of groups with one scale.
@@ -65,8 +96,12 @@ class WeightReader:
         return config
 
     def other_names(self, files: TensorSource) -> list[str]:
-        """Names of tensors that may be there and belong to no module."""
-        return []
+        """Names of tensors that may be there and belong to no module.
+
+        Models of 2023 have RoPE's frequencies beside their weights. They follow from the settings, and the
+        programs that read these models never looked at them.
+        """
+        return [name for name in files.tensors if name.endswith(".self_attn.rotary_emb.inv_freq")]
 
     def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
         """Checks the headers of a ternary projection's tensors.
@@ -121,7 +156,9 @@ class WeightReader:
     def read_norm(self, files: TensorSource, name: str) -> Tensor:
         """The factors of a norm that `check_norm` has passed, float32."""
         weight = files.read(f"{name}.weight").float()
-        return weight + self.family.norm_offset if self.family.norm_offset else weight
+        # Norms inside projections come from the quantiser, not from the family.
+        offset = 0.0 if "_proj." in name else self.family.norm_offset
+        return weight + offset if offset else weight
 
 
 def check_bias(files: TensorSource, name: str, layer: BitLinear) -> list[str]:

@@ -18,6 +18,7 @@ import click
 
 from .. import DEFAULT_MODEL
 from .convert import convert
+from .embed import embed
 from .errors import expected_errors
 from .evaluate import evaluate
 from .options import MODEL_OPTION, THREADS_OPTION, load_model
@@ -122,6 +123,7 @@ def commands() -> None:
       bitnet-ops train --text novel.txt --out novel-model
       bitnet-ops convert bitnet-b1.58-2B-4T bitnet-here
       bitnet-ops eval --model bitnet-here --text novel.txt
+      bitnet-ops embed --model bitnet-embedding-0.6b --file lines.txt --out lines.safetensors
       bitnet-ops info
 
     `bitnet-ops COMMAND --help` says more.
@@ -275,6 +277,7 @@ def info(folder: Path | None, threads: int | None) -> None:
 
 commands.add_command(train)
 commands.add_command(convert)
+commands.add_command(embed)
 commands.add_command(evaluate)
 
 

@@ -7,7 +7,12 @@ one is; what no key says follows from the architecture, or from the tensors that
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...families import FAMILIES, Family
+from ...families import Family
+from ...families.bitnet import BITNET
+from ...families.gemma3 import GEMMA3
+from ...families.llama import LLAMA
+from ...families.one_bit_llm import ONE_BIT_LLM
+from ...families.qwen3 import QWEN3
 
 ARCHITECTURE_KEY = "general.architecture"
 ACTIVATION_BITS_KEY = "bitnet_ops.activation_bits"
@@ -44,12 +49,12 @@ _GEMMA = {"activation": "gelu_tanh", "qk_norm": True, "post_norms": True}
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("bitnet-b1.58", FAMILIES["bitnet"], _SQUARED_RELU, eight_bits=True),
-        Architecture("bitnet-25", FAMILIES["bitnet"], _SQUARED_RELU, eight_bits=True),
-        Architecture("bitnet", FAMILIES["llama"], {"sub_norms": True}, eight_bits=True),
-        Architecture("llama", FAMILIES["llama"], permuted=True),
-        Architecture("qwen3", FAMILIES.get("qwen3", FAMILIES["llama"]), {"qk_norm": True}),
-        Architecture("gemma3", FAMILIES.get("gemma3_text", FAMILIES["llama"]), _GEMMA, windows=True),
+        Architecture("bitnet-b1.58", BITNET, _SQUARED_RELU, eight_bits=True),
+        Architecture("bitnet-25", BITNET, _SQUARED_RELU, eight_bits=True),
+        Architecture("bitnet", ONE_BIT_LLM, {"sub_norms": True}, eight_bits=True),
+        Architecture("llama", LLAMA, permuted=True),
+        Architecture("qwen3", QWEN3, {"qk_norm": True}),
+        Architecture("gemma3", GEMMA3, _GEMMA, windows=True),
     )
 }
 

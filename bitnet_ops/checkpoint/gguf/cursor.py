@@ -175,8 +175,8 @@ class Cursor:
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise self.error(what, f"1 to {MOST_DIMENSIONS} dimensions", f"{dimensions}")
         shape = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions, what))[::-1]
-        # 5 weights a byte is more than any format has.
-        if 0 in shape or math.prod(shape) > 5 * self.size:
+        # No type has less than a bit for a weight.
+        if 0 in shape or math.prod(shape) > 8 * self.size:
             raise self.error(what, f"a shape that fits into {self.size} bytes", f"{list(shape)}")
         number, offset = struct.unpack("<IQ", self.take(12, what))
         if offset > self.size:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..tensor_source import StoredTensor, TensorSource, tensor_bytes
+from ..tensor_source import StoredTensor, TensorSource
 from .cursor import Cursor, TensorEntry
 from .types import REFUSED, TensorType, types_of
 
@@ -106,7 +106,7 @@ class GgufFile(TensorSource):
             except ValueError as error:  # the file shrank since its header was checked
                 raise self.error(name, "readable data", f"{error}") from None
         out = empty((stored.nbytes,), dtype=torch.uint8)
-        self._fill(name, tensor_bytes(out))
+        self._fill(out, name, 0)
         return out
 
     def _read_header(self, cursor: Cursor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensor_source import FLOAT_DTYPES
 from .dense import dequantize
 from .header import GgufFile
 from .ternary import decode_rows, scales
@@ -35,13 +36,16 @@ class GgufMatrix:
     def __init__(
         self, file: GgufFile, name: str, order: Tensor | None, empty: Callable[..., Tensor] = torch.empty
     ) -> None:
-        """Gets the bytes.
+        """Gets the bytes of a tensor of two dimensions.
 
         Args:
             file: where it lies.
             name: of the module, without ".weight".
             order: see the attribute.
             empty: gives memory for the bytes of a file that is not mapped.
+
+        Raises:
+            CheckpointError: the tensor beside it has another shape than [1].
         """
         self.weight = f"{name}.weight"
         self.type = file.type_of(self.weight)
@@ -50,6 +54,8 @@ class GgufMatrix:
         self.order = order
         self._file = file
         self._factor = f"{name}{SCALE}" if f"{name}{SCALE}" in file.tensors else None
+        if self._factor is not None:
+            file.expect(self._factor, FLOAT_DTYPES, (1,))
         self._data = file.data(self.weight, empty)
 
     def scales(self) -> Tensor:
@@ -103,6 +109,10 @@ class GgufMatrix:
         data = self._data[first * row_bytes : last * row_bytes]
         rows = dequantize(self.type, data, (last - first, self.shape[1]), torch.float32)[picked - first]
         return rows if self._factor is None else rows * self._file.read(self._factor).float()
+
+    def forget(self) -> None:
+        """Takes the bytes out of memory until they are needed again, where they are a mapped file's."""
+        self._file.forget(self._data)
 
     def _decode(self, begin: int, end: int) -> Tensor:
         try:

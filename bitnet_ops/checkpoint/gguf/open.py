@@ -5,7 +5,7 @@ from pathlib import Path
 from ..opened import OpenCheckpoint
 from .header import MAGIC, GgufFile
 from .settings import architecture_of, read_settings
-from .text import chat_template, generation_config, with_pre_tokenizer
+from .text import chat_template, embedding_settings, generation_config, with_pre_tokenizer
 from .tokenizer import read_tokenizer
 from .weights import GgufWeights
 
@@ -49,6 +49,7 @@ def open_gguf(file: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoint:
             tokenizer,
             chat_template(files, architecture.name),
             generation_config(files, config),
+            embedding_settings(files, architecture.name, config),
         )
     except BaseException:
         files.__exit__(None, None, None)

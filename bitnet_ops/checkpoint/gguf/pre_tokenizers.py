@@ -61,7 +61,7 @@ class PreTokenizer:
 
     def set(self, tokenizer: Tokenizer) -> None:
         """Gives a tokenizer this pre-tokenizer and its normalizer."""
-        steps = []
+        steps: list[Any] = []
         if self.digits:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
         if self.words is not None:

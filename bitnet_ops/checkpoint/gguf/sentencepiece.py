@@ -23,8 +23,8 @@ SPACE = "▁"
 MAX_PIECE_LENGTH = 256
 """Characters of the longest token that is cut into merges; trained vocabularies have 16, or 31."""
 
-MERGES_PER_TOKEN, MORE_MERGES = 16, 1 << 16
-"""The most merges that are made of n tokens: ``16 n + 65536``. Gemma's 262144 tokens have 514000."""
+MERGES_PER_TOKEN, MORE_MERGES = 4, 1 << 16
+"""The most merges that are made of n tokens: ``4 n + 65536``. Gemma's 262144 tokens have 514000."""
 
 
 def read_sentencepiece(tokens: TokenList) -> Tokenizer:
@@ -193,36 +193,22 @@ def sentencepiece_metadata(data: dict[str, Any], texts: list[str], types: list[i
 def _scores(merges: list[list[str]], texts: list[str], types: list[int]) -> list[float]:
     """Scores whose order is that of the merges: 0 for the first token that is made, then -1, -2 ...
 
-    Single characters come last, as SentencePiece has them.
+    Tokens that no merge makes come last, as SentencePiece has single characters.
     """
-    normal = {text for text, type_ in zip(texts, types, strict=True) if type_ == TokenType.NORMAL}
-    ways: dict[str, set[str]] = {}
-    last = None
-    for left, right in merges:
-        made = left + right
-        if made not in normal:
-            continue  # added tokens are found in another way
-        if made in ways and made != last:
-            raise _not_sentencepiece(f"merges that make {made!r:.100} in more than one place")
-        ways.setdefault(made, set()).add(left)
-        last = made
-    pieces = [*ways, *(text for text in texts if text in normal and text not in ways)]
-    for left, right in make_merges(pieces) or []:
-        if left not in ways.get(left + right, ()):
-            raise _not_sentencepiece(f"no merge of {left!r:.100} and {right!r:.100}")
-        ways[left + right].remove(left)
-    for made, lefts in ways.items():
-        if lefts:
-            raise _not_sentencepiece(f"a merge that makes {made!r:.100} of added tokens")
+    normal = [text for text, type_ in zip(texts, types, strict=True) if type_ == TokenType.NORMAL]
+    known = set(normal)
+    # Gemma has merges that make user-defined tokens, too. In GGUF these are found in another way.
+    given = [(left, right) for left, right in merges if left + right in known]
+    pieces = list(dict.fromkeys([*(left + right for left, right in given), *normal]))
     rank = {piece: index for index, piece in enumerate(pieces)}
-    return [-float(rank[text]) if text in rank else 0.0 for text in texts]
-
-
-def _not_sentencepiece(given: str) -> ValueError:
-    return ValueError(
-        "tokenizer: expected the merges that SentencePiece makes: every way to cut a token into two, "
-        f"those of one token side by side; got {given}"
-    )
+    ranks = [rank[left + right] for left, right in given]
+    given.sort(key=lambda pair: (rank[pair[0] + pair[1]], -len(pair[0])))
+    if ranks != sorted(ranks) or given != make_merges(pieces):
+        raise ValueError(
+            "tokenizer: expected the merges that SentencePiece stands for (every way to cut a normal token "
+            "into two, those of one token side by side), got others"
+        )
+    return [-float(rank[text]) if text in known else 0.0 for text in texts]
 
 
 def _prefix_of(data: dict[str, Any]) -> bool:

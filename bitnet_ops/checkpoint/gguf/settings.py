@@ -67,7 +67,6 @@ def read_settings(files: GgufFile) -> DecoderConfig:
     reader = _Reader(files, architecture)
     reader.refuse_the_unsupported()
     fields: dict[str, Any] = {
-        "vocab_size": reader.vocab_size(),
         "tie_word_embeddings": f"{OUTSIDE['lm_head']}.weight" not in files.tensors,
         "activation_bits": reader.activation_bits(),
         "rope_theta": ROPE_THETA,
@@ -80,6 +79,7 @@ def read_settings(files: GgufFile) -> DecoderConfig:
         value = reader.number(key.name, key.kind, required=key.required)
         if value is not None:
             fields[key.field] = value
+    fields["vocab_size"] = reader.vocab_size(fields["hidden_size"])
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     if fields.get("query_scale") == 0.0:  # as good as absent
         del fields["query_scale"]
@@ -160,13 +160,15 @@ class _Reader:
         if not self.architecture.windows and type(window) is int and 0 < window < (context or 0):
             raise self.error("attention.sliding_window", "no window below context_length", window)
 
-    def vocab_size(self) -> int:
-        """The rows of the embedding."""
+    def vocab_size(self, hidden_size: int) -> int:
+        """The rows of the embedding, which has ``hidden_size`` columns."""
         name = f"{OUTSIDE['model.embed_tokens']}.weight"
         stored = self.files.tensors.get(name)
-        if stored is None or len(stored.shape) != 2:
+        if stored is None or len(stored.shape) != 2 or stored.shape[1] != hidden_size:
             given = "no such tensor" if stored is None else f"shape {list(stored.shape)}"
-            raise CheckpointError.at(self.files.file, f"tensor {name!r}", "an embedding [V, K]", given)
+            raise CheckpointError.at(
+                self.files.file, f"tensor {name!r}", f"an embedding of shape [V, {hidden_size}]", given
+            )
         return stored.shape[0]
 
     def activation_bits(self) -> int:

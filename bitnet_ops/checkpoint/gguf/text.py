@@ -1,9 +1,11 @@
-"""What a GGUF file says about text besides its tokenizer: special tokens, and a template of conversations."""
+"""What a GGUF file says about text besides its tokenizer: special tokens, conversations, embeddings."""
 
 from typing import Any
 
 from ...decoder.config import DecoderConfig
+from ...decoder.pooling import EmbeddingSettings
 from ..errors import CheckpointError
+from ..pooling import BITNET_EMBEDDING
 from .header import GgufFile
 
 TOKENS_KEY = "tokenizer.ggml.tokens"
@@ -24,6 +26,9 @@ NO_TOKEN = 2**32 - 1
 
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
 """Tokens at which texts stop though no key names them, as in llama.cpp: many files name one of several."""
+
+POOLINGS = {1: "mean", 2: "cls", 3: "last"}
+"""Values of "pooling_type"."""
 
 BITNET_ARCHITECTURES = ("bitnet-b1.58", "bitnet-25")
 BITNET_PRE = "llama-bpe"
@@ -79,6 +84,28 @@ def chat_template(files: GgufFile, architecture: str) -> str | None:
             files.file, f"key {TEMPLATE_KEY!r}", "a string", f"{type(template).__name__}"
         )
     return template
+
+
+def embedding_settings(files: GgufFile, architecture: str, config: DecoderConfig) -> EmbeddingSettings | None:
+    """How vectors are made of texts, or None where the file does not say it.
+
+    Files of BitNet-embedding, which are those with norms inside projections, say another pooling than that of
+    their models (pooling.py), so that is not looked at there. Their tokenizers append the last token.
+
+    Raises:
+        CheckpointError: a kind of pooling that is not supported.
+    """
+    if config.projection_norms:
+        return BITNET_EMBEDDING
+    kind = files.metadata.get(f"{architecture}.pooling_type", 0)
+    if type(kind) is not int or kind not in (0, *POOLINGS):
+        raise CheckpointError.at(
+            files.file,
+            f"key '{architecture}.pooling_type'",
+            f"0 (none), {', '.join(f'{number} ({name})' for number, name in POOLINGS.items())}",
+            f"{kind!r:.200}",
+        )
+    return EmbeddingSettings(pooling=POOLINGS[kind]) if kind else None
 
 
 def with_pre_tokenizer(files: GgufFile, architecture: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 from ...decoder.config import DecoderConfig
 from ..errors import CheckpointError
 from .byte_level import byte_level_metadata, read_byte_level
-from .sentencepiece import added_text, read_sentencepiece, sentencepiece_metadata, space_prefix
+from .sentencepiece import SPACE, added_text, read_sentencepiece, sentencepiece_metadata, space_prefix
 from .token_list import PREFIX, TokenList, TokenType, read_token_list
 
 NO_TOKENIZER = ("none", "no_vocab")
@@ -129,6 +129,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, config: DecoderConfig, vocab_size: 
     else:
         _check_added(data, follows_normalizer=(data["normalizer"] or {}).get("type") == "Replace")
         metadata = sentencepiece_metadata(data, texts, types)
+        _check_spaces(tokenizer, data, prefix=metadata[PREFIX + "add_space_prefix"])
     metadata["tokenizer.ggml.tokens"] = texts
     metadata["tokenizer.ggml.token_type"] = [int(type_) for type_ in types]
     metadata.update(_ids(data, config))
@@ -163,6 +164,17 @@ def _check_added(data: dict[str, Any], *, follows_normalizer: bool) -> None:
                 "tokenizer: expected added tokens that are looked for in text as it is, got "
                 f"{token['content']!r:.100} with normalized = true"
             )
+
+
+def _check_spaces(tokenizer: Tokenizer, data: dict[str, Any], *, prefix: bool) -> None:
+    """Refuses user-defined tokens with "▁" that spaces in a text do not become: in GGUF these are spaces."""
+    for token in data["added_tokens"]:
+        if SPACE in token["content"] and not token["special"]:
+            text = token["content"].replace(SPACE, " ")
+            if prefix or tokenizer.encode(text, add_special_tokens=False).ids != [token["id"]]:
+                raise ValueError(
+                    f"tokenizer: expected added tokens that spaces become, got {token['content']!r:.100}"
+                )
 
 
 def _listed(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

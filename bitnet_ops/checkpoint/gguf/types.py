@@ -65,7 +65,7 @@ class TensorType:
                 f"expected a {what} that {self.block} divides, because {self.name} has blocks of as many, "
                 f"got {fitted} in {list(shape)!r:.200}"
             )
-        rows = count // columns if columns else 0
+        rows = math.prod(shape[:-1])
         return rows * self.row_bytes + count // self.block * self.block_bytes + self.tensor_bytes
 
 
@@ -96,13 +96,19 @@ TYPES = (
 )
 """Every type whose size is known; those without `TensorType.refused` are read."""
 
+I2_S_ARM = TensorType(36, "I2_S_ARM", 64, 16, tensor_bytes=32, ternary=True)
+"""What bitnet.cpp calls I2_S, too, where it was quantised on ARM since November 2025.
+
+Nothing in a file says so. Hence it is not in `TYPES`, and only a user who knows can ask for it.
+"""
+
 REFUSED = {
     38: "TL1 of bitnet.cpp: its layout depends on the shape of the matrix and on the machine",
     39: "TL2 of bitnet.cpp, whose layout depends on the shape of the matrix, or MXFP4, which is not ternary",
     40: "NVFP4: 4 bits, not ternary",
     41: "Q1_0: binary, not ternary",
     43: _STQ1_0,
-    335: "IQ2_BN_R4 of ik_llama.cpp: four rows interleaved for its kernels; convert it to IQ2_BN",
+    335: "IQ2_BN_R4 of ik_llama.cpp: four rows interleaved for its kernels, not supported",
     **{
         number: f"{name}: not supported"
         for number, name in {

@@ -1,8 +1,9 @@
 """A model's weights in a GGUF file.
 
-Projections are ternary in one of the types of ternary/, one scale for each group of inputs, for each row, or
-for the matrix. Embedding and head are of any type; those that are not float are multiplied out. Norms are
-float, and stored as what they multiply by, whatever the family publishes (Gemma's 1 + w).
+Projections are ternary in one of the types of ternary/, with one scale for each group of inputs, for each row
+or for the matrix; or they are floats that are ternary in value. Embedding and head are of any type; those that
+are not float are multiplied out. Norms are float, and stored as what they multiply by, whatever the family
+publishes (Gemma's 1 + w).
 
 Architecture "llama" has the rows of q and k in another order, because its programs turn neighbouring numbers
 by one angle, where Hugging Face's turn numbers that are head_dim / 2 apart. Within a head::
@@ -20,6 +21,7 @@ from ...layers.linear import BitLinear
 from ...layers.memory import HugePages
 from ...layers.norm import RMSNorm
 from ..tensor_source import FLOAT_DTYPES, TensorSource
+from ..ternary_floats import GroupSizes, NotTernary, not_ternary, to_ternary
 from ..weights import CHUNK_ROWS, Projection, WeightReader, check_bias, pack_rows, read_bias
 from .architectures import Architecture
 from .header import GgufFile
@@ -29,6 +31,9 @@ from .ternary import group_size
 from .types import TYPES
 
 TERNARY = tuple(type_.name for type_ in TYPES if type_.ternary and not type_.refused)
+PACKABLE = (*TERNARY, *FLOAT_DTYPES)
+"""Floats may be ternary in value (ternary_floats.py)."""
+
 READABLE = tuple(type_.name for type_ in TYPES if not type_.refused)
 
 
@@ -65,25 +70,29 @@ class GgufWeights(WeightReader):
         sizes: set[int] = set()
         for name in () if self.dense else self._projections(config):
             stored = files.tensors.get(f"{name}.weight")
-            if stored is None or stored.dtype not in TERNARY or len(stored.shape) != 2:
+            if stored is None or stored.dtype not in PACKABLE or len(stored.shape) != 2:
                 continue  # for `check_projection` to refuse
             matrix = self._matrix(files, name)
-            if group_size(matrix.type) not in sizes:
-                sizes.add(_group_size(matrix.scales(), group_size(matrix.type)))
-        sizes.discard(0)
-        return config.replace(group_size=min(sizes, default=0))
+            size = group_size(matrix.type)
+            if not matrix.type.ternary:
+                sizes.add(_group_size_of_floats(files, matrix))
+            elif size not in sizes:
+                sizes.add(_group_size(matrix.scales(), size))
+            matrix.forget()
+        return config.replace(group_size=min(sizes - {0}, default=0))
 
     def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
         """Checks the headers of a projection's tensors; see `WeightReader`."""
         weight = f"{name}.weight"
         stored = files.tensors.get(weight)
-        if stored is not None and stored.dtype in READABLE and stored.dtype not in TERNARY:
+        shape = (layer.out_features, layer.in_features)
+        if stored is not None and stored.shape == shape and stored.dtype not in PACKABLE:
             raise files.error(
                 weight,
                 f"ternary weights ({', '.join(TERNARY)}), or linear=torch.nn.Linear for other models",
                 f"{stored.dtype}, such as {self._examples(files, name)}",
             )
-        files.expect(weight, TERNARY, (layer.out_features, layer.in_features))
+        files.expect(weight, PACKABLE, shape)
         return [weight, *self._check_scale(files, name), *check_bias(files, name, layer)]
 
     def read_projection(
@@ -91,10 +100,14 @@ class GgufWeights(WeightReader):
     ) -> Projection:
         """Packs a projection that `check_projection` has passed, some rows at a time."""
         matrix = self._matrix(files, name, layer.out_features)
-        scale = memory.copy(_for_layer(matrix.scales(), layer))
-        begins = range(0, layer.out_features, CHUNK_ROWS)
-        w = (matrix.ternary(begin, min(begin + CHUNK_ROWS, layer.out_features)) for begin in begins)
+        if matrix.type.ternary:
+            scale = memory.copy(_for_layer(matrix.scales(), layer))
+            w = _ternary_rows(matrix)
+        else:
+            scale = memory.empty(tuple(layer.weight_scale.shape), torch.float32)
+            w = _ternary_floats(matrix, layer, scale)
         packed, layout = pack_rows(w, layer, memory)
+        matrix.forget()
         return Projection(packed, layout, scale, self.read_bias(files, name, layer))
 
     def read_bias(self, files: TensorSource, name: str, layer: nn.Module) -> Tensor | None:
@@ -169,14 +182,46 @@ class GgufWeights(WeightReader):
         matrix = self._matrix(files, name, files.tensors[f"{name}.weight"].shape[0])
         scales = matrix.scales() if matrix.type.ternary else None
         out = memory.empty(matrix.shape, dtype)
-        for begin, rows in zip(range(0, len(out), CHUNK_ROWS), out.split(CHUNK_ROWS), strict=True):
-            rows.copy_(matrix.floats(begin, begin + len(rows), scales))
+        for begin, end in _chunks(len(out)):
+            out[begin:end] = matrix.floats(begin, end, scales)
+        matrix.forget()
         return out
 
     def _examples(self, files: TensorSource, name: str) -> str:
         """Some numbers of a matrix, for an error."""
         row = self._matrix(files, name).floats(0, 1).flatten()
         return ", ".join(f"{value:.4g}" for value in row[:4].tolist())
+
+
+def _chunks(rows: int) -> Iterator[tuple[int, int]]:
+    """The first rows of `CHUNK_ROWS` after another, and the first behind them."""
+    for begin in range(0, rows, CHUNK_ROWS):
+        yield begin, min(begin + CHUNK_ROWS, rows)
+
+
+def _ternary_rows(matrix: GgufMatrix) -> Iterator[Tensor]:
+    """The weights of a ternary matrix."""
+    for begin, end in _chunks(matrix.shape[0]):
+        yield matrix.ternary(begin, end)
+
+
+def _group_size_of_floats(files: TensorSource, matrix: GgufMatrix) -> int:
+    """How many inputs share a scale in a float matrix with ternary values; 0 for whole rows."""
+    sizes = GroupSizes()
+    for begin, end in _chunks(matrix.shape[0]):
+        try:
+            sizes.see(matrix.floats(begin, end))
+        except NotTernary as error:
+            raise not_ternary(files, matrix.weight, begin, error) from None
+    return sizes.coarsest
+
+
+def _ternary_floats(matrix: GgufMatrix, layer: BitLinear, scale: Tensor) -> Iterator[Tensor]:
+    """The weights of a float matrix that `_group_size_of_floats` has seen; fills in their scales."""
+    for begin, end in _chunks(matrix.shape[0]):
+        part = to_ternary(matrix.floats(begin, end), layer.group_size)
+        scale[..., begin:end] = part.scales
+        yield part.w
 
 
 def _one_a_row(scales: Tensor) -> bool:

@@ -30,6 +30,8 @@ def quantize(type: TensorType, matrix: Tensor) -> Tensor:
     if not matrix.is_floating_point():
         raise ValueError(f"expected a matrix of floats, got {matrix.dtype}")
     data = torch.empty(type.nbytes(tuple(matrix.shape)), dtype=torch.uint8)
+    if data.numel() == 0:
+        return data
     blocks = CHUNK // type.block
     chunks = matrix.detach().reshape(-1).split(blocks * type.block)
     for numbers, part in zip(chunks, data.split(blocks * type.block_bytes), strict=True):

@@ -1,9 +1,9 @@
 """Finds the scales of Q6_K: those of 16 numbers each, integers, and that of the block, float16.
 
-The numbers of a part are d * s * (q - 32), with -128 <= s < 128 and 0 <= q < 64. The plain choice of d * s is
-the one for which the largest number of the part is 32 steps. A somewhat smaller or larger one is often better:
-it moves the other numbers nearer to steps, at the cost of the largest. So some s are tried, and that of the
-least squared error is taken.
+The numbers of a part are d * s * (q - 32), with -128 <= s < 128 and 0 <= q < 64. With the plain choice of
+d * s the largest number of the part is 32 steps. Somewhat smaller or larger steps are often better: they move
+the other numbers nearer to steps, at the cost of the largest. So some s are tried, and the one of least
+squared error is taken.
 """
 
 import torch
@@ -32,7 +32,12 @@ def encode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
     least, most = x.amin(0), x.amax(0)
     # The side of -32 has one step more than the other, so the largest number is there.
     plain = torch.where(most > -least, most, least) / -32
-    d = (plain.view(-1, PARTS).abs().amax(1, keepdim=True) / LARGEST).to(torch.float16)
+    largest = plain.view(-1, PARTS).abs().amax(1, keepdim=True)
+    d = (largest / LARGEST).to(torch.float16)
+    # Numbers below those of full precision may be rounded down by so much that s would not fit.
+    d = torch.where(largest > 127 * d.float(), d.view(torch.int16) + 1, d.view(torch.int16)).view(
+        torch.float16
+    )
     unit = d.float().expand(-1, PARTS).reshape(-1)
     s0 = (plain * _inverse(unit)).round_()
     best, least_error = s0, _squared_error(x, s0 * unit)

@@ -10,6 +10,7 @@ from .layout import Layout
 
 LAYOUTS = {
     "I2_S": two_bits.I2_S,
+    "I2_S_ARM": two_bits.I2_S_ARM,
     "TQ2_0": two_bits.TQ2_0,
     "Q2_0": two_bits.Q2_0,
     "Q2_0_128": two_bits.PQ2_0,
@@ -48,7 +49,7 @@ def decode_rows(type: TensorType, data: Tensor, shape: tuple[int, int], begin: i
         tensor([1, 1, 1, 1], dtype=torch.int8)
     """
     layout = _layout_for(type, data, shape)
-    columns = shape[1]
+    columns, groups = shape[1], shape[1] // type.block
     if not 0 <= begin <= end <= shape[0]:
         raise ValueError(f"expected rows of {shape[0]}, got {begin} to {end}")
     if begin == end or columns == 0:
@@ -60,9 +61,8 @@ def decode_rows(type: TensorType, data: Tensor, shape: tuple[int, int], begin: i
         block, last = begin * columns // type.block, -(-end * columns // type.block)
         blocks = data[block * type.block_bytes : last * type.block_bytes].view(-1, code_bytes)
     else:
-        rows = data.view(shape[0], -1)[begin:end, type.row_bytes :]
-        blocks = rows.unflatten(1, (-1, type.block_bytes))[:, :, first : first + code_bytes]
-        blocks = blocks.reshape(-1, code_bytes)
+        rows = data.view(shape[0], -1)[begin:end, type.row_bytes :].unflatten(1, (groups, type.block_bytes))
+        blocks = rows[:, :, first : first + code_bytes].reshape(-1, code_bytes)
     if blocks.storage_offset() % 8 or blocks.data_ptr() % 8 or not blocks.is_contiguous():
         blocks = blocks.clone(memory_format=torch.contiguous_format)  # for words of eight bytes
     damaged = layout.damaged(blocks)
@@ -72,7 +72,7 @@ def decode_rows(type: TensorType, data: Tensor, shape: tuple[int, int], begin: i
         if layout.scale_of == "tensor":
             at = (block + at) * type.block_bytes
         else:
-            row, of_row = divmod(at, columns // type.block)
+            row, of_row = divmod(at, groups)
             at = (begin + row) * (data.numel() // shape[0]) + type.row_bytes + of_row * type.block_bytes
         raise ValueError(f"expected {layout.what}, got 0x{value:02x} in byte {at + first + byte}")
     weights = layout.decode(blocks).view(-1)
@@ -134,13 +134,16 @@ def encode(type: TensorType, w: Tensor, scales: Tensor) -> Tensor:
         raise ValueError("expected weights in {-1, 0, 1}, got others")
     rows, columns = w.shape
     data = torch.zeros(type.nbytes((rows, columns)), dtype=torch.uint8)
-    shapes = [(1, rows), (columns // type.block, rows)][: 2 if layout.scale_of == "block" else 1]
+    groups = columns // type.block
+    shapes = [(1, rows), (groups, rows)][: 2 if layout.scale_of == "block" else 1]
     if scales.dtype != torch.float32 or tuple(scales.shape) not in shapes:
         raise ValueError(
             f"expected scales float32 {' or '.join(str(list(shape)) for shape in shapes)}, "
             f"got {scales.dtype} {list(scales.shape)}"
         )
     _check_scales(scales.T)
+    if w.numel() == 0:
+        return data
     if layout.scale_of == "tensor":
         return _encode_flat(layout, type, w, scales, data)
     stored = scales.to(layout.scale_dtype)
@@ -148,7 +151,7 @@ def encode(type: TensorType, w: Tensor, scales: Tensor) -> Tensor:
         wrong = scales[stored.float() != scales][0].item()
         raise ValueError(f"expected scales that {layout.scale_dtype} holds exactly, got {wrong!r}")
     first, last = layout.codes
-    blocks = data.view(rows, columns // type.block, type.block_bytes)
+    blocks = data.view(rows, groups, type.block_bytes)
     at = 0 if first else last
     blocks[:, :, at : at + stored.itemsize] = stored.T.contiguous().unsqueeze(-1).view(torch.uint8)
     for part, out in zip(w.split(CHUNK_ROWS), blocks.split(CHUNK_ROWS), strict=True):
@@ -158,13 +161,12 @@ def encode(type: TensorType, w: Tensor, scales: Tensor) -> Tensor:
 
 def _encode_flat(layout: Layout, type: TensorType, w: Tensor, scales: Tensor, data: Tensor) -> Tensor:
     assert layout.encode is not None
-    if scales.numel() and scales.min() != scales.max():
+    if scales.min() != scales.max():
         raise ValueError(
             f"expected one scale for the tensor, got from {scales.min().item()!r} to {scales.max().item()!r}"
         )
     end = data.numel() - type.tensor_bytes
-    if scales.numel():
-        data[end : end + scales.itemsize] = scales[0, :1].contiguous().view(torch.uint8)
+    data[end : end + scales.itemsize] = scales[0, :1].clone().view(torch.uint8)
     blocks = w.reshape(-1, type.block)
     chunk = max(1, CHUNK_ROWS * w.shape[1] // type.block)
     for part, out in zip(
@@ -182,6 +184,8 @@ def _layout(type: TensorType) -> Layout:
 
 def _layout_for(type: TensorType, data: Tensor, shape: tuple[int, int]) -> Layout:
     layout = _layout(type)
+    if len(shape) != 2:
+        raise ValueError(f"expected a matrix, got {list(shape)!r:.200}")
     expected = type.nbytes(shape)
     if data.dtype != torch.uint8 or data.shape != (expected,):
         raise ValueError(
@@ -194,6 +198,9 @@ def _scales_of_rows(
     layout: Layout, type: TensorType, data: Tensor, shape: tuple[int, int], begin: int, end: int
 ) -> Tensor:
     """float32 [rows, groups]."""
+    groups = shape[1] // type.block if layout.scale_of == "block" else 1
+    if begin == end or groups == 0:
+        return torch.empty(end - begin, groups)
     if layout.scale_of == "tensor":
         at = data.numel() - type.tensor_bytes
         stored = data[at : at + layout.scale_dtype.itemsize].expand(end - begin, 1, -1)
@@ -201,16 +208,16 @@ def _scales_of_rows(
         stored = data.view(shape[0], -1)[begin:end, None, : type.row_bytes]
     else:
         at = 0 if layout.codes[0] else layout.codes[1]
-        rows = data.view(shape[0], -1, type.block_bytes)[begin:end]
+        rows = data.view(shape[0], groups, type.block_bytes)[begin:end]
         stored = rows[:, :, at : at + layout.scale_dtype.itemsize]
     # A copy begins where a number may begin.
     values = stored.clone(memory_format=torch.contiguous_format).view(layout.scale_dtype).squeeze(-1).float()
-    _check_scales(values)
+    _check_scales(values, begin)
     return values
 
 
-def _check_scales(values: Tensor) -> None:
-    """Raises ValueError for a scale that no writer makes; ``values`` is [rows, groups].
+def _check_scales(values: Tensor, begin: int = 0) -> None:
+    """Raises ValueError for a scale that no writer makes; ``values`` is [rows from ``begin`` on, groups].
 
     All writers take the largest absolute value. A negative one would turn the signs of the weights around.
     """
@@ -218,6 +225,6 @@ def _check_scales(values: Tensor) -> None:
     if not good.all():
         row, group = map(int, (~good).nonzero()[0])
         raise ValueError(
-            f"expected scales that are finite and 0 or more, got {values[row, group].item()!r} in row {row}, "
-            f"group {group}"
+            f"expected scales that are finite and 0 or more, got {values[row, group].item()!r} in "
+            f"row {begin + row}, group {group}"
         )

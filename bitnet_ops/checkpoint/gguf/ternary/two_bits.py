@@ -10,6 +10,13 @@ Behind the last block, at byte N * K / 4, is one float32 scale, then 28 bytes wi
 
     c[32 n + m]  =  (byte m >> (6 - 2 n)) & 3                           n = 0 .. 3
 
+I2_S of builds of bitnet.cpp for ARM, the same with 16 bytes for 64 weights::
+
+    c[16 n + m]  =  (byte m >> (6 - 2 n)) & 3                           m = 0 .. 15
+
+(Builds for x86 that were compiled without ACT_PARALLEL write a third one, with four rows in a byte. It is not
+read. Nothing in a file says which one it has.)
+
 TQ2_0 of llama.cpp, 66 bytes for 256 weights: two times 32 bytes that hold 128 weights each, then the scale d,
 float16. The order of bits is the other one::
 
@@ -103,6 +110,14 @@ I2_S = Layout(
     damaged=_code_3,
     what=_WHAT,
     encode=partial(_encode, width=32, shifts=_DOWN),
+)
+I2_S_ARM = Layout(
+    codes=(0, 16),
+    scale_of="tensor",
+    scale_dtype=torch.float32,
+    decode=partial(_decode, width=16, shifts=_DOWN),
+    damaged=_code_3,
+    what=_WHAT,
 )
 TQ2_0 = Layout(
     codes=(0, 64),

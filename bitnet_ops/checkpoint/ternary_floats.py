@@ -1,0 +1,274 @@
+"""Float weights that are ternary already: how their scales are found.
+
+Some models are published as ordinary float checkpoints, without "quantization_config", whose projections hold
+no values but ``-s``, ``0`` and ``s``: TriLM with one s for some rows, Ternary-Bonsai with one for each 128
+inputs of a row. Nothing in the files says which, so it is looked up::
+
+    w[n, k] in {-s, 0, s}        s = s[n, k div group]        group = K, 256, 128 or 64
+
+The coarsest group that fits all projections becomes `DecoderConfig.group_size` (0 for K: one scale a row, of
+which one for the tensor is a case). A scale is the stored number itself, exactly. It is found among bits, for
+those of a float without its sign are an integer, in the order of magnitudes::
+
+    bfloat16   | sign | exponent 8 | mantissa  7 |      magnitude = bits & 0x7fff     0 and -0 have 0
+    float16    | sign | exponent 5 | mantissa 10 |
+    float32    | sign | exponent 8 | mantissa 23 |      magnitude = bits & 0x7fffffff
+
+A group is ternary where the largest of its magnitudes is that of a finite number, and equals the smallest
+above 0. Such models were trained with float activations, so theirs have 16 bits here.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ..decoder.config import DecoderConfig
+from ..layers.linear import BitLinear
+from ..layers.memory import HugePages
+from .errors import CheckpointError
+from .tensor_source import FLOAT_DTYPES, TensorSource
+from .weights import (
+    CHUNK_ROWS,
+    Projection,
+    WeightReader,
+    check_bias,
+    pack_rows,
+    projection_shapes,
+    read_bias,
+)
+
+ACTIVATION_BITS = 16
+
+FINEST = 64
+GROUP_SIZES = (0, 256, 128, FINEST)
+"""The coarsest first; 0 for whole rows."""
+
+CHUNK_BYTES = 1 << 20
+"""Bytes of weights that are looked at together, so that the temporaries stay in the second-level cache."""
+
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+class NotTernary(ValueError):
+    """Weights are not as `group_scales` wants them.
+
+    Attributes:
+        row: of the first that are not.
+        given: an example from there.
+    """
+
+    def __init__(self, row: int, given: str) -> None:
+        super().__init__(f"row {row}: expected weights -s, 0 or s, got {given}")
+        self.row, self.given = row, given
+
+
+class Ternary(NamedTuple):
+    """Rows of a ternary matrix: int8 [n, K] in {-1, 0, 1}, and float32 multipliers [G, n]."""
+
+    w: Tensor
+    scales: Tensor
+
+
+def group_scales(x: Tensor) -> Tensor:
+    """The s of each 64 inputs of float rows that hold -s, 0 and s only.
+
+    Args:
+        x: float32, bfloat16 or float16 [n, K].
+
+    Returns:
+        [n, ceil(K / 64)] in the dtype of ``x``; 0 for a group of zeros.
+
+    Raises:
+        NotTernary: a group has other values, a NaN, or an infinity.
+    """
+    bits = x.view(_BITS[x.dtype])
+    most = torch.iinfo(bits.dtype).max
+    magnitude = bits & most
+    below = (magnitude - 1).bitwise_and_(most)  # 0 becomes the largest, the order of the others stays
+    high = torch.cat([part.amax(-1) for part in _groups(magnitude)], 1)
+    low = torch.cat([part.amin(-1) for part in _groups(below)], 1)
+    infinity = torch.tensor(torch.inf, dtype=x.dtype).view(bits.dtype)
+    wrong = ((high != 0) & (low != high - 1)) | (high >= infinity)
+    if wrong.any():
+        row, group = wrong.nonzero()[0].tolist()
+        raise NotTernary(row, _example(x[row, group * FINEST : (group + 1) * FINEST]))
+    return high.view(x.dtype)
+
+
+def _groups(x: Tensor) -> list[Tensor]:
+    """Views of [n, K] as [n, G, 64] and, where 64 does not divide K, [n, 1, K mod 64]."""
+    whole = x.shape[1] // FINEST * FINEST
+    parts = [x[:, :whole].unflatten(1, (-1, FINEST)), x[:, whole:].unsqueeze(1)]
+    return [part for part in parts if part.numel()]
+
+
+def merge_scales(scales: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The scales of coarser groups, and which of them fit.
+
+    Args:
+        scales: from `group_scales`.
+        group_size: one of `GROUP_SIZES`.
+
+    Returns:
+        ``(merged, fits)``: [n, G] in the dtype of ``scales``, 0 for a group of zeros; and bool [n, G]:
+        whether the groups inside have the same scale, but for those of zeros.
+    """
+    count = group_size // FINEST or max(scales.shape[1], 1)
+    parts = F.pad(scales, (0, -scales.shape[1] % count)).unflatten(1, (-1, count))
+    merged = parts.amax(-1)
+    return merged, ((parts == 0) | (parts == merged.unsqueeze(-1))).all(-1)
+
+
+def to_ternary(x: Tensor, group_size: int) -> Ternary:
+    """Takes float rows apart into ternary weights and their scales; ``w * scale`` are the rows, exactly.
+
+    Args:
+        x: float32, bfloat16 or float16 [n, K] with values -s, 0 and s, with one s for each ``group_size``
+            inputs of a row.
+        group_size: one of `GROUP_SIZES`; 0 for one s a row.
+
+    Returns:
+        Weights and multipliers; a group of zeros has 0, a row of zeros with ``group_size`` 0 has 1.
+
+    Raises:
+        NotTernary: other values.
+    """
+    finest = group_scales(x)
+    scales, fits = merge_scales(finest, group_size)
+    if not fits.all():
+        row, group = (~fits).nonzero()[0].tolist()
+        raise NotTernary(row, _example(x[row, group * group_size :][: group_size or None]))
+    scales = scales.float()
+    if group_size == 0:
+        scales = scales.masked_fill_(scales == 0, 1.0)
+    # The sign of -0 is 0.
+    return Ternary(x.sign().to(torch.int8), scales.T)
+
+
+class GroupSizes:
+    """Finds the coarsest groups with one scale each, over any number of matrices.
+
+    Attributes:
+        fitting: the sizes that fit all that was seen, the coarsest first; `FINEST` is always among them.
+    """
+
+    def __init__(self) -> None:
+        """Has seen nothing, which every size fits."""
+        self.fitting: tuple[int, ...] = GROUP_SIZES
+
+    @property
+    def coarsest(self) -> int:
+        """The one to use, as `DecoderConfig.group_size`."""
+        return self.fitting[0]
+
+    def see(self, x: Tensor) -> None:
+        """Looks at float rows [n, K].
+
+        Raises:
+            NotTernary: not even groups of 64 fit.
+        """
+        scales = group_scales(x)
+        while self.coarsest != FINEST and not merge_scales(scales, self.coarsest)[1].all():
+            self.fitting = self.fitting[1:]  # what fits a group fits the smaller ones inside
+
+
+class TernaryFloats(WeightReader):
+    """Reads projections whose float weights are ternary already."""
+
+    def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
+        """Looks at all projections: sets ``group_size``, and ``activation_bits`` to 16.
+
+        Raises:
+            CheckpointError: a projection is not ternary, missing, or of another shape or dtype.
+        """
+        sizes = GroupSizes()
+        shapes = projection_shapes(config)
+        for module, shape in tqdm(
+            shapes.items(), desc="finding scales", unit="tensor", disable=None, leave=False
+        ):
+            name = f"{self.stored_name(module)}.weight"
+            files.expect(name, FLOAT_DTYPES, shape)
+            for begin, x in _chunks(files, name, 0, shape[0]):
+                try:
+                    sizes.see(x)
+                except NotTernary as error:
+                    raise not_ternary(files, name, begin, error) from None
+        return config.replace(activation_bits=ACTIVATION_BITS, group_size=sizes.coarsest)
+
+    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+        """Checks the headers of a projection's tensors; see `WeightReader`."""
+        files.expect(f"{name}.weight", FLOAT_DTYPES, (layer.out_features, layer.in_features))
+        return [f"{name}.weight", *check_bias(files, name, layer)]
+
+    def read_projection(
+        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+    ) -> Projection:
+        """Takes a projection that `check_projection` has passed apart."""
+        return read_floats(files, name, layer, memory)
+
+
+def read_floats(files: TensorSource, name: str, layer: BitLinear, memory: HugePages) -> Projection:
+    """A projection out of a float tensor [N, K] with ternary values, some rows at a time.
+
+    Args:
+        files: where it lies.
+        name: of the module; its tensors are ``name.weight`` and, where ``layer`` has one, ``name.bias``.
+        layer: of its sizes and its group size.
+        memory: where the packed weights and the scales go.
+
+    Raises:
+        CheckpointError: a group of the layer's size has other values than -s, 0 and s.
+    """
+    weight = f"{name}.weight"
+    scales = memory.empty(tuple(layer.weight_scale.shape), torch.float32)
+
+    def rows() -> Iterator[Tensor]:
+        for top in range(0, layer.out_features, CHUNK_ROWS):
+            end = min(top + CHUNK_ROWS, layer.out_features)
+            w = torch.empty((end - top, layer.in_features), dtype=torch.int8)
+            for begin, x in _chunks(files, weight, top, end):
+                try:
+                    part = to_ternary(x, layer.group_size)
+                except NotTernary as error:
+                    raise not_ternary(files, weight, begin, error) from None
+                w[begin - top : begin - top + len(x)] = part.w
+                scales[..., begin : begin + len(x)] = part.scales
+            yield w
+
+    packed, layout = pack_rows(rows(), layer, memory)
+    return Projection(packed, layout, scales, read_bias(files, name, layer))
+
+
+def not_ternary(files: TensorSource, name: str, begin: int, error: NotTernary) -> CheckpointError:
+    """The error to raise for a tensor whose rows from ``begin`` on gave ``error``."""
+    return files.error(
+        name,
+        "weights -s, 0 or s with one s for each 64, 128 or 256 inputs of a row",
+        f"{error.given} in row {begin + error.row}; a model that is not ternary loads with "
+        "linear=torch.nn.Linear, and master weights of one that is need 'quantization_config': "
+        "{'quant_method': 'bitnet', 'linear_class': 'autobitlinear', 'quantization_mode': 'online'}",
+    )
+
+
+def _chunks(files: TensorSource, name: str, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    """Some rows of a matrix at a time, with the number of the first."""
+    stored = files.tensors[name]
+    step = max(1, CHUNK_BYTES * stored.shape[0] // max(stored.nbytes, 1))
+    for first in range(begin, end, step):
+        x = files.rows(name, first, min(first + step, end))
+        yield first, x
+        files.forget(x)
+
+
+def _example(group: Tensor) -> str:
+    """Two values that do not go together, or one that goes with none."""
+    strange = group[~group.isfinite()]
+    if len(strange):
+        return f"{strange[0].item()!r}"
+    values = group[group != 0]
+    other = values[values.abs() != values[0].abs()]
+    return f"{values[0].item():.9g} and {other[0].item():.9g}"
