@@ -12,6 +12,9 @@ weights.py        what the formats of weights have in common
 hf.py             weights in the published "bitnet" formats (packed, ternary, master)
 ternary_floats.py float weights that are ternary already: their scales are found
 packed.py         weights in our own format, and save_pretrained
+published_out.py  writes the published layout, for transformers
+saveable.py       what a model has to be to be written
+draft.py          files that are written as a whole or not at all
 tensor_source.py  tensors by name, mapped or read
 files.py          JSON and safetensors files, not trusted
 head_copy.py      the head's copy for certified tokens
@@ -22,7 +25,9 @@ errors.py         CheckpointError
 """
 
 from .errors import CheckpointError
+from .gguf.export import save_gguf
 from .load import load
 from .packed import save_pretrained
+from .published_out import save_published
 
-__all__ = ["CheckpointError", "load", "save_pretrained"]
+__all__ = ["CheckpointError", "load", "save_gguf", "save_pretrained", "save_published"]

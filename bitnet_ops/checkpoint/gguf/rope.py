@@ -10,7 +10,9 @@ Keys behind the architecture::
 Llama 3's way has no keys. It is a tensor "rope_freqs.weight", float32 [head_dim / 2]: what each frequency is
 divided by. The factors follow from four constants (`bitnet_ops.reference.rotary_frequencies`), of which files
 lose all; where the published ones give the tensor they are used, so that the model is the one that the
-Hugging Face folder gives, to the last bit.
+Hugging Face folder gives, to the last bit. Keys of ours say it where two of them are others::
+
+    bitnet_ops.rope.low_freq_factor, bitnet_ops.rope.high_freq_factor      float32
 """
 
 import math
@@ -28,6 +30,9 @@ from .names import ROPE_FACTORS
 
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 """Of every Llama 3; the first factor differs, and is the largest of the tensor."""
+
+CONTEXT_KEY = "rope.scaling.original_context_length"
+LOW_KEY, HIGH_KEY = "bitnet_ops.rope.low_freq_factor", "bitnet_ops.rope.high_freq_factor"
 
 TOLERANCE = 1e-5
 """Converters compute the factors in float32, in a few steps of half an ulp (6e-8) each; the factors of other
@@ -62,8 +67,7 @@ def read_rope_scaling(files: GgufFile, architecture: str, config: DecoderConfig)
     factors = files.read(ROPE_FACTORS)
     if not (factors.isfinite() & (factors > 0)).all():
         raise files.error(ROPE_FACTORS, "finite numbers above 0", "others")
-    context = reader.number("rope.scaling.original_context_length", float(LLAMA3_CONTEXT))
-    return _from_factors(files, factors, config, context)
+    return _from_factors(files, factors, config, reader)
 
 
 def _from_keys(reader: "_Keys", config: DecoderConfig) -> RopeScaling | None:
@@ -77,7 +81,7 @@ def _from_keys(reader: "_Keys", config: DecoderConfig) -> RopeScaling | None:
         attention = reader.number("rope.scaling.attn_factor", 1.0) * reader.number(
             "rope.scaling.yarn_attn_factor", 1.0
         )
-        context = reader.number("rope.scaling.original_context_length", float(config.max_position_embeddings))
+        context = reader.number(CONTEXT_KEY, float(config.max_position_embeddings))
         growth = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0
         return reader.scaling(
             kind,
@@ -93,7 +97,7 @@ def _from_keys(reader: "_Keys", config: DecoderConfig) -> RopeScaling | None:
 
 
 def _from_factors(
-    files: GgufFile, factors: Tensor, config: DecoderConfig, context: float
+    files: GgufFile, factors: Tensor, config: DecoderConfig, reader: "_Keys"
 ) -> RopeScaling | None:
     if (factors == 1.0).all():
         return None
@@ -102,9 +106,9 @@ def _from_factors(
         llama3 = RopeScaling(
             "llama3",
             float(factors.max()),
-            LLAMA3_LOW,
-            LLAMA3_HIGH,
-            original_max_position_embeddings=int(context),
+            reader.ours(LOW_KEY, LLAMA3_LOW),
+            reader.ours(HIGH_KEY, LLAMA3_HIGH),
+            original_max_position_embeddings=int(reader.number(CONTEXT_KEY, float(LLAMA3_CONTEXT))),
         )
         stretched = reference.rotary_frequencies(config.head_dim, config.rope_theta, llama3)
         if torch.allclose(plain / factors, stretched, rtol=TOLERANCE, atol=0.0):
@@ -112,6 +116,28 @@ def _from_factors(
         return RopeScaling("factors", 1.0, factors=tuple(factors.tolist()))
     except (ValueError, TypeError) as error:
         raise files.error(ROPE_FACTORS, "factors of a scaling", f"{error!s:.200}") from None
+
+
+def llama3_factors(config: DecoderConfig, scaling: RopeScaling) -> Tensor:
+    """The tensor "rope_freqs.weight" of a file, float32 [head_dim / 2].
+
+    llama.cpp's converter computes it in float32, step by step; these are its steps, so that files agree bit
+    by bit. With turns = context * f / (2 pi) in the context that the model was trained with::
+
+        1                                        where turns > high
+        factor                                   where turns < low
+        1 / ((1 - s) / factor + s)               between, with s = (turns - low) / (high - low)
+    """
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    frequencies = 1.0 / (config.rope_theta ** (pairs / config.head_dim))
+    wavelength = 2 * math.pi / frequencies
+    context, factor = scaling.original_max_position_embeddings, float(scaling.factor)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = (context / wavelength - low) / (high - low)
+    between = 1 / ((1 - kept) / factor + kept)
+    return torch.where(
+        wavelength < context / high, 1.0, torch.where(wavelength > context / low, factor, between)
+    )
 
 
 class _Keys:
@@ -132,6 +158,11 @@ class _Keys:
         if type(value) not in (int, float) or not math.isfinite(value) or not -1 <= value < 2**31:
             raise self.error(name, "a finite number", value)
         return decimal(float(value))
+
+    def ours(self, key: str, default: float) -> float:
+        """A number that our writer has put in, or the default where it is none."""
+        value = self.files.metadata.get(key)
+        return decimal(value) if type(value) is float and math.isfinite(value) else default
 
     def scaling(self, kind: str, **fields: Any) -> RopeScaling:
         """A `RopeScaling` of checked fields."""

@@ -1,6 +1,6 @@
 """A model's weights in a GGUF file.
 
-Projections are ternary in one of the types of ternary/, with a scale for each group of inputs, for each row or
+Projections are ternary in one of the types of ternary/, a scale for each group of inputs, for each row or
 for the matrix; or they are floats that are ternary in value. Embedding and head are of any type; what is not
 float is multiplied out. Norms are float, and stored as what they multiply by, whatever the family publishes
 (Gemma's 1 + w).
@@ -63,17 +63,21 @@ class GgufWeights(WeightReader):
         return [ROPE_FACTORS]
 
     def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
-        """Finds out how many inputs share a scale: 0 where all groups of each row have the same one."""
-        sizes = set()
+        """Finds out how many inputs share a scale: 0 where all groups of each row have the same one.
+
+        Groups may be larger than a type's, for a type may be all that a writer had.
+        """
+        sizes: set[int] = set()
         for name in () if self.dense else self._projections(config):
             stored = files.tensors.get(f"{name}.weight")
             if stored is None or stored.dtype not in PACKABLE or len(stored.shape) != 2:
                 continue  # for `check_projection` to refuse
             matrix = self._matrix(files, name)
+            size = group_size(matrix.type)
             if not matrix.type.ternary:
                 sizes.add(_group_size_of_floats(files, matrix))
-            elif group_size(matrix.type) not in sizes and not _one_a_row(matrix.scales()):
-                sizes.add(group_size(matrix.type))
+            elif size not in sizes:
+                sizes.add(_group_size(matrix.scales(), size))
             matrix.forget()
         return config.replace(group_size=min(sizes - {0}, default=0))
 
@@ -225,6 +229,18 @@ def _one_a_row(scales: Tensor) -> bool:
     return bool(((scales == scales.amax(0)) | (scales == 0)).all())
 
 
+def _group_size(scales: Tensor, size: int) -> int:
+    """The most inputs that share each scale, of scales [G, N] of ``size`` inputs; 0 for one scale a row."""
+    if _one_a_row(scales):
+        return 0
+    for larger in (256, 128):
+        if larger > size:
+            first = torch.arange(len(scales)) * size // larger * larger // size
+            if bool((scales == scales[first]).all()):
+                return larger
+    return size
+
+
 def _for_layer(scales: Tensor, layer: BitLinear) -> Tensor:
     """Scales [G, N] as the layer has them."""
     if _one_a_row(scales):
@@ -234,4 +250,5 @@ def _for_layer(scales: Tensor, layer: BitLinear) -> Tensor:
     groups = -(-layer.in_features // layer.group_size)
     if len(scales) == 1:
         return scales.expand(groups, -1)
-    return scales.repeat_interleave(groups // len(scales), 0)
+    size = layer.in_features // len(scales)
+    return scales[torch.arange(groups) * layer.group_size // size]
