@@ -10,7 +10,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
-from bitnet_ops.checkpoint import CheckpointError, save_pretrained
+from bitnet_ops.checkpoint import CheckpointError, save_gguf, save_pretrained, save_published
 from bitnet_ops.decoder.cache import KVCache
 from bitnet_ops.decoder.config import BitNetConfig, DecoderConfig, RopeScaling
 from bitnet_ops.decoder.pooling import EmbeddingSettings
@@ -71,7 +71,9 @@ __all__ = [
     "repack_ternary",
     "replace_linear",
     "rms_norm",
+    "save_gguf",
     "save_pretrained",
+    "save_published",
     "supported_isas",
     "ternary_linear",
     "ternary_matmul",

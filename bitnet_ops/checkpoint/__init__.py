@@ -15,6 +15,9 @@ ternary_floats.py float weights that are ternary already: their scales are found
 mlx.py            weights in MLX's 2-bit form
 group_sizes.py    which inputs of a row share a scale
 packed.py         weights in our own format, and save_pretrained
+published_out.py  writes the published layout, for transformers
+saveable.py       what a model has to be to be written
+draft.py          files that are written as a whole or not at all
 tensor_source.py  tensors by name, mapped or read
 files.py          JSON and safetensors files, not trusted
 head_copy.py      the head's copy for certified tokens
@@ -25,7 +28,9 @@ errors.py         CheckpointError
 """
 
 from .errors import CheckpointError
+from .gguf.export import save_gguf
 from .load import load
 from .packed import save_pretrained
+from .published_out import save_published
 
-__all__ = ["CheckpointError", "load", "save_pretrained"]
+__all__ = ["CheckpointError", "load", "save_gguf", "save_pretrained", "save_published"]

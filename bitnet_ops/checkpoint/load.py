@@ -16,11 +16,12 @@ from ..layers.memory import HugePages
 from ..layers.norm import RMSNorm
 from .errors import CheckpointError
 from .folder import open_folder
+from .gguf.open import open_gguf
 from .head_copy import CHUNK_ROWS, is_finite, stored_head
 from .location import locate
 from .opened import OpenCheckpoint
 from .tensor_source import TensorSource
-from .weights import WeightReader, read_bias
+from .weights import WeightReader
 
 Model = TypeVar("Model", bound=LanguageModel)
 
@@ -47,7 +48,9 @@ def load(
     """
     if linear not in (BitLinear, nn.Linear):
         raise ValueError(f"linear: expected BitLinear or torch.nn.Linear, got {linear!r}")
-    with open_folder(locate(model, revision), dense=linear is nn.Linear, mmap=mmap) as checkpoint:
+    path = locate(model, revision)
+    open_checkpoint = open_gguf if path.is_file() else open_folder
+    with open_checkpoint(path, dense=linear is nn.Linear, mmap=mmap) as checkpoint:
         files, weights = checkpoint.files, checkpoint.weights
         _check_plausible(checkpoint)
         config = weights.complete(checkpoint.config, files)
@@ -118,7 +121,7 @@ def _load_weights(
             finite = f"{name}.weight" == finite_table
             steps.append(partial(_load_matrix, files, weights, memory, name, module, finite))
             if isinstance(module, nn.Linear) and ours != "lm_head":
-                steps.append(partial(_make_dense, files, name, module))
+                steps.append(partial(_make_dense, files, weights, name, module))
     head = f"{weights.stored_name('lm_head')}.weight"
     if model.config.tie_word_embeddings and head in files.tensors:
         used += weights.check_matrix(files, weights.stored_name("lm_head"), model.model.embed_tokens)
@@ -163,11 +166,11 @@ def _load_matrix(
     module.weight = nn.Parameter(matrix)
 
 
-def _make_dense(files: TensorSource, name: str, module: nn.Linear) -> None:
+def _make_dense(files: TensorSource, weights: WeightReader, name: str, module: nn.Linear) -> None:
     """A projection that is not ternary computes in float32, the dtype of what it is given."""
     module.weight = nn.Parameter(module.weight.float())
     if module.bias is not None:
-        bias = read_bias(files, name, module)
+        bias = weights.read_bias(files, name, module)
         assert bias is not None
         module.bias = nn.Parameter(bias)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import CheckpointError
-
-GGUF_SUFFIX = ".gguf"
+from .gguf.open import is_gguf
 
 
 class HubName(NamedTuple):
@@ -70,10 +69,10 @@ def hub_name(text: str) -> HubName | None:
 
 
 def _local(path: Path) -> Path:
-    if path.is_dir() or (path.is_file() and path.suffix.lower() == GGUF_SUFFIX):
+    if path.is_dir() or is_gguf(path):
         return path
     raise CheckpointError(
-        f"model: expected a folder with a checkpoint, a {GGUF_SUFFIX} file, or a name on the Hugging Face "
+        f"model: expected a folder with a checkpoint, a .gguf file, or a name on the Hugging Face "
         f"hub such as 'microsoft/bitnet-b1.58-2B-4T' or 'owner/repo:file.gguf', got {str(path)!r}, which "
         f"{'is another file' if path.exists() else 'does not exist'}"
     )

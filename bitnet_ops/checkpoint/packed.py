@@ -13,8 +13,6 @@ the others, by the names of their modules. A folder of any layouts loads on any 
 
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,26 +21,25 @@ import torch
 
 from .. import ops, packing
 from ..families import Family
-from ..layers.linear import BitLinear, BitLinearQAT, best_layout, native_layouts
+from ..layers.linear import BitLinear, best_layout, native_layouts
 from ..layers.memory import HugePages
 from .codes import check_packed
 from .config_json import QUANT_METHOD, config_to_json
+from .draft import folder_draft
 from .errors import CheckpointError
 from .files import SINGLE_FILE
 from .head_copy import binding, head_to_store, stored_names, table_name
 from .pooling import save_embedding_settings
-from .tensor_source import FLOAT_DTYPES, TORCH_DTYPE, TensorSource
+from .saveable import check_saveable
+from .tensor_source import TensorSource
 from .text_files import TOKEN_FIELDS, save_text_files
 from .weights import Projection, WeightReader, check_bias, read_bias
 from .write import write_tensors
 
 if TYPE_CHECKING:
-    from ..decoder.config import DecoderConfig
     from ..decoder.model import LanguageModel
 
 CONFIG_FILE = "config.json"
-
-FLOATS = tuple(TORCH_DTYPE[name] for name in FLOAT_DTYPES)
 
 
 class PackedWeights(WeightReader):
@@ -151,28 +148,10 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
             checkpoint has, or a projection that is not as ``model.config`` says.
         OSError: the disk is full, or the folder cannot be written.
     """
-    for name, module in model.named_modules():
-        if name != "lm_head" and isinstance(module, torch.nn.Linear):
-            hint = "; call bitnet_ops.pack(model) first" if isinstance(module, BitLinearQAT) else ""
-            raise ValueError(
-                f"save_pretrained: model: expected BitLinear projections, got {type(module).__name__} at "
-                f"{name!r}{hint}"
-            )
-        if isinstance(module, BitLinear):
-            _check_is_as_configured(model.config, name, module)
+    check_saveable(model, "save_pretrained")
     # Not state_dict(), which is tile16 always: here the layouts stay as they are.
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"save_pretrained: model: expected {', '.join(map(str, FLOATS))}, got {tensor.dtype} at "
-                f"{name!r}; call model.float() first"
-            )
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    # In the folder itself, because a rename is atomic only within one file system.
-    draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
+    with folder_draft(Path(folder), CONFIG_FILE) as draft:
         copy, metadata = head_to_store(model.screened_head())
         tensors |= copy
         on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
@@ -186,34 +165,6 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
         )
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
         save_embedding_settings(draft, model.embedding_settings, model.config.hidden_size)
-        files = [file for file in draft.rglob("*") if file.is_file()]
-        files.sort(key=lambda file: file == draft / CONFIG_FILE)  # config.json last
-        for file in files:
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        (target / CONFIG_FILE).unlink(missing_ok=True)
-        for file in files:
-            place = target / file.relative_to(draft)
-            place.parent.mkdir(exist_ok=True)
-            os.replace(file, place)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _check_is_as_configured(config: "DecoderConfig", name: str, layer: BitLinear) -> None:
-    """The file says it once for all projections, so that one of another kind would be lost."""
-    part = name.removesuffix(".linear").rpartition(".")[2]
-    if part == "o_proj":
-        bias = config.attention_output_bias
-    else:
-        bias = config.attention_bias if part in ("q_proj", "k_proj", "v_proj") else config.mlp_bias
-    expected = (bias, config.activation_bits, config.group_size)
-    if (layer.bias is not None, layer.activation_bits, layer.group_size) != expected:
-        raise ValueError(
-            f"save_pretrained: model: expected projections {'with' if bias else 'without'} bias and with "
-            f"activation_bits={config.activation_bits}, group_size={config.group_size}, as model.config "
-            f"says, got another at {name!r}: {layer}"
-        )
 
 
 def _layouts(model: "LanguageModel") -> dict[str, Any]:

@@ -144,6 +144,10 @@ class WeightReader:
         """
         return files.tensor(f"{name}.weight", memory.empty)
 
+    def read_bias(self, files: TensorSource, name: str, layer: nn.Module) -> Tensor | None:
+        """The bias of a projection that is not ternary, float32, or None where it has none."""
+        return read_bias(files, name, layer)
+
     def check_norm(self, files: TensorSource, name: str, module: RMSNorm) -> list[str]:
         """Checks the header of a norm's weight."""
         files.expect(f"{name}.weight", FLOAT_DTYPES, tuple(module.weight.shape))

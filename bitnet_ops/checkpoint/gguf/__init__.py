@@ -21,4 +21,6 @@ weights.py        a model's weights
 open.py           a file, open and checked
 write.py          writes a file
 export.py         a model as metadata and tensors
+settings_out.py   `DecoderConfig` to metadata
+scales_out.py     a model's scales as a type has them
 """
