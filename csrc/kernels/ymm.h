@@ -129,6 +129,15 @@ inline void add_to(int32_t* acc, __m256i v_i32x8) {
   _mm256_storeu_si256(p, _mm256_add_epi32(_mm256_loadu_si256(p), v_i32x8));
 }
 
+// The first number in a place, or one more.
+inline void put(int32_t* acc, __m256i v_i32x8, bool first) {
+  if (first) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), v_i32x8);
+  } else {
+    add_to(acc, v_i32x8);
+  }
+}
+
 // About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
 constexpr int64_t kPrefetchBytes = 4096;
 
@@ -164,8 +173,8 @@ struct YmmLoops {
   static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
     constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
-    std::memset(acc, 0, ROWS * kTileRows * sizeof *acc);
-    for (int64_t begin = 0; begin < blocks; begin += kBlocksPerWidening) {
+    int64_t begin = 0;
+    do {
       const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
       __m256i acc_low[ROWS];
       __m256i acc_high[ROWS];
@@ -190,10 +199,11 @@ struct YmmLoops {
         }
       }
       for (int t = 0; t < ROWS; ++t) {
-        add_to(acc + t * kTileRows, Dot::widen(acc_low[t]));
-        add_to(acc + t * kTileRows + 8, Dot::widen(acc_high[t]));
+        put(acc + t * kTileRows, Dot::widen(acc_low[t]), begin == 0);
+        put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), begin == 0);
       }
-    }
+      begin = end;
+    } while (begin < blocks);
   }
 
   // Layout row: half a chunk is one ymm of one row; activations come in step order.
