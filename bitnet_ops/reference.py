@@ -94,8 +94,9 @@ def ternary_linear(
 
     With a scale for every ``group_size`` inputs the sum goes through the groups in order, each product and
     each addition rounded to float32. 16-bit activations have one scale a row,
-    ``y = x_scale * sum_g acc_g * weight_scale[g] + bias``. 8-bit ones have one for each group, so that a large
-    activation makes only its own group coarser: ``y = sum_g acc_g * (x_scale[g] * weight_scale[g]) + bias``.
+    ``y = x_scale * sum_g acc_g * weight_scale[g] + bias``. 8-bit ones have one for each group, so that a
+    large activation makes only its own group coarser,
+    ``y = sum_g acc_g * (x_scale[g] * weight_scale[g]) + bias``.
 
     Args:
         x: float [..., K].
