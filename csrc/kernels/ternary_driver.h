@@ -119,6 +119,29 @@ inline void store_row(const TernaryProduct& p, const int32_t* acc, int64_t plane
   }
 }
 
+// sums[i] += float(acc[i]) * scale[i] of a group, for 16 rows of a token.
+//
+// A group has at most 256 inputs (kMaxGroupInputs), so every integer here is below 2^24 and exact in float32: a
+// sum over codes is at most 2 * 128 * 256 = 2^16, and the two planes of 16-bit activations make at most
+// 2^15 * 256 = 2^23 of it. What rounds is the product with the scale, and the addition.
+template <class Isa, int PLANES, class Scale>
+inline void add_group(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t group,
+                      const Scale* scale, float* sums) {
+  const int32_t* q_sum = p.q_sum + token * PLANES * p.groups + group;
+  const auto hi_sum = Isa::set1(-static_cast<float>(q_sum[0]));
+  for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) {
+    auto sum = Isa::add(Isa::load(acc + i), hi_sum);
+    auto factor = Isa::load(scale + i);
+    if constexpr (PLANES == 2) {
+      const auto lo_sum = Isa::set1(-static_cast<float>(q_sum[p.groups]));
+      sum = Isa::fma(Isa::set1(256.0f), sum, Isa::add(Isa::load(acc + plane_stride + i), lo_sum));
+    } else {
+      factor = Isa::mul(Isa::set1(p.x_scale[token * p.groups + group]), factor);
+    }
+    Isa::store(sums + i, Isa::add(Isa::load(sums + i), Isa::mul(sum, factor)));
+  }
+}
+
 template <class Isa, class Inner>
 struct TernaryDriver {
   // Calls the inner block with `rows` as a compile-time number, 1 .. ROWS.
@@ -144,29 +167,6 @@ struct TernaryDriver {
         store_rows<Isa>(p, acc + t * p.planes * kPlaneStride + i * kTileRows, kPlaneStride, token + t,
                         (tile + i) * kTileRows);
       }
-    }
-  }
-
-  // sums[i] += float(acc[i]) * scale[i] of a group, for 16 rows of a token.
-  //
-  // A group has at most 256 inputs (kMaxGroupInputs), so every integer here is below 2^24 and exact in float32: a
-  // sum over codes is at most 2 * 128 * 256 = 2^16, and the two planes of 16-bit activations make at most
-  // 2^15 * 256 = 2^23 of it. What rounds is the product with the scale, and the addition.
-  template <int PLANES, class Scale>
-  static void add_group(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token,
-                        int64_t group, const Scale* scale, float* sums) {
-    const int32_t* q_sum = p.q_sum + token * PLANES * p.groups + group;
-    const auto hi_sum = Isa::set1(-static_cast<float>(q_sum[0]));
-    for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) {
-      auto sum = Isa::add(Isa::load(acc + i), hi_sum);
-      auto factor = Isa::load(scale + i);
-      if constexpr (PLANES == 2) {
-        const auto lo_sum = Isa::set1(-static_cast<float>(q_sum[p.groups]));
-        sum = Isa::fma(Isa::set1(256.0f), sum, Isa::add(Isa::load(acc + plane_stride + i), lo_sum));
-      } else {
-        factor = Isa::mul(Isa::set1(p.x_scale[token * p.groups + group]), factor);
-      }
-      Isa::store(sums + i, Isa::add(Isa::load(sums + i), Isa::mul(sum, factor)));
     }
   }
 
@@ -197,7 +197,7 @@ struct TernaryDriver {
           scale = last;
         }
         for (int64_t t = 0; t < TOKENS; ++t) {
-          add_group<PLANES>(p, acc + t * PLANES * kPlaneStride + i * kTileRows, kPlaneStride, token + t, group, scale,
+          add_group<Isa, PLANES>(p, acc + t * PLANES * kPlaneStride + i * kTileRows, kPlaneStride, token + t, group, scale,
                             sums + t * kPlaneStride + i * kTileRows);
         }
       }

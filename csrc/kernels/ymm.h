@@ -160,6 +160,8 @@ inline __m256i code_of(Codes codes, const uint8_t* half) {
 //     widen(acc)                       acc as int32 x 8
 //     kDotsPerWidening                 how many times dot may add to acc before that
 //     kRows                            rows of q in a register block, two accumulators each
+//     kDecodedRows                     likewise where codes are decoded already; 0: they never are
+//     two_dots(low, high, low_u8x32, high_u8x32, q)    dot for both halves of a tile and four activations in memory
 template <class Dot>
 struct YmmLoops {
   // One tile is two ymm, rows 0-7 and rows 8-15.
@@ -204,6 +206,52 @@ struct YmmLoops {
       }
       begin = end;
     } while (begin < blocks);
+  }
+
+  // Many tokens: a piece of a tile is decoded once, into L1, for all of them. With few rows of q decoding hides
+  // behind products; with many it takes ports from them.
+  static constexpr int64_t kPieceBlocks = Dot::kDotsPerWidening / 4;  // no widening inside a piece
+  static constexpr int kDecodedRows = Dot::kDecodedRows;
+  static constexpr int64_t kPieceBytes = kPieceBlocks * 4 * kBlockBytes;
+
+  // Codes of `blocks` blocks, a byte each: [blocks][step p][64].
+  static void decode(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      prefetch_near(packed + b * kBlockBytes + kPrefetchBytes);
+      for (int half = 0; half < 2; ++half) {
+        const __m256i packed_u8x32 = load32(packed + b * kBlockBytes + 32 * half);
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(codes + (4 * b + p) * kBlockBytes + 32 * half),
+                             codes_of(packed_u8x32, p));
+        }
+      }
+    }
+  }
+
+  // acc[ROWS][16], set or added to, of a piece.
+  template <int ROWS>
+  static void piece(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc, bool first) {
+    __m256i acc_low[ROWS];
+    __m256i acc_high[ROWS];
+#pragma GCC unroll 8
+    for (int t = 0; t < ROWS; ++t) {
+      acc_low[t] = _mm256_setzero_si256();
+      acc_high[t] = _mm256_setzero_si256();
+    }
+    for (int64_t step = 0; step < 4 * blocks; ++step) {
+      const __m256i low_u8x32 = load32(codes + step * kBlockBytes);
+      const __m256i high_u8x32 = load32(codes + step * kBlockBytes + 32);
+#pragma GCC unroll 8
+      for (int t = 0; t < ROWS; ++t) {
+        Dot::two_dots(acc_low[t], acc_high[t], low_u8x32, high_u8x32, q + t * q_stride + 4 * step);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < ROWS; ++t) {
+      put(acc + t * kTileRows, Dot::widen(acc_low[t]), first);
+      put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), first);
+    }
   }
 
   // Layout row: half a chunk is one ymm of one row; activations come in step order.
