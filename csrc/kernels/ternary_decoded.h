@@ -31,7 +31,17 @@ struct DecodedDriver {
   }
 
   // acc[rows][16] of blocks [block, block + blocks) of a tile.
-  static void multiply(const TernaryProduct& p, const uint8_t* codes, int64_t block, int64_t blocks, int64_t first_row,
+  static void multiply(const TernaryProduct& p, const uint8_t* packed, int64_t block, int64_t blocks, int64_t first_row,
+                       int64_t rows, int32_t* acc, bool first) {
+    alignas(64) uint8_t codes[Inner::kPieceBytes];
+    const int64_t most = Inner::decode(packed + block * kBlockBytes, blocks, codes);
+    for (int64_t begin = 0; begin < blocks; begin += most) {
+      const int64_t count = blocks - begin < most ? blocks - begin : most;
+      multiply_piece(p, codes + begin * 4 * kBlockBytes, block + begin, count, first_row, rows, acc, first && begin == 0);
+    }
+  }
+
+  static void multiply_piece(const TernaryProduct& p, const uint8_t* codes, int64_t block, int64_t blocks, int64_t first_row,
                        int64_t rows, int32_t* acc, bool first) {
     const int8_t* q = p.q + first_row * p.q_stride + block * Inner::kInputs;
     const int64_t parts = divide_up(rows, int64_t{Inner::kDecodedRows});
@@ -44,13 +54,11 @@ struct DecodedDriver {
   }
 
   static void whole_rows(const TernaryProduct& p, int64_t tile, int64_t token, int64_t tokens) {
-    alignas(64) uint8_t codes[Inner::kPieceBytes];
     alignas(64) int32_t acc[kMostRows * kTileRows];
     const uint8_t* packed = p.packed + tile * p.blocks * kBlockBytes;
     for (int64_t block = 0; block < p.blocks; block += Inner::kPieceBlocks) {
       const int64_t blocks = p.blocks - block < Inner::kPieceBlocks ? p.blocks - block : Inner::kPieceBlocks;
-      Inner::decode(packed + block * kBlockBytes, blocks, codes);
-      multiply(p, codes, block, blocks, token * p.planes, tokens * p.planes, acc, block == 0);
+      multiply(p, packed, block, blocks, token * p.planes, tokens * p.planes, acc, block == 0);
     }
     for (int64_t t = 0; t < tokens; ++t) {
       store_rows<Isa>(p, acc + t * p.planes * kTileRows, kTileRows, token + t, tile * kTileRows);
@@ -59,7 +67,6 @@ struct DecodedDriver {
 
   template <int PLANES, class Scale>
   static void in_groups(const TernaryProduct& p, int64_t tile, int64_t token, int64_t tokens) {
-    alignas(64) uint8_t codes[Inner::kPieceBytes];
     alignas(64) int32_t acc[kMostRows * kTileRows];
     alignas(64) float sums[kMostRows * kTileRows];
     std::memset(sums, 0, static_cast<size_t>(tokens * kTileRows) * sizeof *sums);
@@ -71,8 +78,7 @@ struct DecodedDriver {
       const int64_t end = p.blocks - begin < p.group_blocks ? p.blocks : begin + p.group_blocks;
       for (int64_t block = begin; block < end; block += Inner::kPieceBlocks) {
         const int64_t blocks = end - block < Inner::kPieceBlocks ? end - block : Inner::kPieceBlocks;
-        Inner::decode(packed + block * kBlockBytes, blocks, codes);
-        multiply(p, codes, block, blocks, token * PLANES, tokens * PLANES, acc, block == begin);
+        multiply(p, packed, block, blocks, token * PLANES, tokens * PLANES, acc, block == begin);
       }
       Scale scale[kTileRows] = {};  // a copy: at the end of the matrix there are fewer
       std::memcpy(scale, static_cast<const Scale*>(p.weight_scale) + group * p.out_features + tile * kTileRows,

@@ -210,16 +210,19 @@ struct YmmLoops {
 
   // Many tokens: a piece of a tile is decoded once, into L1, for all of them. With few rows of q decoding hides
   // behind products; with many it takes ports from them.
-  static constexpr int64_t kPieceBlocks = Dot::kDotsPerWidening / 4;  // no widening inside a piece
+  static constexpr int64_t kPieceBlocks = Dot::kDotsPerWidening / 2;
   static constexpr int kDecodedRows = Dot::kDecodedRows;
   static constexpr int64_t kPieceBytes = kPieceBlocks * 4 * kBlockBytes;
 
-  // Codes of `blocks` blocks, a byte each: [blocks][step p][64].
-  static void decode(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
+  // Codes of `blocks` blocks, a byte each: [blocks][step p][64]. Returns how many blocks `piece` may take at once:
+  // twice as many where no code is 3.
+  static int64_t decode(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
+    __m256i threes_u8x32 = _mm256_setzero_si256();
     for (int64_t b = 0; b < blocks; ++b) {
       prefetch_near(packed + b * kBlockBytes + kPrefetchBytes);
       for (int half = 0; half < 2; ++half) {
         const __m256i packed_u8x32 = load32(packed + b * kBlockBytes + 32 * half);
+        threes_u8x32 = _mm256_or_si256(threes_u8x32, _mm256_and_si256(packed_u8x32, _mm256_srli_epi16(packed_u8x32, 1)));
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
           _mm256_store_si256(reinterpret_cast<__m256i*>(codes + (4 * b + p) * kBlockBytes + 32 * half),
@@ -227,6 +230,8 @@ struct YmmLoops {
         }
       }
     }
+    const bool valid = _mm256_testz_si256(threes_u8x32, _mm256_set1_epi8(0x55));
+    return valid ? kPieceBlocks : kPieceBlocks / 2;
   }
 
   // acc[ROWS][16], set or added to, of a piece.
