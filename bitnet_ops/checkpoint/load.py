@@ -141,8 +141,17 @@ def _load_weights(
 def _load_projection(
     files: TensorSource, weights: WeightReader, memory: HugePages, name: str, module: BitLinear
 ) -> None:
-    for attribute, value in weights.read_projection(files, name, module, memory)._asdict().items():
+    projection = weights.read_projection(files, name, module, memory)
+    if module.group_size:
+        projection = projection._replace(weight_scale=_in_float16(projection.weight_scale))
+    for attribute, value in projection._asdict().items():
         setattr(module, attribute, value)
+
+
+def _in_float16(scale: Tensor) -> Tensor:
+    """Scales of groups in half the bytes, where that changes none of them: most files have them so."""
+    half = scale.half()
+    return half if half.float().equal(scale.float()) else scale
 
 
 def _load_norm(files: TensorSource, weights: WeightReader, name: str, module: RMSNorm) -> None:
