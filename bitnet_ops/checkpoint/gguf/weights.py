@@ -73,11 +73,10 @@ class GgufWeights(WeightReader):
             if stored is None or stored.dtype not in PACKABLE or len(stored.shape) != 2:
                 continue  # for `check_projection` to refuse
             matrix = self._matrix(files, name)
-            size = group_size(matrix.type)
             if not matrix.type.ternary:
                 sizes.add(_group_size_of_floats(files, matrix))
-            elif size not in sizes:
-                sizes.add(_group_size(matrix.scales(), size))
+            elif group_size(matrix.type) not in sizes:
+                sizes.add(_group_size(matrix.scales(), group_size(matrix.type)))
             matrix.forget()
         return config.replace(group_size=min(sizes - {0}, default=0))
 
