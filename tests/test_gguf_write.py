@@ -503,7 +503,7 @@ def test_how_vectors_are_made(tmp_path: Path) -> None:
     texts = ["It is a truth", "a"]
     assert torch.equal(model.embed(texts), again.embed(texts))
     model.embedding_settings = EmbeddingSettings(normalize=False)
-    with pytest.raises(ValueError, match="no key for embedding_settings.normalize=False"):
+    with pytest.raises(ValueError, match=r"no key for embedding_settings\.normalize=False"):
         save_gguf(model, tmp_path / "a.gguf")
 
 
