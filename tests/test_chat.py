@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import random
+import re
 from typing import Any
 
 import pytest
@@ -97,6 +99,12 @@ def test_rendering_equals_transformers(name: str, add_generation_prompt: bool) -
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "chat_template: RecursionError: "),
         ("{{ strftime_now(3) }}", "chat_template: TypeError: "),
         ("{{ nothing.at.all }}", "chat_template: UndefinedError: "),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "chat_template: SyntaxError: too many"),
+        ("{% if 1 %}" * 120 + "{% endif %}" * 120, "chat_template: IndentationError: too many"),
+        ("{% macro f(a, a) %}{% endmacro %}", "chat_template: SyntaxError: "),
+        ("{% break %}", "chat_template: SyntaxError: "),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "chat_template: RecursionError: "),
+        ("{{ " + "9" * 6000 + " }}", "chat_template: ValueError: "),
     ],
 )
 def test_faulty_and_hostile_templates(template: str, message: str) -> None:
@@ -274,6 +282,28 @@ def test_a_long_conversation_is_far_from_the_bounds() -> None:
     assert render_chat(template, messages).endswith("last<|user|><x>a b\na b20")
     messages = [{"role": "user", "content": "Hello"}] * 3000
     assert render_chat(template, messages).endswith("last<|user|>Hello3000")
+
+
+@pytest.mark.slow
+def test_whatever_a_template_is_it_renders_or_is_refused() -> None:
+    """Thousands of mutations of the templates above."""
+    token = re.compile(r"\{%-?|-?%\}|\{\{|\}\}|'[^']*'|\w+|\s+|.", re.DOTALL)
+    small = [template for template in ENDLESS if LARGE not in template]
+    subjects = [token.findall(template) for template in (*TEMPLATES.values(), *small)]
+    tokens = [one for subject in subjects for one in subject]
+    generator, rendered = random.Random(0), 0
+    for _ in range(5000):
+        mutant = list(generator.choice(subjects))
+        for _ in range(generator.randint(1, 5)):
+            at = generator.randrange(len(mutant) + 1)
+            mutant[at : at + generator.randint(0, 1)] = generator.choices(tokens, k=generator.randint(0, 2))
+        try:
+            render_chat("".join(mutant), CONVERSATION)
+            rendered += 1
+        except ValueError as error:
+            if not str(error).startswith("chat_template: "):
+                raise AssertionError("another error") from error
+    assert rendered > 100, "hardly any is a template"
 
 
 def test_every_rendering_may_take_as_many_steps() -> None:

@@ -42,10 +42,12 @@ TEMPLATE_FAULTS = (
     LookupError,
     MemoryError,
     RecursionError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
-"""What a faulty template can raise: Jinja's own errors, and those of the expressions in it."""
+"""What a faulty template can raise: Jinja's own errors, those of the expressions in it, and what Python has
+against the program that Jinja makes of it."""
 
 MOST_PATTERN = 200
 """Characters of a date's pattern."""
@@ -93,7 +95,7 @@ def render_chat(
         template_bounds.start()
         return _compiled(template).render(messages=[dict(message) for message in messages], **names)
     except TEMPLATE_FAULTS as error:
-        line = getattr(error, "lineno", None)
+        line = getattr(error, "lineno", None) if isinstance(error, jinja2.TemplateError) else None
         where = "" if line is None else f" in line {line}"
         raise ValueError(f"chat_template: {type(error).__name__}{where}: {error}") from error
 
