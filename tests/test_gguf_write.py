@@ -20,6 +20,7 @@ from bitnet_ops.checkpoint.gguf.header import GgufFile
 from bitnet_ops.checkpoint.gguf.types import types_of
 from bitnet_ops.checkpoint.gguf.write import TensorToWrite, write_gguf
 from bitnet_ops.cli.main import commands
+from bitnet_ops.decoder.pooling import EmbeddingSettings
 
 gguf = pytest.importorskip("gguf")
 
@@ -488,6 +489,22 @@ def test_local_layers_of_any_pattern(tmp_path: Path) -> None:
         assert from_pretrained(tmp_path / "a.gguf").config.local_layers == layers
         pattern = gguf_fields(tmp_path / "a.gguf").get("gemma3.attention.sliding_window_pattern")
         assert pattern == (None if len(layers) == 5 else [n in layers for n in range(6)])
+
+
+def test_how_vectors_are_made(tmp_path: Path) -> None:
+    model = with_tokenizer(random_model(FAMILIES["qwen3"]))
+    model.embedding_settings = EmbeddingSettings(pooling="mean", eos_token_id=1, prompts={"query": "Find: "})
+    save_gguf(model, tmp_path / "a.gguf")
+    again = from_pretrained(tmp_path / "a.gguf")
+    # The tokenizer appends the token; there is no key for prompts.
+    assert again.embedding_settings == EmbeddingSettings(pooling="mean")
+    assert again.tokenizer is not None
+    assert again.tokenizer.encode("It is").ids[-1] == 1
+    texts = ["It is a truth", "a"]
+    assert torch.equal(model.embed(texts), again.embed(texts))
+    model.embedding_settings = EmbeddingSettings(normalize=False)
+    with pytest.raises(ValueError, match=r"no key for embedding_settings\.normalize=False"):
+        save_gguf(model, tmp_path / "a.gguf")
 
 
 # Which type, and what is refused

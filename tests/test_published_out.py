@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import FAMILIES, random_model
 from text_models import CHAT_TEMPLATE, EOS, byte_level_tokenizer, tiny_model
 from tiny_checkpoints import Sizes, Weights, published_tensors, tiny_folder, write_folder
 
@@ -21,10 +22,12 @@ from their_models import exact_llama, make_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitNetForCausalLM, LlamaForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear, unpack_weights
 from transformers.integrations.bitnet import BitLinear as TheirBitLinear
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 import bitnet_ops
 from bitnet_ops import BitLinear, BitNet, BitNetConfig, DecoderConfig, from_pretrained, save_published
 from bitnet_ops.checkpoint import published_out
+from bitnet_ops.layers.norm import RMSNorm
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,20 +65,30 @@ def assert_theirs_has_the_numbers(ours: BitNet, theirs: Any) -> None:
     for name, module in ours.named_modules():
         if isinstance(module, BitLinear):
             other = modules[name.removesuffix(".linear")]
-            w, bias = other.weight, other.bias
-            scale = other.weight_scale
-            if isinstance(other, TheirBitLinear):
-                w, scale = unpack_weights(w, dtype=torch.float32), 1 / scale
+            if hasattr(other, "weight_scale"):
+                w, scale, bias = quantised_numbers(other)
+                assert torch.equal(w, module.unpack().float()), name
+                assert torch.equal(scale.expand(module.out_features), module.weight_scale), name
             else:
-                assert isinstance(other, AutoBitLinear)
-                bias = None if bias is None else bias * scale
-            assert torch.equal(w, module.unpack().float()), name
-            assert torch.equal(scale.expand(module.out_features), module.weight_scale), name
+                columns = torch.arange(module.in_features) // (module.group_size or module.in_features)
+                scale = module.weight_scale.view(-1, module.out_features)[columns].T
+                assert torch.equal(other.weight.float(), module.unpack() * scale), name
+                bias = other.bias
             assert (bias is None) == (module.bias is None)
             assert bias is None or torch.equal(bias, module.bias), name
         elif not list(module.children()) and list(module.parameters()):
             other = modules[name.replace("_proj.norm", "_proj.rms_norm")]
-            assert torch.equal(other.weight, module.weight.float()), name
+            offset = 1.0 if isinstance(other, Gemma3RMSNorm) else 0.0
+            assert torch.equal(other.weight.float() + offset, module.weight.float()), name
+
+
+def quantised_numbers(layer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Ternary weights, multiplier and bias of one of transformers' two classes."""
+    if isinstance(layer, TheirBitLinear):
+        return unpack_weights(layer.weight, dtype=torch.float32), 1 / layer.weight_scale, layer.bias
+    assert isinstance(layer, AutoBitLinear)
+    bias = None if layer.bias is None else layer.bias * layer.weight_scale
+    return layer.weight, layer.weight_scale, bias
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(hidden=30, heads=3, intermediate=44)])
@@ -144,25 +157,6 @@ def test_master_weights(tmp_path: Path) -> None:
     assert_same_model(pair.ours, from_pretrained(tmp_path / "b"))
 
 
-def random_model(config: DecoderConfig, dtype: torch.dtype = torch.float16) -> BitNet:
-    """Random weights, with random scales of rows or groups that float16 holds exactly."""
-    model = BitNet(config).eval().requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, BitLinear):
-            w = torch.randint(-1, 2, (module.out_features, module.in_features), dtype=torch.int8)
-            scale = (torch.rand(module.weight_scale.shape) + 0.5) * module.in_features**-0.5
-            filled = BitLinear.from_ternary(
-                w,
-                scale.half(),
-                activation_bits=module.activation_bits,
-                group_size=module.group_size,
-            )
-            model.set_submodule(name, filled)
-        elif isinstance(module, torch.nn.Embedding):
-            module.weight = torch.nn.Parameter(module.weight.to(dtype), requires_grad=False)
-    return model
-
-
 WIDE = DecoderConfig(
     vocab_size=61,
     hidden_size=96,
@@ -179,23 +173,53 @@ WIDE = DecoderConfig(
 @pytest.mark.parametrize("group_size", [0, 64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_float_activations_are_unpacked(tmp_path: Path, group_size: int, dtype: torch.dtype) -> None:
-    ours = random_model(WIDE.replace(group_size=group_size), dtype)
-    save_published(ours, tmp_path / "b")
-    theirs = load_theirs(tmp_path / "b")
-    assert isinstance(theirs, LlamaForCausalLM)
+    ours = random_model(WIDE.replace(group_size=group_size), dtype=dtype)
+    for module in ours.modules():
+        if isinstance(module, RMSNorm):
+            module.weight.copy_(module.weight.bfloat16())
     # bfloat16 does not hold the scales, so that everything is float32.
-    written = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert written["torch_dtype"] == ("float16" if dtype == torch.float16 else "float32")
-    assert "quantization_config" not in written
-    modules = dict(theirs.named_modules())
-    for name, module in ours.named_modules():
-        if isinstance(module, BitLinear):
-            columns = torch.arange(module.in_features) // (group_size or module.in_features)
-            scale = module.weight_scale.view(-1, module.out_features)[columns].T
-            assert torch.equal(modules[name].weight, module.unpack() * scale), name
-    ids = prompts(1) % 61
-    # 16-bit activations are off by 2^-16 of the largest one, a layer at a time.
-    assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-2)
+    expected = torch.float16 if dtype == torch.float16 else torch.float32
+    assert save_published(ours, tmp_path / "b") == f"{str(expected).removeprefix('torch.')} weights"
+    again = from_pretrained(tmp_path / "b")
+    assert_same_model(ours, again)
+    assert again.model.embed_tokens.weight.dtype == expected
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert isinstance(theirs, LlamaForCausalLM)
+    assert "quantization_config" not in json.loads((tmp_path / "b" / "config.json").read_text())
+    assert {parameter.dtype for parameter in theirs.parameters()} == {expected}
+    assert_theirs_has_the_numbers(ours, theirs)
+
+
+FAMILY_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bitnet": ("bitnet-b1.58", {}, "packed weights, autobitlinear"),
+    "qwen3": ("qwen3", {"activation_bits": 8}, "packed weights, autobitlinear"),
+    "qwen3 groups": ("qwen3", {"group_size": 128}, "float32 weights"),
+    "gemma3 with norms": ("gemma3", {}, "packed weights, autobitlinear"),
+    "gemma3 floats": ("gemma3", {"activation_bits": 16, "projection_norms": False}, "float32 weights"),
+}
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_families(tmp_path: Path, case: str) -> None:
+    """Numbers are compared bit by bit. Logits show that settings mean the same to transformers: any other
+    angle or activation moves them by as much as they spread, and rounding of inputs by a thousandth.
+    """
+    name, changes, form = FAMILY_CASES[case]
+    config = FAMILIES[name].replace(eos_token_id=1, **changes)
+    scales = "matrix" if config.activation_bits == 8 else "rows"
+    ours = random_model(config, scales=scales)
+    assert save_published(ours, tmp_path / "b") == form
+    again = from_pretrained(tmp_path / "b")
+    assert_same_model(ours, again)
+    ids = prompts(2)
+    assert torch.equal(ours(ids), again(ids))
+    text = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(ours.generate(ids[:1, :5], **text), again.generate(ids[:1, :5], **text))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b", attn_implementation="eager")
+    assert type(theirs).__name__.lower().startswith(case[:5])
+    assert_theirs_has_the_numbers(ours, theirs)
+    difference = (theirs(ids).logits - again(ids)).abs()
+    assert difference.median() < 1e-2 * again(ids).std()
 
 
 REFUSED: dict[str, tuple[Callable[[], BitNet], str]] = {

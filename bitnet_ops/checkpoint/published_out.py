@@ -8,8 +8,10 @@ class is "autobitlinear", which stores the scale itself. That class multiplies b
 model has biases that are no such products, it is "bitlinear", which stores the reciprocal of the scale.
 
 *Unpacked*, for models of float activations, whose scales may be those of rows or groups: float weights of
--s, 0 and s in an ordinary checkpoint of the family, in the dtype of the model's embedding if that holds all
-numbers exactly, otherwise in float32.
+-s, 0 and s in an ordinary checkpoint of the family.
+
+All floats have the dtype of the model's embedding if that holds all numbers exactly, otherwise float32. Only
+scales of their own are float32 always.
 """
 
 import json
@@ -64,8 +66,8 @@ def save_published(model: "LanguageModel", folder: str | os.PathLike[str]) -> st
     -s, 0 or s. `from_pretrained` gives the same weights and scales again, bit for bit.
 
     Files: config.json, model.safetensors, generation_config.json, and where the model has them
-    tokenizer.json with tokenizer_config.json, chat_template.jinja, and those of sentence-transformers. Files of the same names are replaced,
-    others are left alone; a write that fails leaves the folder as it was.
+    tokenizer.json with tokenizer_config.json, chat_template.jinja, and those of sentence-transformers. Files
+    of the same names are replaced, others are left alone; a write that fails leaves the folder as it was.
 
     Args:
         model: with `BitLinear` projections.
@@ -130,17 +132,17 @@ _Form = tuple[dict[str, Any] | None, torch.dtype, dict[str, _Lazy]]
 
 def _ternary(model: "LanguageModel", projections: dict[str, BitLinear]) -> _Form:
     family = families.family_to_write(model.config)
-    dtype = model.model.embed_tokens.weight.dtype
     scales = {name: _one_scale(name, layer) for name, layer in projections.items()}
     linear_class, numbers = _linear_class(projections, scales)
-    tensors = dict(_others(model, family, None))
+    dtype = _dtype_of(model, [bias for _, bias in numbers.values() if bias is not None])
+    tensors = dict(_others(model, family, dtype))
     for name, layer in projections.items():
         stored = family.stored_name(name)
         scale, bias = numbers[name]
         tensors[f"{stored}.weight"] = _ternary_weight(layer, dtype, linear_class, name)
         tensors[f"{stored}.weight_scale"] = _constant(scale)
         if bias is not None:
-            tensors[f"{stored}.bias"] = _constant(bias)
+            tensors[f"{stored}.bias"] = _constant(bias.to(dtype))
     mode = {"linear_class": linear_class, "quantization_mode": "offline"}
     return {"quant_method": "bitnet", **mode, "modules_to_not_convert": ["lm_head"]}, dtype, tensors
 
@@ -218,12 +220,7 @@ def _unpacked(model: "LanguageModel", projections: dict[str, BitLinear]) -> _For
             f"expected activation_bits=8, for float weights of model_type {family.model_type!r} are taken "
             f"for masters of 8-bit models, got {model.config.activation_bits}"
         )
-    dtype = model.model.embed_tokens.weight.dtype
-    numbers: list[Tensor] = list(model.parameters())
-    numbers += [layer.weight_scale for layer in projections.values()]
-    numbers += [layer.bias for layer in projections.values() if layer.bias is not None]
-    if not all(bool((number.to(dtype) == number).all()) for number in numbers):
-        dtype = torch.float32
+    dtype = _dtype_of(model, [buffer for layer in projections.values() for buffer in _numbers(layer)])
     tensors = dict(_others(model, family, dtype))
     for name, layer in projections.items():
         stored = family.stored_name(name)
@@ -243,19 +240,32 @@ def _unpacked_weight(layer: BitLinear, dtype: torch.dtype) -> Tensor:
     return (layer.unpack() * scale).to(dtype)
 
 
-def _others(model: "LanguageModel", family: Family, dtype: torch.dtype | None) -> Iterator[tuple[str, _Lazy]]:
-    """Embedding, head and norms, as they are, or in one dtype that is known to hold them."""
+def _numbers(layer: BitLinear) -> list[Tensor]:
+    return [layer.weight_scale] if layer.bias is None else [layer.weight_scale, layer.bias]
+
+
+def _dtype_of(model: "LanguageModel", more: list[Tensor]) -> torch.dtype:
+    """The one dtype of a file's floats: that of the embedding if it holds them all exactly, or float32.
+
+    One for all, because transformers leaves tensors beside quantised ones in the dtypes of the file, and a
+    model of several does not run.
+    """
     own = model.model.embed_tokens.weight.dtype
+    exact = all(bool((tensor.to(own) == tensor).all()) for tensor in (*model.parameters(), *more))
+    return own if exact else torch.float32
+
+
+def _others(model: "LanguageModel", family: Family, dtype: torch.dtype) -> Iterator[tuple[str, _Lazy]]:
+    """Embedding, head and norms, in a dtype that is known to hold the numbers of the model."""
     for name, module in model.named_modules():
         stored = f"{family.stored_name(name)}.weight"
         if isinstance(module, RMSNorm):
             weight = module.weight.detach()
-            if family.norm_offset:
+            if family.norm_offset and "_proj." not in name:
                 weight = weight - family.norm_offset
-                if not torch.equal(weight + family.norm_offset, module.weight):
-                    raise ValueError(f"{name}: a factor is not {family.norm_offset} and a float32 number")
-            fits = torch.equal(weight.to(own).float(), weight)
-            yield stored, _constant(weight.to(dtype or (own if fits else torch.float32)))
+                if not torch.equal(weight.to(dtype).float() + family.norm_offset, module.weight):
+                    raise ValueError(f"{name}: a factor is not the sum of {family.norm_offset} and a {dtype}")
+            yield stored, _constant(weight, dtype)
         elif isinstance(module, (torch.nn.Embedding, torch.nn.Linear)):
             yield stored, _constant(module.weight.detach(), dtype)
 

@@ -32,6 +32,7 @@ from .scales_out import scales_for, stored_scales
 from .settings_out import (
     architecture_for,
     check_expressible,
+    embedding_metadata,
     rope_factors,
     settings_metadata,
     token_metadata,
@@ -115,6 +116,7 @@ def save_gguf(
             "general.quantization_version": QUANTIZATION_VERSION,
             **settings_metadata(model.config, architecture),
             **_text_metadata(model),
+            **embedding_metadata(model.embedding_settings, architecture),
         }
         tensors = list(_tensors(model, architecture, chosen, GGUF_HEADS[head], metadata))
         shapes = {tensor.name: tensor.shape for tensor in tensors}
@@ -152,7 +154,7 @@ def _misfit(projections: dict[str, BitLinear], type_: TensorType) -> str:
 
 def _text_metadata(model: "LanguageModel") -> dict[str, Any]:
     """Tokenizer, special tokens and template."""
-    config = with_all_ends(model.config, model.generation_config or {})
+    config = with_all_ends(model.config, model.generation_config or {}, model.embedding_settings)
     if model.tokenizer is None:
         metadata: dict[str, Any] = {MODEL_KEY: "none", **token_metadata(config)}
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import reference
 from ...decoder.config import DecoderConfig, RopeScaling
+from ...decoder.pooling import EmbeddingSettings
 from ..tensor_source import StoredTensor, TensorSource
 from .architectures import (
     ACTIVATION_BITS_KEY,
@@ -26,7 +27,9 @@ from .header import GgufFile
 from .names import ROPE_FACTORS
 from .rope import CONTEXT_KEY, HIGH_KEY, LLAMA3_CONTEXT, LLAMA3_HIGH, LLAMA3_LOW, LOW_KEY, llama3_factors
 from .settings import read_settings
-from .text import BOS_KEY, END_KEYS, PAD_KEY
+from .text import BOS_KEY, END_KEYS, PAD_KEY, POOLINGS
+
+ADD_EOS_KEY = "tokenizer.ggml.add_eos_token"
 
 FOUND = ("group_size", "initializer_range", "dropout")
 """Fields that weights say, or that only training needs."""
@@ -128,15 +131,20 @@ def rope_factors(config: DecoderConfig) -> Tensor | None:
     return llama3_factors(config, scaling)
 
 
-def with_all_ends(config: DecoderConfig, generation_config: dict[str, Any]) -> DecoderConfig:
+def with_all_ends(
+    config: DecoderConfig, generation_config: dict[str, Any], settings: EmbeddingSettings | None
+) -> DecoderConfig:
     """The configuration with all ids that end a text, for a file has no defaults of generation.
+
+    The first one is that of embeddings, where they have one: a tokenizer appends no other.
 
     Raises:
         ValueError: they are more than GGUF has keys for.
     """
     more = generation_config.get("eos_token_id")
     more = more if isinstance(more, (list, tuple)) else [more]
-    ends = tuple(dict.fromkeys(end for end in (*config.eos_token_ids, *more) if end is not None))
+    first = None if settings is None else settings.eos_token_id
+    ends = tuple(dict.fromkeys(end for end in (first, *config.eos_token_ids, *more) if end is not None))
     if len(ends) > len(END_KEYS):
         raise ValueError(f"GGUF has keys for {len(END_KEYS)} ids that end a text, got {list(ends)}")
     return config.replace(eos_token_id=ends or None)
@@ -148,6 +156,27 @@ def token_metadata(config: DecoderConfig) -> dict[str, Any]:
     for key, token in ((BOS_KEY, config.bos_token_id), (PAD_KEY, config.pad_token_id)):
         if token is not None:
             metadata[key] = token
+    return metadata
+
+
+def embedding_metadata(settings: EmbeddingSettings | None, architecture: Architecture) -> dict[str, Any]:
+    """The keys of how vectors are made of texts. Prompts and a longest text have none, and are left out.
+
+    Raises:
+        ValueError: there is no key for something that changes every vector.
+    """
+    if settings is None:
+        return {}
+    for name, wanted in (("normalize", True), ("default_prompt_name", None)):
+        value = getattr(settings, name)
+        if value != wanted:
+            raise ValueError(f"GGUF has no key for embedding_settings.{name}={value!r}")
+    metadata: dict[str, Any] = {}
+    for number, pooling in POOLINGS.items():
+        if pooling == settings.pooling:
+            metadata[f"{architecture.name}.pooling_type"] = number
+    if settings.eos_token_id is not None:
+        metadata |= {ADD_EOS_KEY: True, END_KEYS[0]: settings.eos_token_id}
     return metadata
 
 
