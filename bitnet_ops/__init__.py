@@ -10,9 +10,11 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
-from bitnet_ops.checkpoint import CheckpointError, save_pretrained
+from bitnet_ops.checkpoint import CheckpointError, save_gguf, save_pretrained, save_published
 from bitnet_ops.decoder.cache import KVCache
 from bitnet_ops.decoder.config import BitNetConfig, DecoderConfig, RopeScaling
+from bitnet_ops.decoder.pooling import EmbeddingSettings
+from bitnet_ops.embedding.sentence_encoder import SentenceEncoder
 from bitnet_ops.evaluation.perplexity import TextLoss, perplexity
 from bitnet_ops.integrations.transformers import accelerate
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
@@ -49,8 +51,10 @@ __all__ = [
     "BitNetConfig",
     "CheckpointError",
     "DecoderConfig",
+    "EmbeddingSettings",
     "KVCache",
     "RopeScaling",
+    "SentenceEncoder",
     "TextLoss",
     "accelerate",
     "best_layout",
@@ -67,7 +71,9 @@ __all__ = [
     "repack_ternary",
     "replace_linear",
     "rms_norm",
+    "save_gguf",
     "save_pretrained",
+    "save_published",
     "supported_isas",
     "ternary_linear",
     "ternary_matmul",

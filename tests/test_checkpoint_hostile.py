@@ -86,14 +86,13 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 # The folder and its files
 
 
-@pytest.mark.parametrize("name", ["microsoft/bitnet-b1.58-2B-4T", "no-such-folder"])
-def test_a_hub_name_is_not_downloaded(name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"local folder.*does not exist.*hf download"):
-        from_pretrained(name)
+def test_a_folder_that_is_not_there() -> None:
+    with pytest.raises(CheckpointError, match=r"folder with a checkpoint.*which does not exist"):
+        from_pretrained("no-such-folder")
 
 
 def test_a_file_is_not_a_folder(folder: Path) -> None:
-    assert_refused(folder / "config.json", "local folder", "is a file")
+    assert_refused(folder / "config.json", "folder with a checkpoint", "is another file")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -26,6 +26,9 @@ EXTRAS = "decoder_config"
 THEIR_EPS = 1e-6
 """What "rms_norm_eps" of "quantization_config" is to transformers where it is absent."""
 
+ONLY_TRAINING = {"dropout", "initializer_range"}
+"""Fields of `DecoderConfig` that change nothing in a model that is done."""
+
 
 def parse_config(data: dict[str, Any], file: Path) -> DecoderConfig:
     """Turns the content of config.json into a checked `DecoderConfig` (`BitNetConfig` for "bitnet").
@@ -77,6 +80,41 @@ def config_to_json(config: DecoderConfig, quantization: dict[str, Any]) -> dict[
         del extras["head_dim"]
     if extras:
         data[EXTRAS] = extras
+    return data
+
+
+def published_json(config: DecoderConfig, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of config.json in the published layouts, which have the fields of the family alone.
+
+    Args:
+        config: of the model.
+        quantization: what "quantization_config" says, or None for float weights, which show themselves what
+            is quantised in which groups.
+
+    Raises:
+        ValueError: the family has no field for what the model has; the text says what.
+    """
+    family = families.family_to_write(config)
+    data = family.write(config)
+    found = {"activation_bits", "group_size"}
+    if quantization is not None:
+        found = set()
+        data["quantization_config"] = dict(quantization)
+        if config.projection_norms:
+            data["quantization_config"] |= {"use_rms_norm": True, "rms_norm_eps": config.projection_norm_eps}
+    try:
+        again = _config(data)
+    except ValueError as error:
+        raise ValueError(f"config.json of model_type {family.model_type!r} cannot say it: {error}") from None
+    lost = [
+        f"{name}={value!r}"
+        for name, value in _differences(config, again)
+        if name not in found | ONLY_TRAINING
+    ]
+    if lost:
+        raise ValueError(
+            f"config.json of model_type {family.model_type!r} has no field for {', '.join(lost)}"
+        )
     return data
 
 

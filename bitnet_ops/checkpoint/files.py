@@ -46,14 +46,19 @@ def read_text(file: Path) -> str:
         raise CheckpointError.at(file, "file", "UTF-8 text", f"{error}") from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds one object."""
+def read_json_value(file: Path) -> Any:
+    """What a JSON file holds."""
     try:
-        value = json.loads(read_text(file))
+        return json.loads(read_text(file))
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # malformed; a number of too many digits; nested too deeply
         raise CheckpointError.at(file, "file", "valid JSON", f"{error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds one object."""
+    value = read_json_value(file)
     if not isinstance(value, dict):
         raise CheckpointError.at(file, "file", "a JSON object", type(value).__name__)
     return value
@@ -99,6 +104,8 @@ class TensorFiles(TensorSource):
                 found.name for found in file.parent.iterdir() if found.suffix in (".bin", ".gguf", ".pt")
             ]
             hint = f" (formats like {others[0]} are not supported)" if others else ""
+            if others and others[0].endswith(".gguf"):
+                hint = f" (to load {others[0]}, pass the file instead of the folder)"
             raise CheckpointError.at(file, "file", "a safetensors file", f"no such file{hint}")
         try:
             # safe_open checks the header against the size of the file. It would map the file too, but with

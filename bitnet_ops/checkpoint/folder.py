@@ -1,9 +1,12 @@
 """A folder in the Hugging Face layout: which format its weights have, and what else it holds."""
 
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..families import Family
+from .body import Body, find_body
 from .config_json import QUANT_METHOD, family_of, parse_config
 from .errors import CheckpointError
 from .files import TensorFiles, read_json
@@ -12,6 +15,7 @@ from .hf import PublishedWeights
 from .mlx import MlxWeights, mlx_settings
 from .opened import OpenCheckpoint
 from .packed import CONFIG_FILE, PackedWeights
+from .pooling import BITNET_EMBEDDING, appended_eos, load_embedding_settings
 from .ternary_floats import TernaryFloats
 from .text_files import load_chat_template, load_generation_config, load_tokenizer
 from .weights import WeightReader
@@ -32,19 +36,34 @@ def open_folder(folder: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoi
     data = read_json(file)
     config = parse_config(data, file)
     family = family_of(data, file)
-    weights = _weight_reader(data, family, file, dense)
     generation_config = load_generation_config(folder, config)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     chat_template = load_chat_template(folder)
-    files = TensorFiles(folder, mmap=weights.maps_files if mmap is None else mmap)
-    opened = OpenCheckpoint(file, config, files, weights, tokenizer, chat_template, generation_config)
-    table = table_name(config)
-    if is_bound(files, data.get("quantization_config"), table):
-        opened.certified_table = table
-    return opened
+    embedding = load_embedding_settings(folder, config.vocab_size, tokenizer)
+    reader = PackedWeights if _is_own(data) else WeightReader
+    with ExitStack() as stack:
+        files = TensorFiles(folder, mmap=reader.maps_files if mmap is None else mmap)
+        stack.push(files)
+        body = find_body(files)
+        weights = _weight_reader(data, family, file, body, dense)
+        if not isinstance(weights, PackedWeights):
+            config = body.fit(config, weights)
+        if embedding is None and body.has_norms:
+            embedding = replace(BITNET_EMBEDDING, eos_token_id=appended_eos(folder, tokenizer))
+        table = table_name(config)
+        certified = table if is_bound(files, data.get("quantization_config"), table) else None
+        stack.pop_all()  # from here on they are the checkpoint's to close
+    return OpenCheckpoint(
+        file, config, files, weights, tokenizer, chat_template, generation_config, embedding, certified
+    )
 
 
-def _weight_reader(data: dict[str, Any], family: Family, file: Path, dense: bool) -> WeightReader:
+def _is_own(data: dict[str, Any]) -> bool:
+    quantization = data.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _weight_reader(data: dict[str, Any], family: Family, file: Path, body: Body, dense: bool) -> WeightReader:
     mlx = mlx_settings(data)
     if mlx is not None:
         return MlxWeights.from_config(mlx, family, file, dense)
@@ -52,9 +71,9 @@ def _weight_reader(data: dict[str, Any], family: Family, file: Path, dense: bool
         return WeightReader(family)
     quantization = data.get("quantization_config")
     if quantization is None:
-        if not family.all_ternary:
-            return TernaryFloats(family)
-        return PublishedWeights.from_config(None, family, file)
+        if family.all_ternary or body.has_norms:  # masters
+            return PublishedWeights.from_config(None, family, file)
+        return TernaryFloats(family)
     if not isinstance(quantization, dict):
         raise CheckpointError.at(file, "quantization_config", "an object", f"{quantization!r:.200}")
     method = quantization.get("quant_method")

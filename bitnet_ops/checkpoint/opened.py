@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..decoder.config import DecoderConfig
+from ..decoder.pooling import EmbeddingSettings
 from .tensor_source import TensorSource
 from .weights import WeightReader
 
@@ -27,6 +28,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
         tokenizer: or None.
         chat_template: or None.
         generation_config: defaults of generation.
+        embedding_settings: how vectors are made of texts, or None.
         certified_table: the name of the head's table where the files hold a copy for `ScreenedHead` that
             belongs to it (`head_copy.is_bound`); then the table is known to be finite.
     """
@@ -38,6 +40,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     generation_config: dict[str, Any] = field(default_factory=dict)
+    embedding_settings: EmbeddingSettings | None = None
     certified_table: str | None = None
 
     def __exit__(

@@ -4,7 +4,7 @@ The layout of a Hugging Face checkpoint with one difference: a projection is sto
 `bitnet_ops.BitLinear` holds it,
 
     packed_weight   uint8, drawn in `bitnet_ops.packing`
-    weight_scale    float32, the multiplier: [N], or [ceil(K / group_size), N] with "group_size"
+    weight_scale    the multiplier: float32 [N]; with "group_size" [ceil(K / group_size), N], also float16
     bias            float32 [N], where config.json gives the projection one
 
 "quantization_config" of config.json names the layouts: "layout" that of most projections, "layouts" those of
@@ -13,8 +13,6 @@ the others, by the names of their modules. A folder of any layouts loads on any 
 
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,25 +21,25 @@ import torch
 
 from .. import ops, packing
 from ..families import Family
-from ..layers.linear import BitLinear, BitLinearQAT, best_layout, native_layouts
+from ..layers.linear import BitLinear, best_layout, native_layouts
 from ..layers.memory import HugePages
 from .codes import check_packed
 from .config_json import QUANT_METHOD, config_to_json
+from .draft import folder_draft
 from .errors import CheckpointError
 from .files import SINGLE_FILE
 from .head_copy import binding, head_to_store, stored_names, table_name
-from .tensor_source import FLOAT_DTYPES, TORCH_DTYPE, TensorSource
+from .pooling import save_embedding_settings
+from .saveable import check_saveable
+from .tensor_source import TensorSource
 from .text_files import TOKEN_FIELDS, save_text_files
 from .weights import Projection, WeightReader, check_bias, read_bias
 from .write import write_tensors
 
 if TYPE_CHECKING:
-    from ..decoder.config import DecoderConfig
     from ..decoder.model import LanguageModel
 
 CONFIG_FILE = "config.json"
-
-FLOATS = tuple(TORCH_DTYPE[name] for name in FLOAT_DTYPES)
 
 
 class PackedWeights(WeightReader):
@@ -94,7 +92,8 @@ class PackedWeights(WeightReader):
         weight, scale = f"{name}.packed_weight", f"{name}.weight_scale"
         layout = self.layout_of(name)
         files.expect(weight, ("U8",), packing.packed_shape(layer.out_features, layer.in_features, layout))
-        files.expect(scale, ("F32",), tuple(layer.weight_scale.shape))
+        scale_dtypes = ("F32", "F16") if layer.group_size else ("F32",)
+        files.expect(scale, scale_dtypes, tuple(layer.weight_scale.shape))
         if layer.group_size != 0 and layout != "tile16":
             raise files.error(weight, "layout 'tile16', because it has group scales", repr(layout))
         return [weight, scale, *check_bias(files, name, layer)]
@@ -135,11 +134,11 @@ class PackedWeights(WeightReader):
 def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> None:
     """Writes a packed model as a folder that `from_pretrained` loads again, bit for bit the same.
 
-    Files: config.json, model.safetensors, generation_config.json, and tokenizer.json and
-    chat_template.jinja where the model has them. Files of the same names are replaced, others are left
-    alone. Everything is written under temporary names first, so a write that fails leaves the folder as
-    it was; after a power cut in the middle of the renames the folder has no config.json and refuses to
-    load, rather than mix two models.
+    Files: config.json, model.safetensors, generation_config.json, and tokenizer.json, chat_template.jinja and
+    those of pooling.py where the model has them. Files of the same names are replaced, others are left alone.
+    Everything is written under temporary names first, so a write that fails leaves the folder as it was;
+    after a power cut in the middle of the renames the folder has no config.json and refuses to load, rather
+    than mix two models.
 
     Args:
         model: with `BitLinear` projections; turn a trained model into one with `bitnet_ops.pack`.
@@ -150,28 +149,10 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
             checkpoint has, or a projection that is not as ``model.config`` says.
         OSError: the disk is full, or the folder cannot be written.
     """
-    for name, module in model.named_modules():
-        if name != "lm_head" and isinstance(module, torch.nn.Linear):
-            hint = "; call bitnet_ops.pack(model) first" if isinstance(module, BitLinearQAT) else ""
-            raise ValueError(
-                f"save_pretrained: model: expected BitLinear projections, got {type(module).__name__} at "
-                f"{name!r}{hint}"
-            )
-        if isinstance(module, BitLinear):
-            _check_is_as_configured(model.config, name, module)
+    check_saveable(model, "save_pretrained")
     # Not state_dict(), which is tile16 always: here the layouts stay as they are.
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"save_pretrained: model: expected {', '.join(map(str, FLOATS))}, got {tensor.dtype} at "
-                f"{name!r}; call model.float() first"
-            )
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    # In the folder itself, because a rename is atomic only within one file system.
-    draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
+    with folder_draft(Path(folder), CONFIG_FILE) as draft:
         copy, metadata = head_to_store(model.screened_head())
         tensors |= copy
         on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
@@ -184,31 +165,7 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
             model.generation_config or {}
         )
         save_text_files(draft, model.tokenizer, model.chat_template, generation_config)
-        files = sorted(draft.iterdir(), key=lambda file: file.name == CONFIG_FILE)  # config.json last
-        for file in files:
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        (target / CONFIG_FILE).unlink(missing_ok=True)
-        for file in files:
-            os.replace(file, target / file.name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _check_is_as_configured(config: "DecoderConfig", name: str, layer: BitLinear) -> None:
-    """The file says it once for all projections, so that one of another kind would be lost."""
-    part = name.removesuffix(".linear").rpartition(".")[2]
-    if part == "o_proj":
-        bias = config.attention_output_bias
-    else:
-        bias = config.attention_bias if part in ("q_proj", "k_proj", "v_proj") else config.mlp_bias
-    expected = (bias, config.activation_bits, config.group_size)
-    if (layer.bias is not None, layer.activation_bits, layer.group_size) != expected:
-        raise ValueError(
-            f"save_pretrained: model: expected projections {'with' if bias else 'without'} bias and with "
-            f"activation_bits={config.activation_bits}, group_size={config.group_size}, as model.config "
-            f"says, got another at {name!r}: {layer}"
-        )
+        save_embedding_settings(draft, model.embedding_settings, model.config.hidden_size)
 
 
 def _layouts(model: "LanguageModel") -> dict[str, Any]:

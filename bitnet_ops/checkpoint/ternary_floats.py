@@ -182,15 +182,15 @@ def read_floats(files: TensorSource, name: str, layer: BitLinear, memory: HugePa
     def rows() -> Iterator[Tensor]:
         for top in range(0, layer.out_features, CHUNK_ROWS):
             end = min(top + CHUNK_ROWS, layer.out_features)
-            w = torch.empty((end - top, layer.in_features), dtype=torch.int8)
+            parts = []
             for begin, x in _chunks(files, weight, top, end):
                 try:
                     part = to_ternary(x, layer.group_size)
                 except NotTernary as error:
                     raise not_ternary(files, weight, begin, error) from None
-                w[begin - top : begin - top + len(x)] = part.w
+                parts.append(part.w)
                 scales[..., begin : begin + len(x)] = part.scales
-            yield w
+            yield parts[0] if len(parts) == 1 else torch.cat(parts)
 
     packed, layout = pack_rows(rows(), layer, memory)
     return Projection(packed, layout, scales, read_bias(files, name, layer))

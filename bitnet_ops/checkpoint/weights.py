@@ -21,6 +21,9 @@ from .tensor_source import FLOAT_DTYPES, TensorSource
 CHUNK_ROWS = 256
 """Rows that are packed at a time: small results find room again in the memory of those before."""
 
+BODY_PREFIX = "model."
+"""In front of the names of all modules but the head."""
+
 
 def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """The sizes [N, K] of all projections of a model, by the names of their modules."""
@@ -65,6 +68,7 @@ class WeightReader:
 
     Attributes:
         family: says what modules are called.
+        is_bare: whether the files leave out `BODY_PREFIX`; see body.py.
         maps_files: whether its files may be mapped where the user does not say: nobody changes them in place.
     """
 
@@ -72,10 +76,12 @@ class WeightReader:
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        self.is_bare = False
 
     def stored_name(self, module: str) -> str:
         """The name in the files of the module that is called ``module`` in the model."""
-        return self.family.stored_name(module)
+        name = self.family.stored_name(module)
+        return name.removeprefix(BODY_PREFIX) if self.is_bare else name
 
     def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
         """The configuration with what only the weights say, such as the size of groups with one scale.
@@ -138,6 +144,10 @@ class WeightReader:
         """
         return files.tensor(f"{name}.weight", memory.empty)
 
+    def read_bias(self, files: TensorSource, name: str, layer: nn.Module) -> Tensor | None:
+        """The bias of a projection that is not ternary, float32, or None where it has none."""
+        return read_bias(files, name, layer)
+
     def check_norm(self, files: TensorSource, name: str, module: RMSNorm) -> list[str]:
         """Checks the header of a norm's weight."""
         files.expect(f"{name}.weight", FLOAT_DTYPES, tuple(module.weight.shape))
@@ -146,7 +156,9 @@ class WeightReader:
     def read_norm(self, files: TensorSource, name: str) -> Tensor:
         """The factors of a norm that `check_norm` has passed, float32."""
         weight = files.read(f"{name}.weight").float()
-        return weight + self.family.norm_offset if self.family.norm_offset else weight
+        # Norms inside projections come from the quantiser, not from the family.
+        offset = 0.0 if "_proj." in name else self.family.norm_offset
+        return weight + offset if offset else weight
 
 
 def check_bias(files: TensorSource, name: str, layer: BitLinear) -> list[str]:

@@ -4,6 +4,7 @@ The format allows it (a header may end in spaces), but the library's own writer 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,13 +16,19 @@ ALIGNMENT = 64
 _DTYPE_NAME: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(
+    file: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    data: Callable[[str], Tensor] | None = None,
+) -> None:
     """Writes a new safetensors file, one tensor after another, without a copy of the whole.
 
     Args:
         file: is made, or replaced.
         tensors: CPU tensors of the dtypes in `tensor_source.TORCH_DTYPE`, by their names.
         metadata: texts for the header.
+        data: gives each tensor when its turn comes, where ``tensors`` has only shapes, on the meta device.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -47,4 +54,5 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         handle.write(len(text).to_bytes(8, "little"))
         handle.write(text)
         for name in order:
-            handle.write(tensor_bytes(tensors[name].contiguous()))
+            tensor = tensors[name] if data is None else data(name)
+            handle.write(tensor_bytes(tensor.contiguous()))

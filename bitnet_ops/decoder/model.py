@@ -25,6 +25,7 @@ from .cache import Context, KVCache, rotation_tables
 from .config import DecoderConfig
 from .head import LEAST_BYTES, ScreenedHead
 from .plan import Known, Plan, collect, number_decoder, opaque_decoder, run, runs_in_operators
+from .pooling import EmbeddingSettings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -247,11 +248,12 @@ class LanguageModel(nn.Module):
         linear: makes the projections. `BitLinear` (packed, inference) by default, `BitLinearQAT` to train.
 
     Attributes:
-        tokenizer: from text to ids and back, or None. This and the next two come from the checkpoint's
+        tokenizer: from text to ids and back, or None. This and the next three come from the checkpoint's
             folder; the forward pass does not look at them.
         chat_template: Jinja text that turns a conversation into a prompt, or None.
         generation_config: the checkpoint's defaults for `generate`, as generation_config.json has them, or
             None.
+        embedding_settings: how the model makes a vector of a text, where it was trained for that, or None.
     """
 
     certified_head: bool | None = None
@@ -267,6 +269,7 @@ class LanguageModel(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.chat_template: str | None = None
         self.generation_config: dict[str, Any] | None = None
+        self.embedding_settings: EmbeddingSettings | None = None
         self.model = Decoder(config, linear)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

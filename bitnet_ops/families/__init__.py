@@ -2,6 +2,7 @@
 
 family.py        what a page says, and how config.json's fields become a `DecoderConfig` and back
 bitnet.py        model_type "bitnet"
+gemma3.py        model_type "gemma3_text"
 llama.py         model_type "llama"
 minicpm.py       model_type "minicpm"
 one_bit_llm.py   1bitLLM's models, which say "llama", too
@@ -15,6 +16,7 @@ from ..decoder.config import BitNetConfig, DecoderConfig
 from . import refused
 from .bitnet import BITNET
 from .family import Family, SettingError
+from .gemma3 import GEMMA3
 from .llama import LLAMA
 from .minicpm import MINICPM
 from .one_bit_llm import ONE_BIT_LLM
@@ -22,7 +24,7 @@ from .qwen3 import QWEN3
 
 __all__ = ["FAMILIES", "Family", "SettingError", "family_of", "family_to_write"]
 
-FAMILIES = (BITNET, ONE_BIT_LLM, LLAMA, QWEN3, MINICPM)
+FAMILIES = (BITNET, ONE_BIT_LLM, LLAMA, QWEN3, GEMMA3, MINICPM)
 """The first that recognises config.json is the model's."""
 
 
@@ -50,4 +52,6 @@ def family_to_write(config: DecoderConfig) -> Family:
     """The family whose fields describe a model best; what they leave out is written beside them."""
     if isinstance(config, BitNetConfig):
         return BITNET
-    return QWEN3 if config.qk_norm and not config.post_norms else LLAMA
+    if config.post_norms:
+        return GEMMA3 if config.activation == "gelu_tanh" else LLAMA
+    return QWEN3 if config.qk_norm else LLAMA

@@ -52,7 +52,7 @@ class Family:
         model_type: its name in config.json.
         architecture: of the class in transformers.
         config: class of its configurations.
-        activations: by their names in the field "hidden_act"; the first where it is absent.
+        activations: by their names in the field ``activation_field``; the first where it is absent.
         defaults: of absent fields, where that of transformers is not that of ``config``.
         same: fields that ``config`` has under the same name.
         only: (field, value where it is absent, values that are supported) of fields that have to be so.
@@ -63,7 +63,11 @@ class Family:
         projection_norms: whether "use_rms_norm" of "quantization_config" is known.
         all_ternary: whether float weights are masters though no "quantization_config" says it.
         published: (our ending of a module's name, that of the checkpoint), for those that differ.
-        norm_offset: what a norm adds to its stored weight; Gemma stores w of (1 + w).
+        norm_offset: what a norm adds to its stored weight; Gemma stores w of (1 + w). Norms in projections
+            are not the family's own and add nothing.
+        activation_field: the name of the activation's field.
+        normalize: makes of the content of config.json what the tables above understand; may raise
+            `SettingError`.
         recognises: whether the content of config.json is of this family; None for
             ``model_type``, or ``architecture`` where that is absent.
         read: fields of ``config`` that no table above can say, from the content of config.json; may raise
@@ -85,6 +89,8 @@ class Family:
     all_ternary: bool = False
     published: tuple[tuple[str, str], ...] = ()
     norm_offset: float = 0.0
+    activation_field: str = "hidden_act"
+    normalize: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: data
     recognises: Callable[[dict[str, Any]], bool] | None = None
     read: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: {}
     write_more: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
@@ -111,14 +117,17 @@ class Family:
         Raises:
             SettingError: a field is missing, or asks for something that is not supported.
         """
+        data = self.normalize(data)
         for name, default, supported in self.only:
             value = data.get(name, default)
             # `in` would take 0 for False.
             if not any(value == one and type(value) is type(one) for one in supported):
                 raise SettingError(name, " or ".join(map(repr, supported)), f"{value!r:.200}")
-        act = data.get("hidden_act", next(iter(self.activations)))
+        act = data.get(self.activation_field, next(iter(self.activations)))
         if not isinstance(act, str) or act not in self.activations:
-            raise SettingError("hidden_act", " or ".join(map(repr, self.activations)), f"{act!r:.200}")
+            raise SettingError(
+                self.activation_field, " or ".join(map(repr, self.activations)), f"{act!r:.200}"
+            )
         for name in SIZES:
             if name not in data and name not in self.optional:
                 raise SettingError(name, "this field", "nothing")
@@ -136,7 +145,7 @@ class Family:
         data = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
-            "hidden_act": names.get(config.activation, next(iter(self.activations))),
+            self.activation_field: names.get(config.activation, next(iter(self.activations))),
             **{name: default for name, default, _ in self.only if default is not None},
             **{name: getattr(config, name) for name in self.same},
         }
