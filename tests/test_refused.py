@@ -13,11 +13,11 @@ from bitnet_ops.checkpoint import CheckpointError
 from bitnet_ops.families import FAMILIES, refused
 
 
-@pytest.fixture(params=["bitnet", "llama"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A valid checkpoint of two families."""
-    sizes = Sizes(llama=request.param == "llama")
-    tensors = published_tensors(Weights.random(sizes), reciprocal=sizes.llama)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A valid checkpoint."""
+    sizes = Sizes(llama=True)
+    tensors = published_tensors(Weights.random(sizes), reciprocal=True)
     return write_folder(tmp_path / "checkpoint", sizes.config(), tensors)
 
 
