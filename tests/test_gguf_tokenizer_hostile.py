@@ -113,6 +113,22 @@ def test_damage_to_an_entry_is_an_error_that_names_the_list(model: str) -> None:
             read(bad)
 
 
+def test_scores_that_are_all_the_same_are_refused() -> None:
+    metadata = converted(*sentencepiece(prefix=True))
+    metadata[KEY + "scores"] = [-1000.0] * len(metadata[KEY + "tokens"])
+    with pytest.raises(CheckpointError, match="scores: expected scores that order the tokens, got -1000"):
+        read(metadata)
+
+
+def test_very_long_lists_of_added_tokens_are_refused() -> None:
+    """The library would take minutes and gigabytes to look for them."""
+    tokens = [f"{index:05}" + "a" * 1000 for index in range(20000)]
+    metadata = {KEY + "model": "gpt2", KEY + "pre": "gpt-2", KEY + "tokens": tokens, KEY + "merges": []}
+    for types in (3, 4):
+        with pytest.raises(CheckpointError, match="token_type: expected added tokens of at most"):
+            read(metadata | {KEY + "token_type": [types] * len(tokens)})
+
+
 def test_more_tokens_than_rows_of_the_embedding_are_refused() -> None:
     metadata = converted(byte_level("gpt-2"), pre="gpt-2")
     size = len(metadata[KEY + "tokens"])
@@ -200,6 +216,6 @@ def test_a_vocabulary_of_the_size_of_gemmas_is_read_within_seconds() -> None:
         KEY + "token_type": [2, 3, 3] + [1] * len(pieces),
         KEY + "scores": [-float(index) for index in range(len(tokens))],
     }
-    begin = time.perf_counter()
+    begin = time.process_time()  # this machine has other work, too
     assert read_tokenizer(metadata, FILE, 262144) is not None
-    assert time.perf_counter() - begin < 30  # 3 s on a quiet machine
+    assert time.process_time() - begin < 10

@@ -332,3 +332,16 @@ CONFIGS = {
                       embedding_scale=16.0, rms_norm_eps=1e-6),
 }  # fmt: skip
 """By architecture; every part that GGUF files of it have. Of Gemma's layers every second one is global."""
+
+IDS = torch.arange(24).view(2, 12) * 5 % 61
+
+
+def assert_same(model: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """The same logits, bit for bit, and not all alike."""
+    logits = model(IDS)
+    assert torch.equal(logits, expected(IDS))
+    assert logits.std() > 1e-3
+
+
+ONE_LAYER = {name: config.replace(num_hidden_layers=1, local_layers=(), window=0, local_rope_theta=None)
+             for name, config in CONFIGS.items()}  # fmt: skip

@@ -104,6 +104,8 @@ class TensorFiles(TensorSource):
                 found.name for found in file.parent.iterdir() if found.suffix in (".bin", ".gguf", ".pt")
             ]
             hint = f" (formats like {others[0]} are not supported)" if others else ""
+            if others and others[0].endswith(".gguf"):
+                hint = f" (to load {others[0]}, pass the file instead of the folder)"
             raise CheckpointError.at(file, "file", "a safetensors file", f"no such file{hint}")
         try:
             # safe_open checks the header against the size of the file. It would map the file too, but with

@@ -107,6 +107,9 @@ KEYS = (
 HEAD_DIM_KEYS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 """Keys that have to be head_dim where they are there."""
 
+LOCAL_HEAD_DIM_KEYS = ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
+"""Likewise; nobody writes them for Gemma 3, whose layers all have heads of one size."""
+
 PATTERN_KEY = "attention.sliding_window_pattern"
 GLOBAL_EVERY = 6
 """Every sixth layer of Gemma 3 sees the whole context; its files do not say it."""

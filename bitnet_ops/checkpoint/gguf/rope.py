@@ -77,10 +77,14 @@ def _from_keys(reader: "_Keys", config: DecoderConfig) -> RopeScaling | None:
             raise reader.error(name, " or ".join(map(str, harmless)), value)
     factor = reader.number("rope.scaling.factor", reader.number("rope.scale_linear", 1.0)) or 1.0
     kind = reader.get("rope.scaling.type")
-    if kind == "yarn":
-        attention = reader.number("rope.scaling.attn_factor", 1.0) * reader.number(
-            "rope.scaling.yarn_attn_factor", 1.0
+    attention = reader.number("rope.scaling.attn_factor", 1.0) * reader.number(
+        "rope.scaling.yarn_attn_factor", 1.0
+    )
+    if kind != "yarn" and attention != 1.0:
+        raise reader.error(
+            "rope.scaling.attn_factor", "1.0, because rope.scaling.type is not 'yarn'", attention
         )
+    if kind == "yarn":
         context = reader.number(CONTEXT_KEY, float(config.max_position_embeddings))
         growth = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0
         return reader.scaling(

@@ -50,6 +50,10 @@ def read_sentencepiece(tokens: TokenList) -> Tokenizer:
         ):
             raise tokens.error("tokens", "tokens that differ in more than spaces", f"{token!r:.200}")
     normal = sorted(tokens.ids(TokenType.NORMAL), key=lambda index: -scores[index])
+    longer = [index for index in normal if len(tokens.tokens[index]) > 1]
+    if len(longer) > 1 and scores[longer[0]] == scores[longer[-1]]:
+        # Converters that have no scores write one number for all.
+        raise tokens.error("scores", "scores that order the tokens", f"{scores[longer[0]]} for all of them")
     merges = make_merges([tokens.tokens[index] for index in normal])
     if merges is None:
         raise tokens.error(

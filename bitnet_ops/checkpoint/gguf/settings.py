@@ -23,6 +23,7 @@ from .architectures import (
     HIDDEN_ACTIVATION_KEY,
     HIDDEN_ACTIVATIONS,
     KEYS,
+    LOCAL_HEAD_DIM_KEYS,
     LOCAL_ROPE_THETA,
     PATTERN_KEY,
     REFUSED_ARCHITECTURES,
@@ -218,7 +219,7 @@ class _Reader:
 
     def check_head_dim(self, config: DecoderConfig) -> None:
         """Raises where heads have parts that are not rotated, or keys and values of different sizes."""
-        for name in HEAD_DIM_KEYS:
+        for name in (*HEAD_DIM_KEYS, *LOCAL_HEAD_DIM_KEYS):
             value = self.get(name)
             if value is not None and value != config.head_dim:
                 raise self.error(name, f"head_dim = {config.head_dim}, like the other keys of heads", value)

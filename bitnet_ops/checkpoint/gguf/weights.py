@@ -1,9 +1,9 @@
 """A model's weights in a GGUF file.
 
-Projections are ternary in one of the types of ternary/, with one scale for each group of inputs, for each row
-or for the matrix; or they are floats that are ternary in value. Embedding and head are of any type; those that
-are not float are multiplied out. Norms are float, and stored as what they multiply by, whatever the family
-publishes (Gemma's 1 + w).
+Projections are ternary in one of the types of ternary/, a scale for each group of inputs, for each row or
+for the matrix; or they are floats that are ternary in value. Embedding and head are of any type; what is not
+float is multiplied out. Norms are float, and stored as what they multiply by, whatever the family publishes
+(Gemma's 1 + w).
 
 Architecture "llama" has the rows of q and k in another order, because its programs turn neighbouring numbers
 by one angle, where Hugging Face's turn numbers that are head_dim / 2 apart. Within a head::
