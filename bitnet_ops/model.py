@@ -41,23 +41,32 @@ class BitNet(GenerationMixin, EmbeddingMixin, LanguageModel):
 
 
 def from_pretrained(
-    folder: str | os.PathLike[str], *, linear: type[nn.Module] = BitLinear, mmap: bool | None = None
+    model: str | os.PathLike[str],
+    *,
+    linear: type[nn.Module] = BitLinear,
+    revision: str | None = None,
+    mmap: bool | None = None,
 ) -> BitNet:
-    """Loads a model from a local folder; nothing is ever downloaded.
+    """Loads a model from a folder, a GGUF file, or the Hugging Face hub.
 
-    Understands the published layouts of BitNet b1.58 2B4T and of Llama-class models whose
-    ``quantization_config`` is "bitnet" (Llama3-8B-1.58, Falcon3-1.58bit, Falcon-E): packed, ternary floats,
-    or master weights, which are quantised here. And what `save_pretrained` and ``bitnet-ops convert`` write.
-    What a family's config.json may say is in bitnet_ops/families. Weights come from model.safetensors, or
-    from several files with model.safetensors.index.json. Peak memory stays near the size of the packed
-    model: tensors are packed one at a time, or used where they lie in the file. A bar shows the progress on
-    a terminal.
+    docs/models.md lists the models and formats. What a family's settings may be is in bitnet_ops/families.
+    Peak memory stays near the size of the packed model: tensors are packed one at a time, or used where they
+    lie in the file. A bar shows the progress on a terminal. ``bitnet-ops convert`` writes a folder that loads
+    at once.
 
     Args:
-        folder: holds config.json and the safetensors files; may hold tokenizer.json,
-            generation_config.json, and chat_template.jinja or tokenizer_config.json.
+        model: one of
+
+            - a folder in the Hugging Face layout: config.json and model.safetensors, or several files with
+              model.safetensors.index.json; may hold tokenizer.json, generation_config.json, and
+              chat_template.jinja or tokenizer_config.json. Also what `save_pretrained` wrote.
+            - a .gguf file, which holds settings, tokenizer and chat template as well.
+            - a string "owner/repo" or "owner/repo:file.gguf": a name on the hub. The files that are needed
+              are downloaded into the cache of huggingface_hub, and what was taken is printed on stderr.
+              Nothing is downloaded for a model on disk.
         linear: the class of projections: `BitLinear`, or `torch.nn.Linear` for a model that is not ternary,
             whose projections are then float32.
+        revision: branch, tag or commit of a name on the hub; "owner/repo@revision" says the same.
         mmap: use tensors where they lie in the files: no time, no second copy, and processes share them. The
             files must then not be rewritten in place while the model lives, or the system ends the process;
             replacing them is fine. None does so with what `save_pretrained` wrote, which replaces files.
@@ -65,14 +74,15 @@ def from_pretrained(
     Returns:
         The model in eval mode and without gradients. The embedding keeps its stored dtype, norms are
         float32. ``model.tokenizer`` (a tokenizers.Tokenizer or None), ``model.chat_template`` (str or None)
-        and ``model.generation_config`` (dict) are what the folder has.
+        and ``model.generation_config`` (dict) are what the checkpoint has.
 
     Raises:
-        CheckpointError: a ValueError that names the file and the tensor or field at fault.
+        CheckpointError: a ValueError that names the file and the tensor or field at fault, or says how to get
+            a model that is not there.
 
     Example:
-        >>> model = bitnet_ops.from_pretrained("bitnet-2b4t")
+        >>> model = bitnet_ops.from_pretrained("microsoft/bitnet-b1.58-2B-4T")
         >>> model(torch.tensor([model.tokenizer.encode("The sea").ids])).shape
         torch.Size([1, 3, 128256])
     """
-    return checkpoint.load(folder, BitNet, linear=linear, mmap=mmap)
+    return checkpoint.load(model, BitNet, linear=linear, revision=revision, mmap=mmap)

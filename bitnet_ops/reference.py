@@ -92,13 +92,16 @@ def ternary_linear(
 ) -> Tensor:
     """BitLinear: ``y = acc * (x_scale * weight_scale) + bias``, rounded once to the dtype of ``x``.
 
-    With a scale for every ``group_size`` inputs, ``y = x_scale * sum_g acc_g * weight_scale[g] + bias``,
-    where the sum goes through the groups in order, each product and each addition rounded to float32.
+    With a scale for every ``group_size`` inputs the sum goes through the groups in order, each product and
+    each addition rounded to float32. 16-bit activations have one scale a row,
+    ``y = x_scale * sum_g acc_g * weight_scale[g] + bias``. 8-bit ones have one for each group, so that a
+    large activation makes only its own group coarser,
+    ``y = sum_g acc_g * (x_scale[g] * weight_scale[g]) + bias``.
 
     Args:
         x: float [..., K].
         w: int8 [N, K], ternary.
-        weight_scale: float32 [N], the multiplier that turns ``w`` back into weights, or
+        weight_scale: float32 [N], the multiplier that turns ``w`` back into weights, or float32 or float16
             [ceil(K / group_size), N].
         bias: float32 [N] or None.
         activation_bits: 8 or 16.
@@ -108,19 +111,25 @@ def ternary_linear(
     Returns:
         [..., N] in the dtype of ``x``.
     """
-    q, x_scale = quantize_activations(x, activation_bits)
-    x_scale = x_scale.unsqueeze(-1)
 
-    def product(k: slice) -> Tensor:  # in int64: 16-bit activations can exceed int32
-        return (q[..., k].to(torch.int64) @ w[:, k].to(torch.int64).T).float()
+    def product(q: Tensor, w: Tensor) -> Tensor:  # in int64: 16-bit activations can exceed int32
+        return (q.to(torch.int64) @ w.to(torch.int64).T).float()
 
     if group_size == 0:
-        y = product(slice(None)) * (x_scale * weight_scale)
+        q, x_scale = quantize_activations(x, activation_bits)
+        y = product(q, w) * (x_scale.unsqueeze(-1) * weight_scale)
     else:
         y = torch.zeros(*x.shape[:-1], w.shape[0], device=x.device)
-        for g, scale in enumerate(weight_scale):
-            y = y + product(slice(g * group_size, (g + 1) * group_size)) * scale
-        y = y * x_scale
+        q, x_scale = quantize_activations(x, activation_bits)
+        for g, scale in enumerate(weight_scale.float()):
+            k = slice(g * group_size, (g + 1) * group_size)
+            if activation_bits == 8:
+                q_group, group_scale = quantize_activations(x[..., k])
+                y = y + product(q_group, w[:, k]) * (group_scale.unsqueeze(-1) * scale)
+            else:
+                y = y + product(q[..., k], w[:, k]) * scale
+        if activation_bits == 16:
+            y = y * x_scale.unsqueeze(-1)
     if bias is not None:
         y = y + bias
     if active is not None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import random
+import re
 from typing import Any
 
 import pytest
@@ -34,6 +36,39 @@ TEMPLATES = {
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
     "{{ ns.n }}",
     "date": "{{ strftime_now('%Y') | length }}",
+    "methods": "{{ messages[1].content.strip().split(' ')[-1].replace('!', '?').ljust(9, '.') }}|"
+    "{{ ', '.join(['a', 'b']) }}|{{ 'Ab'.startswith(('x', 'A')) }}|{{ 'a b'.title().center(9) }}|"
+    "{{ 'one two  three'.split() }}{{ 'a,b,c'.rsplit(',', maxsplit=1) }}{{ 'x\ny'.splitlines() }}"
+    "{{ messages[0].get('no', 3) }}{% for key, value in messages[0].items() %}{{ key }}={{ value }}"
+    ";{% endfor %}",
+    "formats": "{{ '%s-%05d-%.2f' % ('a', 42, 1.5) }}|{{ '%(a)s' % {'a': [1, 'x']} }}|{{ '%3s' |"
+    " format('b') }}|"
+    "{{ '{0:>5}|{a!r}|{0:<{1}}|{{}}'.format('x', 4, a='y') }}|{{ '{b[0]}'.format_map({'b': ['z']}) }}",
+    "filters": "{{ messages | map(attribute='role') | join(', ') }}|{{ 'a\nb' | indent(2, first=true) }}|"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}|{{ {'b': 1, 'a': 2} |"
+    " dictsort }}|"
+    "{{ [3, 1, 2] | sort | first }}{{ [1, 2] | sum }}{{ [1, 1] | unique | list }}{{ 2.345 | round(1) }}|"
+    "{{ [1, 2, 3] | batch(2, 'x') | list }}{{ 'x' | center(5) }}{{ 'aXa' | replace('X', '-', count=1) }}|"
+    "{{ messages | groupby('role') | map('first') | join(d='/') }}{{ 'a b c d' | truncate(5) }}{{ '7' |"
+    " int }}",
+    "comparisons": "{{ 1 < 2 < 3 }}{{ 3 > 2 > 2 }}{{ 'er' in 'user' }}{{ 'x' not in ['x'] }}"
+    "{{ (1, 2) == (1, 2) }}"
+    "{{ [1, [2]] != [1, [2]] }}{{ 'a' is in ['a'] }}{{ 3 is odd }}{{ 4 is divisibleby(2) }}{{ 2 is ge(3) }}",
+    "slices": "{{ messages[1:] | length }}{{ 'abcdef'[::-1][1:-1] }}{{ messages[-1:][0].role }}"
+    "{{ [1, 2, 3][:2] }}",
+    "containers": "{% set d = {'a': (1, 2), ('b', 1): {}} %}{{ d }}{{ d[('b', 1)] }}"
+    "{% set x, y = 1, [2] %}{{ y + [x] }}"
+    "{{ dict(a=1) }}{{ namespace(a=1).a }}{% for i, (j, k) in [(1, (2, 3))] %}"
+    "{{ i + j * k ** 2 // 1 % 7 }}{% endfor %}",
+    "macros": "{% macro f(context, called=2) %}{{ context }}{{ called }}{{ caller() if caller }}"
+    "{% endmacro %}"
+    "{{ f(1, called='c') }}{% call f(context=2) %}inside{% endcall %}{% block b %}block{% endblock %}"
+    "{{ self.b() }}"
+    "{% set t %}{{ f('x') ~ 3 ~ no ~ [1] }}{% endset %}{{ t }}{% filter upper %}up{% endfilter %}",
+    "loops": "{% for m in messages recursive %}{{ loop.index }}{{ loop.cycle('a', 'b') }}"
+    "{{ loop.changed(m.role) }}"
+    "{{ loop.previtem.role if loop.previtem is defined }}{% else %}none{% endfor %}{% for c in 'ab' %}"
+    "{{ c }}{% endfor %}",
     "missing names": "{% if tools is not none %}{{ tools | length }}{% endif %}[{{ no }}]{{ documents }}",
 }
 
@@ -64,6 +99,12 @@ def test_rendering_equals_transformers(name: str, add_generation_prompt: bool) -
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "chat_template: RecursionError: "),
         ("{{ strftime_now(3) }}", "chat_template: TypeError: "),
         ("{{ nothing.at.all }}", "chat_template: UndefinedError: "),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "chat_template: SyntaxError: too many"),
+        ("{% if 1 %}" * 120 + "{% endif %}" * 120, "chat_template: IndentationError: too many"),
+        ("{% macro f(a, a) %}{% endmacro %}", "chat_template: SyntaxError: "),
+        ("{% break %}", "chat_template: SyntaxError: "),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "chat_template: RecursionError: "),
+        ("{{ " + "9" * 6000 + " }}", "chat_template: ValueError: "),
     ],
 )
 def test_faulty_and_hostile_templates(template: str, message: str) -> None:
@@ -77,25 +118,192 @@ def test_faulty_and_hostile_templates(template: str, message: str) -> None:
 NESTED = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
 BRANCHING = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}"
 DOUBLING = "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = DOUBLE %}{% endfor %}"
+LARGE = "{% set b = 'a' * 16000000 %}"
+TREE = DOUBLING.replace("'a'", "['a']").replace("DOUBLE", "[ns.x, ns.x]")
+TWO_TREES = TREE + TREE.replace("ns", "nt")
+KEYS = DOUBLING.replace("'a'", "('a',)").replace("DOUBLE", "(ns.x, ns.x)")
+AGAIN = LARGE + "{% for i in range(99999) %}{% set c = DO %}{% endfor %}"
+
+ENDLESS = (
+    NESTED,
+    BRANCHING,
+    "{% macro f(n) %}{{ caller() }}{% if n %}{% call f(n - 1) %}{% endcall %}{% call f(n - 1) %}{% endcall %}"
+    "{% endif %}{% endmacro %}{% call f(40) %}{% endcall %}",
+    # operators
+    "{{ 'a' * 10**10 }}",
+    "{{ 10**10 * [0] }}",
+    "{{ 10 ** (10 ** 10) }}",
+    DOUBLING.replace("DOUBLE", "ns.x ~ ns.x"),
+    DOUBLING.replace("DOUBLE", "ns.x + ns.x"),
+    DOUBLING.replace("ns.x = DOUBLE", "ns.x %}{{ ns.x }}{{ ns.x }}{% endset"),
+    DOUBLING.replace("'a'", "2").replace("DOUBLE", "ns.x * ns.x"),
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10**10, 1) }}",
+    "{{ '%.10000000000f' % 1.5 }}",
+    "{{ ('%10000000000d' | safe) % 1 }}",
+    LARGE + "{{ ('%(a)s' * 1000) % {'a': b} }}",
+    # methods
+    "{{ 'x'.ljust(10**10) }}",
+    "{{ 'x'.rjust(10**10) }}",
+    "{{ 'x'.center(10**10) }}",
+    "{{ 'x'.zfill(10**10) }}",
+    "{{ ('x' | safe).ljust(10**10) }}",
+    "{{ 'x'['ljust'](10**10) }}",
+    "{{ ('x' | attr('ljust'))(10**10) }}",
+    "{{ '{:>9999999999}'.format(1) }}",
+    "{{ '{:>{}}'.format(1, 10**10) }}",
+    "{{ '{a:9999999999}'.format_map({'a': 1}) }}",
+    "{{ ('{:9999999999}' | safe).format(1) }}",
+    LARGE + "{{ ('{0}' * 1000).format(b) }}",
+    LARGE + "{{ b.replace('a', 'bbb') }}",
+    LARGE + "{{ b.replace('', b) }}",
+    LARGE + "{{ b.join(['x'] * 1000) }}",
+    LARGE + "{{ ''.join([b] * 1000) }}",
+    "{{ ('a,' * 8000000).split(',') }}",
+    "{{ ('a,' * 8000000).split(sep=',') }}",
+    "{{ ('a b ' * 4000000).split() }}",
+    "{{ ('a\n' * 8000000).splitlines() }}",
+    # filters and tests
+    "{{ 'x' | center(10**10) }}",
+    "{{ 'x' | center(width=10**10) }}",
+    "{{ ['x'] | map('center', 10**10) | list }}",
+    "{% filter center(10**10) %}x{% endfilter %}",
+    "{{ 'x' | indent(width=10**10, first=true) }}",
+    "{{ '\n\n\n' | indent('y' * 10**7) }}",
+    "{{ '%10000000000d' | format(1) }}",
+    LARGE + "{{ b | replace('a', 'bb') }}",
+    LARGE + "{{ [b, b] | join }}",
+    LARGE + "{{ ['x', 'y', 'z'] | join(b) }}",
+    LARGE + "{{ ([b] * 1000) | upper }}",
+    LARGE + "{{ ([b] * 1000) | tojson }}",
+    LARGE + "{{ b | list }}",
+    "{{ [1] | batch(10**10, 'x') | list }}",
+    "{{ [1] | slice(10**10) | list }}",
+    "{{ 1.5 | round(10**10, 'ceil') }}",
+    "{{ ([[1]] * 99999) | sum(start=[]) }}",
+    "{{ [1] | tojson(indent=10**10) }}",
+    "{{ ('f' * 100000) | int(base=16) }}",
+    "{{ '%10000000000d' is odd }}",
+    "{{ '%10000000000d' is divisibleby(3) }}",
+    "{{ strftime_now('%Y' * 10000) }}",
+    # what is written, compared or hashed as often as it is held
+    LARGE + "{{ [b] * 1000 }}",
+    LARGE + "{{ '%s' % ([b] * 1000) }}",
+    LARGE + "{{ '{!r}'.format([b] * 1000) }}",
+    TREE + "{{ ns.x }}",
+    TREE + "{{ ns }}",
+    TREE + "{{ ns.x ~ 1 }}",
+    TREE + "{{ ns.x | string }}",
+    TREE + "{{ ns.x | tojson }}",
+    TREE + "{{ {'a': ns.x}.items() }}",
+    TREE + "{{ {'a': ns.x} | dictsort }}",
+    TREE + "{{ raise_exception(ns.x) }}",
+    TREE + "{{ {}[ns.x].y }}",
+    TREE + "{{ ns.x is lower }}",
+    TWO_TREES + "{{ ns.x == nt.x }}",
+    TWO_TREES + "{{ ns.x in [nt.x] }}",
+    TWO_TREES + "{{ [ns.x, nt.x] | sort }}",
+    TWO_TREES + "{{ [[ns.x], [nt.x]] | map('first') | sort }}",
+    TWO_TREES + "{{ [ns.x].index(nt.x) }}",
+    TWO_TREES + "{{ [ns.x] | select('eq', nt.x) | list }}",
+    TWO_TREES + "{% for x in [ns.x, nt.x] %}{{ loop.changed(x) }}{% endfor %}",
+    KEYS,
+    DOUBLING.replace("'a'", "('a',)").replace("DOUBLE", "{ns.x: ns.x}.items() | first"),
+    DOUBLING.replace("'a'", "('a',)").replace("DOUBLE", "dict([[ns.x, ns.x]]).items() | first"),
+    # much of what is little each time
+    AGAIN.replace("DO", "b[1:]"),
+    AGAIN.replace("DO", "b == b"),
+    AGAIN.replace("{% set c = DO %}", "{{ b }}"),
+    "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = ns.l + ['a' * 10000000] %}"
+    "{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_a_template_has_an_end(template: str) -> None:
+    with pytest.raises(ValueError, match=r"chat_template: SecurityError: expected "):
+        render_chat(template, CONVERSATION)
+
+
+@pytest.mark.parametrize("expression", ["b | upper", "b.count('aab')", "'aab' in b", "range(99999) | sum"])
+@pytest.mark.slow
+def test_a_template_has_an_end_after_seconds(expression: str) -> None:
+    with pytest.raises(ValueError, match=r"chat_template: SecurityError: expected at most .* in all"):
+        render_chat(AGAIN.replace("DO", expression), CONVERSATION)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "(1).to_bytes(10**10, 'big')",
+        "dict.fromkeys(range(9))",
+        "'a'.translate({97: 'b'})",
+        "''.maketrans('a', 'b')",
+        "'a'.expandtabs(10**10)",
+        "'a'.encode()",
+        "('x' | safe).striptags()",
+        "{}.items().isdisjoint([])",
+    ],
+)
+def test_methods_that_are_not_known_to_be_bounded(expression: str) -> None:
+    with pytest.raises(
+        ValueError, match="chat_template: SecurityError: expected a method that templates may use"
+    ):
+        render_chat(f"{{{{ {expression} }}}}", CONVERSATION)
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        NESTED,
-        BRANCHING,
-        "{{ 'a' * 10**10 }}",
-        "{{ 10**10 * [0] }}",
-        "{{ 10 ** (10 ** 10) }}",
-        DOUBLING.replace("DOUBLE", "ns.x ~ ns.x"),
-        DOUBLING.replace("DOUBLE", "ns.x + ns.x"),
-        DOUBLING.replace("ns.x = DOUBLE", "ns.x %}{{ ns.x }}{{ ns.x }}{% endset"),
-        DOUBLING.replace("'a'", "2").replace("DOUBLE", "ns.x * ns.x"),
+        "{{ 'x' | pprint }}",
+        "{{ 'x' | urlize }}",
+        "{{ 'x' | wordwrap(1) }}",
+        "{{ lipsum(n=10**8) }}",
+        DOUBLING.replace("60", "99999").replace("'a'", "('a',)").replace("DOUBLE", "(ns.x,)"),
+        DOUBLING.replace("60", "9999").replace("DOUBLE", "[ns.x]") + "{{ ns.x == [1] }}",
+        "{% block a %}{{ self.a() }}{% endblock %}",
     ],
 )
-def test_a_template_has_an_end(template: str) -> None:
-    with pytest.raises(ValueError, match=r"chat_template: SecurityError: expected at most"):
+def test_what_is_left_out_or_too_deep(template: str) -> None:
+    with pytest.raises(ValueError, match=r"chat_template: (TemplateAssertion|Undefined|Recursion)Error"):
         render_chat(template, CONVERSATION)
+
+
+def test_a_long_conversation_is_far_from_the_bounds() -> None:
+    """Twenty texts of a million characters, and as much work on each as published templates do."""
+    template = (
+        "{% set ns = namespace(tools=[]) %}{% for m in messages %}{% set text = m.content | trim %}"
+        "{% if '<x>' in text %}{% set text = text.split('</x>')[-1].lstrip('\n') %}{% endif %}"
+        "{% set ns.tools = ns.tools + [loop.index] %}{% if loop.index0 == messages | length - 1 %}"
+        "last{% endif %}"
+        "{{ '<|' + m['role'] ~ '|>' }}{{ text[:10] }}{% endfor %}{{ ns.tools | length }}"
+    )
+    messages = [{"role": "user", "content": "<x>" + "a b\n" * 250_000}] * 20
+    assert render_chat(template, messages).endswith("last<|user|><x>a b\na b20")
+    messages = [{"role": "user", "content": "Hello"}] * 3000
+    assert render_chat(template, messages).endswith("last<|user|>Hello3000")
+
+
+@pytest.mark.slow
+def test_whatever_a_template_is_it_renders_or_is_refused() -> None:
+    """Thousands of mutations of the templates above."""
+    token = re.compile(r"\{%-?|-?%\}|\{\{|\}\}|'[^']*'|\w+|\s+|.", re.DOTALL)
+    small = [template for template in ENDLESS if LARGE not in template]
+    subjects = [token.findall(template) for template in (*TEMPLATES.values(), *small)]
+    tokens = [one for subject in subjects for one in subject]
+    generator, rendered = random.Random(0), 0
+    for _ in range(5000):
+        mutant = list(generator.choice(subjects))
+        for _ in range(generator.randint(1, 5)):
+            at = generator.randrange(len(mutant) + 1)
+            mutant[at : at + generator.randint(0, 1)] = generator.choices(tokens, k=generator.randint(0, 2))
+        try:
+            render_chat("".join(mutant), CONVERSATION)
+            rendered += 1
+        except ValueError as error:
+            if not str(error).startswith("chat_template: "):
+                raise AssertionError("another error") from error
+    assert rendered > 100, "hardly any is a template"
 
 
 def test_every_rendering_may_take_as_many_steps() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bitnet_ops import from_pretrained, packing, repack
 from bitnet_ops.checkpoint import CheckpointError
+from bitnet_ops.generation.chat import ChatSession
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -85,14 +86,13 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 # The folder and its files
 
 
-@pytest.mark.parametrize("name", ["microsoft/bitnet-b1.58-2B-4T", "no-such-folder"])
-def test_a_hub_name_is_not_downloaded(name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"local folder.*does not exist.*hf download"):
-        from_pretrained(name)
+def test_a_folder_that_is_not_there() -> None:
+    with pytest.raises(CheckpointError, match=r"folder with a checkpoint.*which does not exist"):
+        from_pretrained("no-such-folder")
 
 
 def test_a_file_is_not_a_folder(folder: Path) -> None:
-    assert_refused(folder / "config.json", "local folder", "is a file")
+    assert_refused(folder / "config.json", "folder with a checkpoint", "is another file")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -797,6 +797,31 @@ def test_generation_fields(folder: Path, fields: dict[str, Any]) -> None:
 def test_chat_templates(folder: Path, template: object) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert_refused(folder, "tokenizer_config.json", "chat_template", "a string")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x'.ljust(10**10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ 'x' | center(10**10) }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_hostile_chat_templates_in_a_folder(folder: Path, template: str, place: str) -> None:
+    """Loading does not run them; a chat refuses them, fast and in little memory."""
+    byte_tokenizer(61).save(str(folder / "tokenizer.json"))
+    content = template if place.endswith("jinja") else json.dumps({"chat_template": template})
+    (folder / place).write_text(content)
+    session = ChatSession(from_pretrained(folder))
+    with pytest.raises(ValueError, match="chat_template: "):
+        list(session.reply("Hello"))
 
 
 # Fuzzing: whatever happens to the bytes, there is a model that runs or a CheckpointError

@@ -258,7 +258,7 @@ def test_info_without_any_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "none: the package came without one" in result.stdout
     result = run("generate", "It")
     assert result.exit_code == 1
-    assert result.stderr == "Error: this installation has no default model; name a folder with --model\n"
+    assert result.stderr == "Error: this installation has no default model; name one with --model\n"
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["info"], ["train"]])
@@ -286,7 +286,6 @@ def test_help_teaches_with_examples(command: list[str]) -> None:
         ),
         (["generate", "It", "--stop", ""], "--stop: expected a text"),
         (["generate", "It", "--threads", "0"], "'--threads'"),
-        (["generate", "It", "--model", "/no/such/folder"], "'/no/such/folder' does not exist"),
         (["generate", "It", "--shout"], "No such option"),
         (["sing"], "No such command 'sing'"),
     ],
@@ -300,6 +299,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], message: str) -> None:
 def test_errors_are_one_line_and_exit_code_1(folder: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["--model", tmp_path, "It"], "config.json"),
+        (["--model", "/no/such/folder", "It"], "'/no/such/folder', which does not exist"),
         (["--model", folder, "--max-new-tokens", 1000, "It"], "max_position_embeddings = 256, got 1 + 1000"),
         (["--model", folder, "a" * 1000], "max_position_embeddings = 256"),
         (["--model", folder, "caf\udce9"], "prompt: expected text that UTF-8 can encode"),

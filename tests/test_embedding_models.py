@@ -172,6 +172,11 @@ def test_vectors_are_of_the_last_token(body: Body) -> None:
     vectors = body.ours.embed(texts)
     assert_close_but_for_flips(vectors, torch.stack(expected))
     assert not torch.equal(body.ours.embed(texts, pooling="mean"), vectors)
+    query = body.ours.embed("x", prompt_name="query")
+    assert torch.equal(query, body.ours.embed(BITNET_EMBEDDING.prompts["query"] + "x"))
+    assert torch.equal(
+        bitnet_ops.SentenceEncoder(body.ours).encode_query(["x"], convert_to_tensor=True), query
+    )
 
 
 def test_the_same_bits_everywhere(tmp_path: Path, isa: str, threads: None) -> None:

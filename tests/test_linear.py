@@ -200,16 +200,33 @@ class TestLayouts:
         with pytest.raises(ValueError, match="layout must be one of"):
             bitnet_ops.repack(model, "rows")
 
-    def test_sixteen_bits_and_groups(self) -> None:
-        w, scale = torch.randint(-1, 2, (40, 150), dtype=torch.int8), torch.rand(3, 40)
-        layer = BitLinear.from_ternary(w, scale, activation_bits=16, group_size=64)
-        x = torch.randn(3, 150)
-        assert torch.equal(layer(x), reference.ternary_linear(x, w, scale, None, 16, 64))
-        other = BitLinear(150, 40, activation_bits=16, group_size=64)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("bits", [8, 16])
+    @pytest.mark.parametrize("tokens", [1, 3, 9])
+    def test_groups(self, isa: str, bits: int, dtype: torch.dtype, tokens: int) -> None:
+        w, scale = torch.randint(-1, 2, (40, 150), dtype=torch.int8), torch.rand(3, 40).to(dtype)
+        layer = BitLinear.from_ternary(w, scale, activation_bits=bits, group_size=64)
+        assert layer.weight_scale.dtype == dtype
+        x = torch.randn(tokens, 150)
+        assert torch.equal(layer(x), reference.ternary_linear(x, w, scale, None, bits, 64))
+        other = BitLinear(150, 40, activation_bits=bits, group_size=64)
         other.load_state_dict(layer.state_dict())
         assert torch.equal(other(x), layer(x))
-        assert "activation_bits=16, group_size=64" in repr(layer)
+        assert layer.bfloat16().weight_scale.dtype == dtype
+        assert "group_size=64" in repr(layer)
         assert bitnet_ops.repack(layer).layout == "tile16"
+
+    def test_a_large_activation_costs_only_its_own_group(self) -> None:
+        w, scale = torch.randint(-1, 2, (40, 128), dtype=torch.int8), torch.rand(2, 40)
+        x = torch.randn(1, 128)
+        x[0, 3] = 1e4
+        exact = x.double() @ (w * scale.repeat_interleave(64, 0).T).double().T
+        error = BitLinear.from_ternary(w, scale, group_size=64)(x) - exact
+        x[0, :64] = 0
+        other_half = BitLinear.from_ternary(w, scale, group_size=64)(x)
+        # Of the first group at most half a step for each input; nothing of it in the second.
+        assert (error.abs() <= 64 * 1e4 / 254 * scale[0]).all()
+        assert torch.equal(other_half, BitLinear.from_ternary(w[:, 64:], scale[1:], group_size=64)(x[:, 64:]))
 
     def test_options_that_do_not_exist(self) -> None:
         with pytest.raises(ValueError, match="activation_bits: expected 8 or 16, got 4"):

@@ -225,12 +225,11 @@ def test_rotary_embedding(pair: LlamaPair) -> None:
 
 
 def test_attention(dense: LlamaPair) -> None:
-    """What enters o_proj, with float projections, which err by 2 (K + 4) u of their sums of magnitudes.
+    """What enters o_proj, with float projections.
 
-    A norm of a head divides by its root mean square, so an error e of q becomes e * max|w| / rms and as much
-    again in the direction of q, and rounds d + 20 times. Both factors of a score err; the softmax amplifies
-    by exp(2 * error); see test_parity_transformers.py. A missing norm, or a wrong rotation or scale, changes
-    results by their own size.
+    How far queries, keys and values lie apart in front of the rotation is measured, for test_projections and
+    test_norms have bounds on that. The rotation adds 60 * 15 u of their size. Both factors of a score err;
+    the softmax amplifies by exp(2 * error); see test_parity_transformers.py.
     """
     config = dense.ours.config
     x = torch.randn(2, LENGTH, config.hidden_size)
@@ -241,31 +240,19 @@ def test_attention(dense: LlamaPair) -> None:
         ours, theirs = ours.self_attn, theirs.self_attn
         got = captured(ours.o_proj, ours, x, Context(cos[None], sin[None]), 0)
         expected = captured(theirs.o_proj, theirs, x, their_rotation, mask)
-
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (-1, config.head_dim))
-
-        def product(module: nn.Module) -> tuple[Tensor, Tensor]:
-            """A projection's heads and the norms of their errors."""
-            magnitude = x.double().abs() @ module.weight.double().abs().T
-            error = 2 * (config.hidden_size + 4) * U * magnitude
-            return heads(module(x).double()), heads(error).norm(dim=-1)
-
-        sizes, errors = [], []
-        for projection, norm in ((ours.q_proj, ours.q_norm), (ours.k_proj, ours.k_norm)):
-            y, error = product(projection)
-            weight = norm.weight.double().abs().max()
-            rms = (y.square().mean(-1) + config.rms_norm_eps).sqrt()
-            largest = norm(y.float()).double().norm(dim=-1).max()
-            rounding = 2 * (config.head_dim + 20 + 60 * 15) * U * largest
-            sizes.append(largest * turn)
-            errors.append(((2 * error / rms).max() * weight + rounding) * turn)
-        v, v_error = product(ours.v_proj)
-        score = errors[0] * sizes[1] + sizes[0] * errors[1]
-        score = score + 2 * (config.head_dim + 4) * U * sizes[0] * sizes[1]
-        spread = torch.expm1(2 * score / config.head_dim**0.5)
-        bound = 2 * spread * v.abs().max() + v_error.max() + 2 * (2 * LENGTH + 16) * U * v.abs().max()
-        assert bound < 0.15 * expected.abs().max(), "the bound proves nothing"
+        sizes, errors = {}, {}
+        for part in "qkv":
+            mine, other = (getattr(side, f"{part}_proj")(x) for side in (ours, theirs))
+            mine, other = (y.unflatten(-1, (-1, config.head_dim)) for y in (mine, other))
+            if part != "v":
+                mine, other = getattr(ours, f"{part}_norm")(mine), getattr(theirs, f"{part}_norm")(other)
+            sizes[part] = mine.double().norm(dim=-1).max()
+            errors[part] = (mine.double() - other.double()).norm(dim=-1).max() + 60 * 15 * U * sizes[part]
+        q, k, v = sizes["q"], sizes["k"], sizes["v"]
+        score = errors["q"] * k + q * errors["k"] + 2 * (config.head_dim + 4) * U * q * k
+        spread = torch.expm1(2 * turn**2 * score / config.head_dim**0.5)
+        bound = 2 * spread * v + errors["v"] + 2 * (2 * LENGTH + 16) * U * v
+        assert bound < 0.05 * expected.abs().max(), "the bound proves nothing"
         assert_within(got, expected, bound, "attention")
 
 

@@ -309,21 +309,28 @@ def their_class(config: Any) -> Any:
 
 
 def make_ternary_floats(
-    folder: Path, group: int, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+    folder: Path,
+    group: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    *,
+    config_class: type = Qwen3Config,
+    **fields: Any,
 ) -> LlamaPair:
-    """A Qwen3-class checkpoint as Ternary-Bonsai's: plain floats that are ternary times a scale.
+    """A checkpoint as those of Ternary-Bonsai and TriLM: plain floats that are ternary times a scale.
 
     Args:
         folder: of the checkpoint.
         group: inputs that share a scale; 0 for whole rows.
         seed: of the weights.
         dtype: of the stored tensors.
-        **fields: of Qwen3Config.
+        config_class: LlamaConfig or Qwen3Config.
+        **fields: of the configuration.
     """
     generator = torch.Generator().manual_seed(seed)
     defaults = {"vocab_size": 97, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
-    config = Qwen3Config(attn_implementation="eager", **(defaults | fields))
-    theirs = Qwen3ForCausalLM(config)
+    config = config_class(attn_implementation="eager", **(defaults | fields))
+    theirs = their_class(config)(config)
     tensors: dict[str, Tensor] = {}
     for name, parameter in theirs.named_parameters():  # a tied head is not among them
         if parameter.dim() == 1:

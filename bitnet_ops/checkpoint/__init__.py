@@ -2,6 +2,7 @@
 
 load.py           the order of the checks, and the model
 location.py       what users name a model by, and where it lies
+hub.py            models from the Hugging Face hub
 opened.py         what there is to know before weights are read
 folder.py         a folder in the Hugging Face layout
 config_json.py    config.json
@@ -11,6 +12,8 @@ pooling.py        embeddings, in the files of sentence-transformers
 weights.py        what the formats of weights have in common
 hf.py             weights in the published "bitnet" formats (packed, ternary, master)
 ternary_floats.py float weights that are ternary already: their scales are found
+mlx.py            weights in MLX's 2-bit form
+group_sizes.py    which inputs of a row share a scale
 packed.py         weights in our own format, and save_pretrained
 published_out.py  writes the published layout, for transformers
 saveable.py       what a model has to be to be written

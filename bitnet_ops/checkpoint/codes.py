@@ -12,8 +12,15 @@ CHUNK_BYTES = 1 << 20
 MOST_BASE3 = 3**5 - 1  # the byte of five codes 2
 
 
-def check_codes(files: TensorSource, name: str, packed: Tensor) -> None:
-    """Raises CheckpointError when a byte of the uint8 tensor ``packed`` holds the 2-bit code 3."""
+def check_codes(files: TensorSource, name: str, packed: Tensor, begin: int = 0) -> None:
+    """Raises CheckpointError when a byte of the uint8 tensor ``packed`` holds the 2-bit code 3.
+
+    Args:
+        files: says where the tensor is from.
+        name: of the tensor.
+        packed: its bytes, or some of them.
+        begin: bytes of it in front of these.
+    """
     for start, chunk in enumerate(torch.split(packed.view(-1), CHUNK_BYTES)):
         both_bits = chunk & (chunk >> 1) & 0b01010101
         if both_bits.any():
@@ -21,7 +28,7 @@ def check_codes(files: TensorSource, name: str, packed: Tensor) -> None:
             raise files.error(
                 name,
                 "four 2-bit codes in {0, 1, 2} a byte",
-                f"a code 3 in byte {start * CHUNK_BYTES + at} (0x{int(chunk[at]):02x})",
+                f"a code 3 in byte {begin + start * CHUNK_BYTES + at} (0x{int(chunk[at]):02x})",
             )
 
 

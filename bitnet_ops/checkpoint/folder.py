@@ -12,6 +12,7 @@ from .errors import CheckpointError
 from .files import TensorFiles, read_json
 from .head_copy import is_bound, table_name
 from .hf import PublishedWeights
+from .mlx import MlxWeights, mlx_settings
 from .opened import OpenCheckpoint
 from .packed import CONFIG_FILE, PackedWeights
 from .pooling import BITNET_EMBEDDING, appended_eos, load_embedding_settings
@@ -44,7 +45,7 @@ def open_folder(folder: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoi
         files = TensorFiles(folder, mmap=reader.maps_files if mmap is None else mmap)
         stack.push(files)
         body = find_body(files)
-        weights = WeightReader(family) if dense else _weight_reader(data, family, file, body)
+        weights = _weight_reader(data, family, file, body, dense)
         if not isinstance(weights, PackedWeights):
             config = body.fit(config, weights)
         if embedding is None and body.has_norms:
@@ -62,7 +63,12 @@ def _is_own(data: dict[str, Any]) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def _weight_reader(data: dict[str, Any], family: Family, file: Path, body: Body) -> WeightReader:
+def _weight_reader(data: dict[str, Any], family: Family, file: Path, body: Body, dense: bool) -> WeightReader:
+    mlx = mlx_settings(data)
+    if mlx is not None:
+        return MlxWeights.from_config(mlx, family, file, dense)
+    if dense:
+        return WeightReader(family)
     quantization = data.get("quantization_config")
     if quantization is None:
         if family.all_ternary or body.has_norms:  # masters

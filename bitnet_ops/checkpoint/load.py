@@ -27,18 +27,20 @@ Model = TypeVar("Model", bound=LanguageModel)
 
 
 def load(
-    folder: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     make: Callable[[DecoderConfig, LinearFactory], Model],
     *,
     linear: type[nn.Module] = BitLinear,
+    revision: str | None = None,
     mmap: bool | None = None,
 ) -> Model:
     """Loads a model: `bitnet_ops.from_pretrained`, for a model of any class.
 
     Args:
-        folder: as for `bitnet_ops.from_pretrained`, like the options.
+        model: as for `bitnet_ops.from_pretrained`, like the options.
         make: makes a model of the given configuration and projections.
         linear: the class of projections.
+        revision: of a name on the hub.
         mmap: use tensors where they lie in the files.
 
     Raises:
@@ -46,24 +48,24 @@ def load(
     """
     if linear not in (BitLinear, nn.Linear):
         raise ValueError(f"linear: expected BitLinear or torch.nn.Linear, got {linear!r}")
-    path = locate(folder)
+    path = locate(model, revision)
     open_checkpoint = open_gguf if path.is_file() else open_folder
     with open_checkpoint(path, dense=linear is nn.Linear, mmap=mmap) as checkpoint:
         files, weights = checkpoint.files, checkpoint.weights
         _check_plausible(checkpoint)
         config = weights.complete(checkpoint.config, files)
         with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
-            model = make(config, linear)
+            made = make(config, linear)
         table = checkpoint.certified_table
-        _load_weights(model, files, weights, table)
-        model.eval().requires_grad_(False)
-        copy = stored_head(files, model.head_weight) if table is not None else None
-        model.screened_head(copy, files.forget)
-    model.tokenizer = checkpoint.tokenizer
-    model.generation_config = checkpoint.generation_config
-    model.chat_template = checkpoint.chat_template
-    model.embedding_settings = checkpoint.embedding_settings
-    return model
+        _load_weights(made, files, weights, table)
+        made.eval().requires_grad_(False)
+        copy = stored_head(files, made.head_weight) if table is not None else None
+        made.screened_head(copy, files.forget)
+    made.tokenizer = checkpoint.tokenizer
+    made.generation_config = checkpoint.generation_config
+    made.chat_template = checkpoint.chat_template
+    made.embedding_settings = checkpoint.embedding_settings
+    return made
 
 
 def _check_plausible(checkpoint: OpenCheckpoint) -> None:
@@ -139,8 +141,17 @@ def _load_weights(
 def _load_projection(
     files: TensorSource, weights: WeightReader, memory: HugePages, name: str, module: BitLinear
 ) -> None:
-    for attribute, value in weights.read_projection(files, name, module, memory)._asdict().items():
+    projection = weights.read_projection(files, name, module, memory)
+    if module.group_size:
+        projection = projection._replace(weight_scale=_in_float16(projection.weight_scale))
+    for attribute, value in projection._asdict().items():
         setattr(module, attribute, value)
+
+
+def _in_float16(scale: Tensor) -> Tensor:
+    """Scales of groups in half the bytes, where that changes none of them: most files have them so."""
+    half = scale.half()
+    return half if half.float().equal(scale.float()) else scale
 
 
 def _load_norm(files: TensorSource, weights: WeightReader, name: str, module: RMSNorm) -> None:

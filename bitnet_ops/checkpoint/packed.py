@@ -4,7 +4,7 @@ The layout of a Hugging Face checkpoint with one difference: a projection is sto
 `bitnet_ops.BitLinear` holds it,
 
     packed_weight   uint8, drawn in `bitnet_ops.packing`
-    weight_scale    float32, the multiplier: [N], or [ceil(K / group_size), N] with "group_size"
+    weight_scale    the multiplier: float32 [N]; with "group_size" [ceil(K / group_size), N], also float16
     bias            float32 [N], where config.json gives the projection one
 
 "quantization_config" of config.json names the layouts: "layout" that of most projections, "layouts" those of
@@ -92,7 +92,8 @@ class PackedWeights(WeightReader):
         weight, scale = f"{name}.packed_weight", f"{name}.weight_scale"
         layout = self.layout_of(name)
         files.expect(weight, ("U8",), packing.packed_shape(layer.out_features, layer.in_features, layout))
-        files.expect(scale, ("F32",), tuple(layer.weight_scale.shape))
+        scale_dtypes = ("F32", "F16") if layer.group_size else ("F32",)
+        files.expect(scale, scale_dtypes, tuple(layer.weight_scale.shape))
         if layer.group_size != 0 and layout != "tile16":
             raise files.error(weight, "layout 'tile16', because it has group scales", repr(layout))
         return [weight, scale, *check_bias(files, name, layer)]

@@ -54,8 +54,16 @@ OLD_POOLING_FIELDS = {
 }
 """Values of "pooling_mode" by the older fields, one of which is true."""
 
-BITNET_EMBEDDING = EmbeddingSettings(pooling="last", normalize=True)
-"""Of BitNet-embedding-0.6B and -270M, whose folders and files need not say it."""
+BITNET_EMBEDDING = EmbeddingSettings(
+    pooling="last",
+    normalize=True,
+    prompts={
+        "query": "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
+        "Query: "
+    },
+)
+"""Of BitNet-embedding-0.6B and -270M, whose folders and files need not say it. Queries want one sentence in
+front that says what for, documents nothing; for another task than search give its own as ``prompt``."""
 
 
 def load_embedding_settings(

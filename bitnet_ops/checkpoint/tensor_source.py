@@ -29,6 +29,7 @@ TORCH_DTYPE = {
     "F16": torch.float16,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "U32": torch.uint32,
 }
 """The dtypes of the formats that are read here."""
 

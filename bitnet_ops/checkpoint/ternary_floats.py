@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from ..decoder.config import DecoderConfig
 from ..layers.linear import BitLinear
 from ..layers.memory import HugePages
 from .errors import CheckpointError
+from .group_sizes import FINEST, FittingSizes, merge_scales
 from .tensor_source import FLOAT_DTYPES, TensorSource
 from .weights import (
     CHUNK_ROWS,
@@ -43,12 +43,9 @@ from .weights import (
 
 ACTIVATION_BITS = 16
 
-FINEST = 64
-GROUP_SIZES = (0, 256, 128, FINEST)
-"""The coarsest first; 0 for whole rows."""
-
-CHUNK_BYTES = 1 << 20
-"""Bytes of weights that are looked at together, so that the temporaries stay in the second-level cache."""
+CHUNK_BYTES = 4 << 20
+"""Bytes of weights that are looked at together. Temporaries have the same size and should stay in the cache;
+much smaller pieces lose more to handing each step out to threads, above all on a busy machine."""
 
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -88,9 +85,9 @@ def group_scales(x: Tensor) -> Tensor:
     bits = x.view(_BITS[x.dtype])
     most = torch.iinfo(bits.dtype).max
     magnitude = bits & most
-    below = (magnitude - 1).bitwise_and_(most)  # 0 becomes the largest, the order of the others stays
     high = torch.cat([part.amax(-1) for part in _groups(magnitude)], 1)
-    low = torch.cat([part.amin(-1) for part in _groups(below)], 1)
+    magnitude.sub_(1).bitwise_and_(most)  # 0 becomes the largest, the order of the others stays
+    low = torch.cat([part.amin(-1) for part in _groups(magnitude)], 1)
     infinity = torch.tensor(torch.inf, dtype=x.dtype).view(bits.dtype)
     wrong = ((high != 0) & (low != high - 1)) | (high >= infinity)
     if wrong.any():
@@ -106,30 +103,13 @@ def _groups(x: Tensor) -> list[Tensor]:
     return [part for part in parts if part.numel()]
 
 
-def merge_scales(scales: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """The scales of coarser groups, and which of them fit.
-
-    Args:
-        scales: from `group_scales`.
-        group_size: one of `GROUP_SIZES`.
-
-    Returns:
-        ``(merged, fits)``: [n, G] in the dtype of ``scales``, 0 for a group of zeros; and bool [n, G]:
-        whether the groups inside have the same scale, but for those of zeros.
-    """
-    count = group_size // FINEST or max(scales.shape[1], 1)
-    parts = F.pad(scales, (0, -scales.shape[1] % count)).unflatten(1, (-1, count))
-    merged = parts.amax(-1)
-    return merged, ((parts == 0) | (parts == merged.unsqueeze(-1))).all(-1)
-
-
 def to_ternary(x: Tensor, group_size: int) -> Ternary:
     """Takes float rows apart into ternary weights and their scales; ``w * scale`` are the rows, exactly.
 
     Args:
         x: float32, bfloat16 or float16 [n, K] with values -s, 0 and s, with one s for each ``group_size``
             inputs of a row.
-        group_size: one of `GROUP_SIZES`; 0 for one s a row.
+        group_size: 64, 128 or 256; 0 for one s a row.
 
     Returns:
         Weights and multipliers; a group of zeros has 0, a row of zeros with ``group_size`` 0 has 1.
@@ -149,33 +129,6 @@ def to_ternary(x: Tensor, group_size: int) -> Ternary:
     return Ternary(x.sign().to(torch.int8), scales.T)
 
 
-class GroupSizes:
-    """Finds the coarsest groups with one scale each, over any number of matrices.
-
-    Attributes:
-        fitting: the sizes that fit all that was seen, the coarsest first; `FINEST` is always among them.
-    """
-
-    def __init__(self) -> None:
-        """Has seen nothing, which every size fits."""
-        self.fitting: tuple[int, ...] = GROUP_SIZES
-
-    @property
-    def coarsest(self) -> int:
-        """The one to use, as `DecoderConfig.group_size`."""
-        return self.fitting[0]
-
-    def see(self, x: Tensor) -> None:
-        """Looks at float rows [n, K].
-
-        Raises:
-            NotTernary: not even groups of 64 fit.
-        """
-        scales = group_scales(x)
-        while self.coarsest != FINEST and not merge_scales(scales, self.coarsest)[1].all():
-            self.fitting = self.fitting[1:]  # what fits a group fits the smaller ones inside
-
-
 class TernaryFloats(WeightReader):
     """Reads projections whose float weights are ternary already."""
 
@@ -185,7 +138,7 @@ class TernaryFloats(WeightReader):
         Raises:
             CheckpointError: a projection is not ternary, missing, or of another shape or dtype.
         """
-        sizes = GroupSizes()
+        sizes = FittingSizes()
         shapes = projection_shapes(config)
         for module, shape in tqdm(
             shapes.items(), desc="finding scales", unit="tensor", disable=None, leave=False
@@ -194,7 +147,7 @@ class TernaryFloats(WeightReader):
             files.expect(name, FLOAT_DTYPES, shape)
             for begin, x in _chunks(files, name, 0, shape[0]):
                 try:
-                    sizes.see(x)
+                    sizes.see(group_scales(x))
                 except NotTernary as error:
                     raise not_ternary(files, name, begin, error) from None
         return config.replace(activation_bits=ACTIVATION_BITS, group_size=sizes.coarsest)
@@ -229,15 +182,15 @@ def read_floats(files: TensorSource, name: str, layer: BitLinear, memory: HugePa
     def rows() -> Iterator[Tensor]:
         for top in range(0, layer.out_features, CHUNK_ROWS):
             end = min(top + CHUNK_ROWS, layer.out_features)
-            w = torch.empty((end - top, layer.in_features), dtype=torch.int8)
+            parts = []
             for begin, x in _chunks(files, weight, top, end):
                 try:
                     part = to_ternary(x, layer.group_size)
                 except NotTernary as error:
                     raise not_ternary(files, weight, begin, error) from None
-                w[begin - top : begin - top + len(x)] = part.w
+                parts.append(part.w)
                 scales[..., begin : begin + len(x)] = part.scales
-            yield w
+            yield parts[0] if len(parts) == 1 else torch.cat(parts)
 
     packed, layout = pack_rows(rows(), layer, memory)
     return Projection(packed, layout, scales, read_bias(files, name, layer))

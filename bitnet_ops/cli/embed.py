@@ -65,7 +65,7 @@ FORMATS = (".safetensors", ".npy", ".jsonl")
 @THREADS_OPTION
 def embed(
     texts: tuple[str, ...],
-    folder: Path | None,
+    source: str | None,
     file: Path | None,
     prompt_name: str | None,
     prompt: str | None,
@@ -102,7 +102,7 @@ def embed(
         raise click.UsageError(f"--out: expected a name in {', '.join(FORMATS)}, got {out!r}")
     with expected_errors():
         given = list(texts) if file is None else lines(file)
-        model = load_model(folder, threads)
+        model = load_model(source, threads)
         try:
             vectors = model.embed(
                 given,

@@ -34,7 +34,7 @@ from .options import MODEL_OPTION, THREADS_OPTION, load_model
 )
 @THREADS_OPTION
 def evaluate(
-    folder: Path | None, file: Path, context: int | None, stride: int | None, threads: int | None
+    source: str | None, file: Path, context: int | None, stride: int | None, threads: int | None
 ) -> None:
     """Measure how well a model predicts a text.
 
@@ -52,7 +52,7 @@ def evaluate(
 
     with expected_errors():
         text = read_text(file)
-        model = load_model(folder, threads)
+        model = load_model(source, threads)
         try:
             loss = perplexity(model, text, context=context, stride=stride, progress=True)
         except KeyboardInterrupt:

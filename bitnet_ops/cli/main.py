@@ -11,7 +11,6 @@ import importlib.metadata
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -112,14 +111,15 @@ def generation_options(command: Callable[..., None]) -> Callable[..., None]:
 def commands() -> None:
     """Ternary (1.58-bit) language models on ordinary CPUs.
 
-    A model is a folder in the Hugging Face layout: config.json, *.safetensors, tokenizer.json. Without
+    A model is a folder in the Hugging Face layout (config.json, *.safetensors, tokenizer.json), a .gguf file,
+    or a name on the Hugging Face hub (owner/repo, owner/repo:file.gguf), which is downloaded once. Without
     --model the commands use a small model that ships with bitnet-ops and writes in the manner of Jane Austen.
 
     \b
     Examples:
       bitnet-ops generate "It is a truth universally"
       bitnet-ops generate --model bitnet-b1.58-2B-4T --temperature 0 "The capital of France is"
-      bitnet-ops chat --model bitnet-b1.58-2B-4T
+      bitnet-ops chat --model microsoft/bitnet-b1.58-2B-4T
       bitnet-ops train --text novel.txt --out novel-model
       bitnet-ops convert bitnet-b1.58-2B-4T bitnet-here
       bitnet-ops eval --model bitnet-here --text novel.txt
@@ -146,7 +146,7 @@ def commands() -> None:
 @THREADS_OPTION
 def generate(
     prompt: str,
-    folder: Path | None,
+    source: str | None,
     max_new_tokens: int | None,
     arguments: GenerationArguments,
     echo: bool,
@@ -168,7 +168,7 @@ def generate(
         if prompt == "-":
             # The line break that an editor or `echo` puts at the end is not meant as part of the text.
             prompt = sys.stdin.buffer.read().decode().removesuffix("\n")
-        model = load_model(folder, threads)
+        model = load_model(source, threads)
         ids = model.encode(prompt)["input_ids"]
         room = model.config.max_position_embeddings - ids.shape[1]
         arguments["max_new_tokens"] = max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
@@ -196,7 +196,7 @@ def generate(
 @generation_options
 @THREADS_OPTION
 def chat(
-    folder: Path | None,
+    source: str | None,
     system: str | None,
     max_new_tokens: int | None,
     arguments: GenerationArguments,
@@ -218,7 +218,7 @@ def chat(
     from ..generation.chat import ChatSession, Continuation
 
     with expected_errors():
-        model = load_model(folder, threads)
+        model = load_model(source, threads)
         session: ChatSession | Continuation
         if model.chat_template is not None:
             session = ChatSession(model, system)
@@ -247,7 +247,7 @@ def chat(
 @commands.command()
 @MODEL_OPTION
 @THREADS_OPTION
-def info(folder: Path | None, threads: int | None) -> None:
+def info(source: str | None, threads: int | None) -> None:
     """Show versions, instruction sets, threads, and facts about a model.
 
     \b
@@ -260,16 +260,16 @@ def info(folder: Path | None, threads: int | None) -> None:
     from ..isa import isa, supported_isas
 
     with expected_errors():
-        model = load_model(folder, threads) if folder is not None or DEFAULT_MODEL.is_dir() else None
+        model = load_model(source, threads) if source is not None or DEFAULT_MODEL.is_dir() else None
         facts = {
             "bitnet-ops": importlib.metadata.version("bitnet_ops"),
             "torch": torch.__version__,
             "instruction set": f"{isa()} (supported here: {', '.join(supported_isas())})",
             "threads": str(torch.get_num_threads()),
-            "model": "none: the package came without one, name a folder with --model",
+            "model": "none: the package came without one, name one with --model",
         }
         if model is not None:
-            facts |= {"model": str(folder or DEFAULT_MODEL), **model_facts(model)}
+            facts |= {"model": str(source or DEFAULT_MODEL), **model_facts(model)}
     width = max(map(len, facts))
     for name, fact in facts.items():
         click.echo(f"{name:<{width}}  {fact}")

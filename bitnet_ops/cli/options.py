@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,17 +13,17 @@ if TYPE_CHECKING:
 
 MODEL_OPTION = click.option(
     "--model",
-    "folder",
-    metavar="FOLDER",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Checkpoint folder.  [default: the small model that ships with bitnet-ops]",
+    "source",
+    metavar="MODEL",
+    help="Folder of a checkpoint, .gguf file, or a name on the Hugging Face hub: owner/repo, "
+    "owner/repo@revision, owner/repo:file.gguf.  [default: the small model that ships with bitnet-ops]",
 )
 THREADS_OPTION = click.option(
     "--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads.  [default: as torch chooses]"
 )
 
 
-def load_model(folder: Path | None, threads: int | None) -> BitNet:
+def load_model(source: str | None, threads: int | None) -> BitNet:
     """Loads the model of a command, and sets the number of threads."""
     import torch
 
@@ -32,6 +31,6 @@ def load_model(folder: Path | None, threads: int | None) -> BitNet:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if folder is None and not DEFAULT_MODEL.is_dir():
-        raise click.ClickException("this installation has no default model; name a folder with --model")
-    return from_pretrained(folder or DEFAULT_MODEL)
+    if source is None and not DEFAULT_MODEL.is_dir():
+        raise click.ClickException("this installation has no default model; name one with --model")
+    return from_pretrained(source or DEFAULT_MODEL)

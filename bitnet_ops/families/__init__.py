@@ -4,6 +4,7 @@ family.py        what a page says, and how config.json's fields become a `Decode
 bitnet.py        model_type "bitnet"
 gemma3.py        model_type "gemma3_text"
 llama.py         model_type "llama"
+minicpm.py       model_type "minicpm"
 one_bit_llm.py   1bitLLM's models, which say "llama", too
 qwen3.py         model_type "qwen3"
 refused.py       models known to be of another kind, and the reason
@@ -17,12 +18,13 @@ from .bitnet import BITNET
 from .family import Family, SettingError
 from .gemma3 import GEMMA3
 from .llama import LLAMA
+from .minicpm import MINICPM
 from .one_bit_llm import ONE_BIT_LLM
 from .qwen3 import QWEN3
 
 __all__ = ["FAMILIES", "Family", "SettingError", "family_of", "family_to_write"]
 
-FAMILIES = (BITNET, ONE_BIT_LLM, LLAMA, QWEN3, GEMMA3)
+FAMILIES = (BITNET, ONE_BIT_LLM, LLAMA, QWEN3, GEMMA3, MINICPM)
 """The first that recognises config.json is the model's."""
 
 

@@ -41,6 +41,9 @@ class SettingError(ValueError):
         self.field, self.expected, self.given = field, expected, given
 
 
+RopeReader = Callable[[str, dict[str, Any], dict[str, Any]], RopeScaling]
+
+
 @dataclass(frozen=True)
 class Family:
     """The page of a family.
@@ -55,6 +58,8 @@ class Family:
         only: (field, value where it is absent, values that are supported) of fields that have to be so.
         optional: fields of `SIZES` that may be absent.
         rope_kinds: kinds of `RopeScaling` that it knows.
+        rope_readers: how other kinds are read, by their names: a function of the name of the field, its
+            content, and that of config.json; may raise `SettingError` or ValueError.
         projection_norms: whether "use_rms_norm" of "quantization_config" is known.
         all_ternary: whether float weights are masters though no "quantization_config" says it.
         published: (our ending of a module's name, that of the checkpoint), for those that differ.
@@ -79,6 +84,7 @@ class Family:
     only: tuple[tuple[str, Any, tuple[Any, ...]], ...] = ()
     optional: tuple[str, ...] = ()
     rope_kinds: tuple[str, ...] = ()
+    rope_readers: dict[str, RopeReader] = field(default_factory=dict)
     projection_norms: bool = False
     all_ternary: bool = False
     published: tuple[tuple[str, str], ...] = ()
@@ -176,20 +182,27 @@ class Family:
             raise SettingError(name, "an object", f"{given!r:.200}")
         key = "rope_type" if "rope_type" in given else "type"
         kind = given.get(key, "default")
-        kinds = ("default", *self.rope_kinds)
+        kinds = ("default", *self.rope_kinds, *self.rope_readers)
         if kind not in kinds:
             raise SettingError(f"{name}.{key}", " or ".join(map(repr, kinds)), f"{kind!r:.200}")
         if given.get("partial_rotary_factor", 1.0) != 1.0:
             raise SettingError(
                 f"{name}.partial_rotary_factor", "1.0", f"{given['partial_rotary_factor']!r:.200}"
             )
+        found = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
+        if kind in self.rope_readers:
+            try:
+                return found | {"rope_scaling": self.rope_readers[kind](name, given, data)}
+            except SettingError:
+                raise
+            except ValueError as error:
+                raise SettingError(name, "factors of a scaling", f"{given!r:.200} ({error})") from None
         factors, optional = _FACTORS[kind], _OPTIONAL.get(kind, ())
         known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *factors, *optional}
         unknown = given.keys() - known
         if unknown:
             expected = " and ".join(("rope_theta", "rope_type", *factors, *optional))
             raise SettingError(name, expected, f"also {sorted(unknown)!r:.200}")
-        found = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
         if kind == "default":
             return found | {"rope_scaling": None} if key in given else found
         values = {factor: given[factor] for factor in factors if factor in given}

@@ -1,33 +1,25 @@
 """Conversations: a checkpoint's chat template, and sessions that compute only what is new.
 
-The template is a Jinja program from a file of unknown origin, so it runs in Jinja's sandbox: it sees the
-messages and a few functions, and can reach neither Python's objects nor the file system. Its steps are
-counted and the texts it puts together measured. (A filter or method that pads a text to a length can still
-make a large one.)
+The template is a Jinja program from a file of unknown origin, so it runs in a sandbox (template_sandbox.py):
+it sees the messages and a few functions, can reach neither Python's objects nor the file system, and has a
+bound on its time and on the texts it makes.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
-import itertools
-import json
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from contextvars import ContextVar
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 import torch
-from jinja2 import nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
 
 from ..decoder.cache import KVCache
+from . import template_bounds
 from .prompts import need_tokenizer
+from .template_sandbox import Sandbox
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,98 +42,15 @@ TEMPLATE_FAULTS = (
     LookupError,
     MemoryError,
     RecursionError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
-"""What a faulty template can raise: Jinja's own errors, and those of the expressions in it."""
+"""What a faulty template can raise: Jinja's own errors, those of the expressions in it, and what Python has
+against the program that Jinja makes of it."""
 
-
-MOST_STEPS = 200_000
-"""Rounds of loops and calls of macros in a rendering, about a second; published templates take some for each
-message."""
-
-MOST_CHARACTERS = 1 << 24
-"""Of a text or list that a template makes: four characters a token, 4 million tokens."""
-
-_steps: ContextVar[Iterator[int]] = ContextVar("_steps")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with bounds on time and memory. `_Bounds` has templates call `step` and `join`."""
-
-    intercepted_binops = frozenset({"+", "*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Measures a result before it is made."""
-        _check_size(_size(operator, left, right))
-        return super().call_binop(context, operator, left, right)
-
-    @staticmethod
-    def concat(parts: Iterable[str]) -> str:
-        """The text of a macro, of a block that is set, or of all."""
-        parts = list(parts)
-        _check_size(sum(map(len, parts)))
-        return "".join(parts)
-
-    def join(self, *values: Any) -> str:
-        """``a ~ b ~ c``."""
-        return self.concat(map(str, values))
-
-    def step(self) -> None:
-        """Counts the rounds of loops and the calls of macros."""
-        if next(_steps.get()) > MOST_STEPS:
-            raise SecurityError(f"expected at most {MOST_STEPS} rounds of loops and calls of macros")
-
-
-class _Bounds(NodeTransformer):
-    """Puts the environment's counters into a template, by names that no template can hide."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        """Every round is a step."""
-        node.body.insert(0, nodes.ExprStmt(self._call("step", []), lineno=node.lineno))
-        return self.generic_visit(node)
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        """Every call is a step."""
-        node.body.insert(0, nodes.ExprStmt(self._call("step", []), lineno=node.lineno))
-        return self.generic_visit(node)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        """Jinja has no hook for ``~``."""
-        self.generic_visit(node)
-        return self._call("join", node.nodes)
-
-    @staticmethod
-    def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
-        return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
-
-
-def _size(operator: str, left: Any, right: Any) -> int:
-    """Elements of a text or list, or bits of an integer, that an operator would make."""
-    if isinstance(left, int) and isinstance(right, int):
-        if operator == "**":
-            return left.bit_length() * max(right, 0)
-        return left.bit_length() + right.bit_length()
-    if operator == "*":
-        left, right = (right, left) if isinstance(left, int) else (left, right)
-        return len(left) * right if isinstance(left, Sized) and isinstance(right, int) else 0
-    return len(left) + len(right) if isinstance(left, Sized) and isinstance(right, Sized) else 0
-
-
-def _check_size(size: int) -> None:
-    if size > MOST_CHARACTERS:
-        raise SecurityError(f"expected at most {MOST_CHARACTERS} characters of a text, got {size}")
-
-
-class _Generation(Extension):
-    """Accepts ``{% generation %}...{% endgeneration %}``, which marks the model's words for training."""
-
-    tags = {"generation"}  # noqa: RUF012, declared so by Jinja
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Keeps what stands between the tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+MOST_PATTERN = 200
+"""Characters of a date's pattern."""
 
 
 def render_chat(
@@ -183,34 +92,31 @@ def render_chat(
             "add_generation_prompt": add_generation_prompt,
             **variables,
         }
-        _steps.set(itertools.count(1))
+        template_bounds.start()
         return _compiled(template).render(messages=[dict(message) for message in messages], **names)
     except TEMPLATE_FAULTS as error:
-        line = getattr(error, "lineno", None)
+        line = getattr(error, "lineno", None) if isinstance(error, jinja2.TemplateError) else None
         where = "" if line is None else f" in line {line}"
         raise ValueError(f"chat_template: {type(error).__name__}{where}: {error}") from error
 
 
 @functools.lru_cache(maxsize=8)  # a program has one model, perhaps a few
 def _compiled(template: str) -> jinja2.Template:
-    # These settings and names are what published templates are written against.
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(_Bounds().visit(environment.parse(template)))
+    sandbox = Sandbox()
+    # These names are what published templates are written against.
+    sandbox.globals["raise_exception"] = _raise_exception
+    sandbox.globals["strftime_now"] = _strftime_now
+    return sandbox.compiled(template)
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    # Jinja's own filter escapes < and > for HTML, which is not what a model was trained on.
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
-
-
-def _raise_exception(message: str) -> NoReturn:
+def _raise_exception(message: Any) -> NoReturn:
+    template_bounds.take_whole(message)
     raise jinja2.TemplateError(message)
 
 
 def _strftime_now(pattern: str) -> str:
+    if len(pattern) > MOST_PATTERN:
+        raise SecurityError(f"expected a pattern of at most {MOST_PATTERN} characters, got {len(pattern)}")
     return datetime.datetime.now().strftime(pattern)
 
 

@@ -40,8 +40,8 @@ class BitLinear(nn.Module):
 
     Attributes:
         packed_weight: uint8, the weights in `layout`, drawn in `bitnet_ops.packing`.
-        weight_scale: float32 [out_features], or [ceil(in_features / group_size), out_features]. Stays
-            float32 when the module is cast to another dtype.
+        weight_scale: float32 [out_features]; with groups float32 or float16
+            [ceil(in_features / group_size), out_features]. Keeps its dtype when the module is cast.
         bias: float32 [out_features] or None. Stays float32 likewise.
         layout: "tile16", "tile16_base3", "row" or "column"; `repack` changes it.
         activation_bits: 8 or 16. May be changed at any time.
@@ -121,7 +121,8 @@ class BitLinear(nn.Module):
         Args:
             w: int8 [out_features, in_features] with values in {-1, 0, 1}.
             weight_scale: the multiplier, a number or a tensor that broadcasts to [out_features], with
-                ``group_size`` to [ceil(in_features / group_size), out_features].
+                ``group_size`` to [ceil(in_features / group_size), out_features]. Those of groups stay float16
+                if they are: 2.125 bits a weight in groups of 128.
             bias: float [out_features] or None.
             layout: how the weights are stored.
             activation_bits: 8 or 16.
@@ -142,7 +143,8 @@ class BitLinear(nn.Module):
             group_size=group_size,
             device="meta",
         )
-        scale = torch.as_tensor(weight_scale, dtype=torch.float32).detach()
+        scale = torch.as_tensor(weight_scale).detach()
+        scale = scale if group_size and scale.dtype == torch.float16 else scale.float()
         shape = layer.weight_scale.shape
         try:
             layer.weight_scale = scale.expand(shape).contiguous()

@@ -105,7 +105,7 @@ def ternary_linear(
         x: float32, bfloat16 or float16 [..., K], on the CPU; K at most 2^18, with layout "column" 2^16.
         packed: uint8, from ``pack_ternary(w, layout)``.
         weight_scale: float32 [N], the multiplier that turns ternary weights back into real ones; with
-            ``group_size`` [ceil(K / group_size), N], see ``reference.ternary_linear``.
+            ``group_size`` float32 or float16 [ceil(K / group_size), N], see ``reference.ternary_linear``.
         bias: float32 [N] or None.
         out_features: N.
         layout: as in ``pack_ternary``.
@@ -162,6 +162,7 @@ def _ternary_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, .
     grad_x = grad_bias = None
     if needs_x:
         w = unpack_ternary(packed, ctx.out_features, ctx.in_features, ctx.layout).float()
+        weight_scale = weight_scale.float()
         if ctx.group_size == 0:
             grad_x = (grad_y * weight_scale) @ w
         else:

@@ -39,6 +39,7 @@
 #include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
+#include "kernels/ternary_decoded.h"
 #include "kernels/ymm.h"
 #include "kernels/make_table.h"
 
@@ -56,6 +57,32 @@ struct Maddubs {
     // than there are: six rows of q ran at half the speed (bench/LOG.md).
     __asm__("" : "+x"(acc_i16x16));
     return acc_i16x16;
+  }
+
+  // 2 x 6 accumulators + 2 codes + 1 activation + 1 product = 16 of 16 registers: in assembly, because GCC and
+  // clang want one more, and then move accumulators to memory and back.
+  static constexpr int kDecodedRows = 6;
+
+  static void two_dots(__m256i& low_i16x16, __m256i& high_i16x16, __m256i low_u8x32, __m256i high_u8x32,
+                       const int8_t* q) {
+#if defined(__SANITIZE_ADDRESS__)  // which sees what an intrinsic reads, not what assembly does
+    low_i16x16 = dot(low_i16x16, low_u8x32, broadcast4(q));
+    high_i16x16 = dot(high_i16x16, high_u8x32, broadcast4(q));
+#else
+    struct __attribute__((packed, may_alias)) Four {
+      int32_t bytes;
+    };
+    __m256i q_i8x32;
+    __m256i product_i16x16;
+    __asm__(
+        "vpbroadcastd %[four], %[q]\n\t"
+        "vpmaddubsw %[q], %[low_codes], %[product]\n\t"
+        "vpmaddubsw %[q], %[high_codes], %[q]\n\t"
+        "vpaddw %[product], %[low], %[low]\n\t"
+        "vpaddw %[q], %[high], %[high]"
+        : [low] "+x"(low_i16x16), [high] "+x"(high_i16x16), [q] "=&x"(q_i8x32), [product] "=&x"(product_i16x16)
+        : [low_codes] "x"(low_u8x32), [high_codes] "x"(high_u8x32), [four] "m"(*reinterpret_cast<const Four*>(q)));
+#endif
   }
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
 };

@@ -197,6 +197,7 @@ struct TileBlocks {
   // Memory, not arithmetic, limits up to four rows; one tile at a time is then one stream, which
   // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md).
   static constexpr int kRowsStreamed = 4;
+  static constexpr int kDecodedRows = 0;
   static constexpr int64_t kQBytes = int64_t{512} << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
 
   template <int TILES, int ROWS>

@@ -26,6 +26,7 @@
 #include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
+#include "kernels/ternary_decoded.h"
 #include "kernels/avx512.h"
 #include "kernels/make_table.h"
 

@@ -37,6 +37,7 @@
 #include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
+#include "kernels/ternary_decoded.h"
 #include "kernels/ymm.h"
 #include "kernels/make_table.h"
 
@@ -52,6 +53,7 @@ struct Dpbusd {
   static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
     return _mm256_dpbusd_avx_epi32(acc_i32x8, code_u8x32, q_i8x32);
   }
+  static constexpr int kDecodedRows = 0;  // not measured: no such CPU was at hand
   static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }
 };
 

@@ -37,6 +37,9 @@ constexpr int64_t kMaxInFeatures = int64_t{1} << 18;
 // The column kernels multiply the codes of every input in place: 24576 K, and 24576 * 2^16 = 1.61e9.
 constexpr int64_t kMaxColumnInFeatures = int64_t{1} << 16;
 
+// Largest group of inputs with a weight scale of its own: ternary_driver.h has why.
+constexpr int64_t kMaxGroupInputs = 256;
+
 // Quantised rows (tokens * planes) that ternary_rows and ternary_columns take at a time.
 constexpr int64_t kMaxSparseRows = 4;
 
@@ -51,7 +54,8 @@ constexpr int64_t kColumnsAtOnce = 8;
 //
 // With group_blocks > 0 a weight scale belongs to group_blocks blocks of 16 inputs (the last group may
 // be shorter): sum[m][n] = sum over groups g, in order, of float(acc_g) * weight_scale[g][n], each
-// product and each sum rounded, and out = sum * x_scale[m] (+ bias[n]).
+// product and each sum rounded, and out = sum * x_scale[m] (+ bias[n]). That is for two planes. With one,
+// activations have a scale for each group too: out = sum of float(acc_g) * (x_scale[m][g] * weight_scale[g][n]).
 struct TernaryProduct {
   const uint8_t* packed;  // [tiles][blocks][64]; any alignment, 64 is fastest
   int64_t blocks;         // of a tile; for layout row the chunks of a row, for column the panels
@@ -65,8 +69,9 @@ struct TernaryProduct {
   int64_t out_features;
   DType out_dtype;            // kInt32 only with one plane and one group
   void* out;                  // [tokens][out_features], contiguous
-  const float* x_scale;       // [tokens];               unused for kInt32
-  const float* weight_scale;  // [groups][out_features]; unused for kInt32
+  const float* x_scale;       // [tokens], with groups and one plane [tokens][groups]; unused for kInt32
+  const void* weight_scale;   // [groups][out_features]; unused for kInt32
+  DType scale_dtype;          // of weight_scale: kFloat32, with groups also kFloat16
   const float* bias;          // [out_features] or null
 };
 

@@ -7,6 +7,15 @@
 namespace bitnet_ops {
 namespace {
 
+template <class Isa, class Tiles>
+void tile_product(const TernaryProduct& product, int64_t tile_begin, int64_t tile_end) {
+  if constexpr (Tiles::kDecodedRows > 0) {
+    using Decoded = DecodedDriver<Isa, Tiles>;
+    if (Decoded::suits(product)) return Decoded::ternary_product(product, tile_begin, tile_end);
+  }
+  TernaryDriver<Isa, Tiles>::ternary_product(product, tile_begin, tile_end);
+}
+
 // Isa: floats. Tiles, Sparse: the inner loops of layout tile16, and of layouts row and column. Sums: tile_sums.h.
 template <class Isa, class Tiles, class Sparse, class Sums>
 constexpr KernelTable make_table(const char* isa, decltype(KernelTable::ternary_product_base3) base3 = nullptr) {
@@ -16,7 +25,7 @@ constexpr KernelTable make_table(const char* isa, decltype(KernelTable::ternary_
   table.isa = isa;
   table.quantize_row = Float::quantize_row;
   table.quantize_row_16 = Float::quantize_row_16;
-  table.ternary_product = TernaryDriver<Isa, Tiles>::ternary_product;
+  table.ternary_product = tile_product<Isa, Tiles>;
   table.ternary_product_base3 = base3;
   table.ternary_rows = RowDriver<Sparse>::ternary_rows;
   table.ternary_columns = ColumnDriver<Isa, Sparse>::ternary_columns;

@@ -33,6 +33,7 @@
 #include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
+#include "kernels/ternary_decoded.h"
 #include "kernels/neon.h"
 #include "kernels/neon_sparse.h"
 #include "kernels/make_table.h"
@@ -62,6 +63,7 @@ struct Inner : NeonSparse<Smlal> {
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
+  static constexpr int kDecodedRows = 0;
   static constexpr int64_t kQBytes = kQBytesInL2;
   // Half a tile: 6 x 4 accumulators + 2 codes + 1 activation + 1 mask = 28 of 32 registers. Every register
   // of codes and every broadcast activation costs instructions: here 36 for 96 products, while a whole

@@ -38,6 +38,7 @@
 #include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
+#include "kernels/ternary_decoded.h"
 #include "kernels/neon.h"
 #include "kernels/neon_sparse.h"
 #include "kernels/sdot.h"

@@ -21,6 +21,7 @@
 #include "kernels/glu.h"
 #include "kernels/screen.h"
 #include "kernels/ternary_driver.h"
+#include "kernels/ternary_decoded.h"
 #include "kernels/make_table.h"
 
 namespace bitnet_ops {
@@ -92,6 +93,7 @@ struct Inner {
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;                // nothing to choose: kTiles is 1
+  static constexpr int kDecodedRows = 0;
   static constexpr int kRows = 4;                        // a decoded code then serves four products
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
 

@@ -15,16 +15,15 @@
 namespace bitnet_ops {
 namespace {
 
-// sums[i] = float(acc of row i), rounded once, for `count` rows of a token. Planes are `plane_stride` apart.
+// sums[i] = float(acc of row i), rounded once, for `count` rows of a token, one scale a row. Planes are `plane_stride` apart.
 template <int COUNT>
-inline void float_sums(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t group,
-                       float* sums) {
-  const int32_t q_sum = p.q_sum[token * p.planes * p.groups + group];
+inline void float_sums(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, float* sums) {
+  const int32_t q_sum = p.q_sum[token * p.planes];
   if (p.planes == 1) {
     for (int64_t i = 0; i < COUNT; ++i) sums[i] = static_cast<float>(acc[i] - q_sum);
     return;
   }
-  const int32_t lo_sum = p.q_sum[(token * p.planes + 1) * p.groups + group];
+  const int32_t lo_sum = p.q_sum[token * p.planes + 1];
   for (int64_t i = 0; i < COUNT; ++i) {
     // Exact: |256 * hi + lo| < 2^53. The only rounding is that to float.
     const double hi = acc[i] - q_sum;
@@ -34,16 +33,17 @@ inline void float_sums(const TernaryProduct& p, const int32_t* acc, int64_t plan
 }
 
 // 16 results of a token, or fewer at the end: y = sums * factor (+ bias), where factor[i] = x_scale * weight_scale[i],
-// or x_scale if the sums have their weight scales already.
+// or what `in_groups` left out if the sums have their weight scales already.
 template <class Isa, class T>
 void store_scaled(const TernaryProduct& p, const float* sums, int64_t token, int64_t row, int64_t count) {
   T* out = static_cast<T*>(p.out) + token * p.out_features + row;
-  const float x_scale = p.x_scale[token];
   const bool grouped = p.group_blocks != 0;
+  const float x_scale = grouped && p.planes == 1 ? 1.0f : p.x_scale[token];
+  const float* row_scale = grouped ? nullptr : static_cast<const float*>(p.weight_scale) + row;
   alignas(64) float y[kTileRows];
   if (count == kTileRows) {
     for (int64_t i = 0; i < kTileRows; ++i) {
-      y[i] = sums[i] * (grouped ? x_scale : x_scale * p.weight_scale[row + i]);
+      y[i] = sums[i] * (grouped ? x_scale : x_scale * row_scale[i]);
     }
     if (p.bias != nullptr) {
       for (int64_t i = 0; i < kTileRows; ++i) y[i] = y[i] + p.bias[row + i];
@@ -52,7 +52,7 @@ void store_scaled(const TernaryProduct& p, const float* sums, int64_t token, int
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    y[i] = sums[i] * (grouped ? x_scale : x_scale * p.weight_scale[row + i]);
+    y[i] = sums[i] * (grouped ? x_scale : x_scale * row_scale[i]);
     if (p.bias != nullptr) y[i] = y[i] + p.bias[row + i];
     from_float(y[i], out + i);
   }
@@ -74,7 +74,7 @@ void store_sums(const TernaryProduct& p, const float* sums, int64_t token, int64
 // instructions: with K = 2560 the general path below costs prefill 5 %.
 inline void store_sixteen(const TernaryProduct& p, const int32_t* __restrict acc, int64_t token, int64_t row) {
   float* __restrict out = static_cast<float*>(p.out) + token * p.out_features + row;
-  const float* __restrict weight_scale = p.weight_scale + row;
+  const float* __restrict weight_scale = static_cast<const float*>(p.weight_scale) + row;
   const int32_t q_sum = p.q_sum[token];
   const float x_scale = p.x_scale[token];
   for (int64_t i = 0; i < kTileRows; ++i) out[i] = static_cast<float>(acc[i] - q_sum) * (x_scale * weight_scale[i]);
@@ -94,7 +94,7 @@ void store_rows(const TernaryProduct& p, const int32_t* acc, int64_t plane_strid
     return;
   }
   alignas(64) float sums[kTileRows];
-  float_sums<kTileRows>(p, acc, plane_stride, token, 0, sums);
+  float_sums<kTileRows>(p, acc, plane_stride, token, sums);
   store_sums<Isa>(p, sums, token, row, count);
 }
 
@@ -106,8 +106,8 @@ inline void store_row(const TernaryProduct& p, const int32_t* acc, int64_t plane
     return;
   }
   float y;
-  float_sums<1>(p, acc, plane_stride, token, 0, &y);
-  y = y * (p.x_scale[token] * p.weight_scale[row]);
+  float_sums<1>(p, acc, plane_stride, token, &y);
+  y = y * (p.x_scale[token] * static_cast<const float*>(p.weight_scale)[row]);
   if (p.bias != nullptr) y = y + p.bias[row];
   switch (p.out_dtype) {
     case DType::kBFloat16:
@@ -116,6 +116,29 @@ inline void store_row(const TernaryProduct& p, const int32_t* acc, int64_t plane
       return from_float(y, static_cast<Float16*>(p.out) + place);
     default:
       static_cast<float*>(p.out)[place] = y;
+  }
+}
+
+// sums[i] += float(acc[i]) * scale[i] of a group, for 16 rows of a token.
+//
+// A group has at most 256 inputs (kMaxGroupInputs), so every integer here is below 2^24 and exact in float32: a
+// sum over codes is at most 2 * 128 * 256 = 2^16, and the two planes of 16-bit activations make at most
+// 2^15 * 256 = 2^23 of it. What rounds is the product with the scale, and the addition.
+template <class Isa, int PLANES, class Scale>
+inline void add_group(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t group,
+                      const Scale* scale, float* sums) {
+  const int32_t* q_sum = p.q_sum + token * PLANES * p.groups + group;
+  const auto hi_sum = Isa::set1(-static_cast<float>(q_sum[0]));
+  for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) {
+    auto sum = Isa::add(Isa::load(acc + i), hi_sum);
+    auto factor = Isa::load(scale + i);
+    if constexpr (PLANES == 2) {
+      const auto lo_sum = Isa::set1(-static_cast<float>(q_sum[p.groups]));
+      sum = Isa::fma(Isa::set1(256.0f), sum, Isa::add(Isa::load(acc + plane_stride + i), lo_sum));
+    } else {
+      factor = Isa::mul(Isa::set1(p.x_scale[token * p.groups + group]), factor);
+    }
+    Isa::store(sums + i, Isa::add(Isa::load(sums + i), Isa::mul(sum, factor)));
   }
 }
 
@@ -147,40 +170,58 @@ struct TernaryDriver {
     }
   }
 
-  // The same with a weight scale for every group of blocks.
-  template <int TILES>
-  static void in_groups(const TernaryProduct& p, int64_t tile, int64_t token, int64_t count) {
-    alignas(64) int32_t acc[Inner::kRows * TILES * kTileRows];
-    alignas(64) float sums[Inner::kRows * TILES * kTileRows] = {};
+  // TILES tiles x TOKENS tokens with a weight scale for every group of blocks.
+  template <int TILES, int PLANES, int TOKENS, class Scale>
+  static void in_groups(const TernaryProduct& p, int64_t tile, int64_t token) {
     constexpr int64_t kPlaneStride = TILES * kTileRows;
+    alignas(64) int32_t acc[TOKENS * PLANES * kPlaneStride];
+    alignas(64) float sums[TOKENS * kPlaneStride] = {};
+    const Scale* scales = static_cast<const Scale*>(p.weight_scale) + tile * kTileRows;
     const int64_t tile_bytes = p.blocks * kBlockBytes;
+    const uint8_t* packed = p.packed + tile * tile_bytes;
+    const int8_t* q = p.q + token * PLANES * p.q_stride;
+    const int64_t rows_left = p.out_features - tile * kTileRows;
     for (int64_t group = 0; group < p.groups; ++group) {
       const int64_t block = group * p.group_blocks;
       const int64_t blocks = p.blocks - block < p.group_blocks ? p.blocks - block : p.group_blocks;
-      block_of<TILES, Inner::kRows>(count * p.planes, p.packed + tile * tile_bytes + block * kBlockBytes, tile_bytes,
-                                    blocks, p.q + token * p.planes * p.q_stride + block * Inner::kInputs, p.q_stride,
-                                    acc);
+      // Scales of a group lie together for all rows: those of the next tiles are asked for while there is time.
+      Isa::prefetch_near(scales + kPlaneStride);
+      Inner::template block<TILES, TOKENS * PLANES>(packed + block * kBlockBytes, tile_bytes, blocks,
+                                                    q + block * Inner::kInputs, p.q_stride, acc);
       for (int64_t i = 0; i < TILES; ++i) {
-        const int64_t row = (tile + i) * kTileRows;
-        const int64_t left = p.out_features - row;
-        float weight_scale[kTileRows] = {};
-        std::memcpy(weight_scale, p.weight_scale + group * p.out_features + row,
-                    static_cast<size_t>(left < kTileRows ? left : kTileRows) * sizeof(float));
-        for (int64_t t = 0; t < count; ++t) {
-          float group_sums[kTileRows];
-          float_sums<kTileRows>(p, acc + t * p.planes * kPlaneStride + i * kTileRows, kPlaneStride, token + t, group,
-                                group_sums);
-          float* sum = sums + t * kPlaneStride + i * kTileRows;
-          for (int64_t r = 0; r < kTileRows; ++r) sum[r] = sum[r] + group_sums[r] * weight_scale[r];
+        const Scale* scale = scales + i * kTileRows;
+        Scale last[kTileRows] = {};
+        if (rows_left < (i + 1) * kTileRows) {  // the end of the matrix: no reading beyond it
+          const int64_t left = rows_left - i * kTileRows;
+          std::memcpy(last, scale, static_cast<size_t>(left) * sizeof *last);
+          scale = last;
+        }
+        for (int64_t t = 0; t < TOKENS; ++t) {
+          add_group<Isa, PLANES>(p, acc + t * PLANES * kPlaneStride + i * kTileRows, kPlaneStride, token + t, group, scale,
+                            sums + t * kPlaneStride + i * kTileRows);
         }
       }
+      scales += p.out_features;
     }
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t t = 0; t < TOKENS; ++t) {
       for (int64_t i = 0; i < TILES; ++i) {
-        const int64_t row = (tile + i) * kTileRows;
-        const int64_t left = p.out_features - row;
-        store_sums<Isa>(p, sums + t * kPlaneStride + i * kTileRows, token + t, row, left < kTileRows ? left : kTileRows);
+        const int64_t left = rows_left - i * kTileRows;
+        store_sums<Isa>(p, sums + t * kPlaneStride + i * kTileRows, token + t, (tile + i) * kTileRows,
+                        left < kTileRows ? left : kTileRows);
       }
+    }
+  }
+
+  // in_groups with `count` as a compile-time number, 1 .. TOKENS.
+  template <int TILES, int PLANES, int TOKENS>
+  static void in_groups_of(int64_t count, const TernaryProduct& p, int64_t tile, int64_t token) {
+    if constexpr (TOKENS > 1) {
+      if (count < TOKENS) return in_groups_of<TILES, PLANES, TOKENS - 1>(count, p, tile, token);
+    }
+    if (p.scale_dtype == DType::kFloat16) {
+      in_groups<TILES, PLANES, TOKENS, Float16>(p, tile, token);
+    } else {
+      in_groups<TILES, PLANES, TOKENS, float>(p, tile, token);
     }
   }
 
@@ -196,8 +237,10 @@ struct TernaryDriver {
       const int64_t count = begin + (end - begin) * (part + 1) / parts - first;
       if (p.group_blocks == 0) {
         whole_rows<TILES>(p, tile, first, count);
+      } else if (p.planes == 1) {
+        in_groups_of<TILES, 1, Inner::kRows>(count, p, tile, first);
       } else {
-        in_groups<TILES>(p, tile, first, count);
+        in_groups_of<TILES, 2, Inner::kRows / 2>(count, p, tile, first);
       }
     }
   }

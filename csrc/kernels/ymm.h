@@ -129,6 +129,15 @@ inline void add_to(int32_t* acc, __m256i v_i32x8) {
   _mm256_storeu_si256(p, _mm256_add_epi32(_mm256_loadu_si256(p), v_i32x8));
 }
 
+// The first number in a place, or one more.
+inline void put(int32_t* acc, __m256i v_i32x8, bool first) {
+  if (first) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), v_i32x8);
+  } else {
+    add_to(acc, v_i32x8);
+  }
+}
+
 // About 100 ns of one core's stream (40 GB/s): what a miss to memory takes.
 constexpr int64_t kPrefetchBytes = 4096;
 
@@ -151,6 +160,8 @@ inline __m256i code_of(Codes codes, const uint8_t* half) {
 //     widen(acc)                       acc as int32 x 8
 //     kDotsPerWidening                 how many times dot may add to acc before that
 //     kRows                            rows of q in a register block, two accumulators each
+//     kDecodedRows                     likewise where codes are decoded already; 0: they never are
+//     two_dots(low, high, low_u8x32, high_u8x32, q)    dot for both halves of a tile and four activations in memory
 template <class Dot>
 struct YmmLoops {
   // One tile is two ymm, rows 0-7 and rows 8-15.
@@ -164,8 +175,8 @@ struct YmmLoops {
   static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
     constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
-    std::memset(acc, 0, ROWS * kTileRows * sizeof *acc);
-    for (int64_t begin = 0; begin < blocks; begin += kBlocksPerWidening) {
+    int64_t begin = 0;
+    do {
       const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
       __m256i acc_low[ROWS];
       __m256i acc_high[ROWS];
@@ -190,9 +201,61 @@ struct YmmLoops {
         }
       }
       for (int t = 0; t < ROWS; ++t) {
-        add_to(acc + t * kTileRows, Dot::widen(acc_low[t]));
-        add_to(acc + t * kTileRows + 8, Dot::widen(acc_high[t]));
+        put(acc + t * kTileRows, Dot::widen(acc_low[t]), begin == 0);
+        put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), begin == 0);
       }
+      begin = end;
+    } while (begin < blocks);
+  }
+
+  // Many tokens: a piece of a tile is decoded once, into L1, for all of them. With few rows of q decoding hides
+  // behind products; with many it takes ports from them.
+  static constexpr int64_t kPieceBlocks = Dot::kDotsPerWidening / 2;
+  static constexpr int kDecodedRows = Dot::kDecodedRows;
+  static constexpr int64_t kPieceBytes = kPieceBlocks * 4 * kBlockBytes;
+
+  // Codes of `blocks` blocks, a byte each: [blocks][step p][64]. Returns how many blocks `piece` may take at once:
+  // twice as many where no code is 3.
+  static int64_t decode(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
+    __m256i threes_u8x32 = _mm256_setzero_si256();
+    for (int64_t b = 0; b < blocks; ++b) {
+      prefetch_near(packed + b * kBlockBytes + kPrefetchBytes);
+      for (int half = 0; half < 2; ++half) {
+        const __m256i packed_u8x32 = load32(packed + b * kBlockBytes + 32 * half);
+        threes_u8x32 = _mm256_or_si256(threes_u8x32, _mm256_and_si256(packed_u8x32, _mm256_srli_epi16(packed_u8x32, 1)));
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(codes + (4 * b + p) * kBlockBytes + 32 * half),
+                             codes_of(packed_u8x32, p));
+        }
+      }
+    }
+    const bool valid = _mm256_testz_si256(threes_u8x32, _mm256_set1_epi8(0x55));
+    return valid ? kPieceBlocks : kPieceBlocks / 2;
+  }
+
+  // acc[ROWS][16], set or added to, of a piece.
+  template <int ROWS>
+  static void piece(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc, bool first) {
+    __m256i acc_low[ROWS];
+    __m256i acc_high[ROWS];
+#pragma GCC unroll 8
+    for (int t = 0; t < ROWS; ++t) {
+      acc_low[t] = _mm256_setzero_si256();
+      acc_high[t] = _mm256_setzero_si256();
+    }
+    for (int64_t step = 0; step < 4 * blocks; ++step) {
+      const __m256i low_u8x32 = load32(codes + step * kBlockBytes);
+      const __m256i high_u8x32 = load32(codes + step * kBlockBytes + 32);
+#pragma GCC unroll 8
+      for (int t = 0; t < ROWS; ++t) {
+        Dot::two_dots(acc_low[t], acc_high[t], low_u8x32, high_u8x32, q + t * q_stride + 4 * step);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < ROWS; ++t) {
+      put(acc + t * kTileRows, Dot::widen(acc_low[t]), first);
+      put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), first);
     }
   }
 

@@ -49,7 +49,7 @@ inline void check_packed(const char* op, const char* argument, const Tensor& pac
 
 // `weight_scale` may be null.
 inline TernaryMatrix matrix_of(const Tensor& packed, const Tensor* weight_scale, Layout layout, MatrixSize size) {
-  return {data<uint8_t>(packed), packed.size(1), weight_scale == nullptr ? nullptr : data<float>(*weight_scale), layout,
+  return {data<uint8_t>(packed), packed.size(1), weight_scale == nullptr ? nullptr : data<void>(*weight_scale), layout,
           size};
 }
 
@@ -78,6 +78,7 @@ struct CheckedMatrix {
     check_in_features(op, "x", size.in_features, most_in_features(layout));
     check_activation_bits(op, name("activation_bits").c_str(), activation_bits);
     check_packed(op, name("packed").c_str(), packed, layout, layout_name, size);
+    const bool half_scales = group_size != 0 && dtype_code(weight_scale) == dtypes().float16;
     if (group_size == 0) {
       check(op, name("weight_scale").c_str(), weight_scale, dtypes().float32, {size.out_features});
     } else {
@@ -89,7 +90,7 @@ struct CheckedMatrix {
         refuse(op, name("group_size").c_str(), "0 with layout '" + layout_name + "' (only tile16 has group scales)",
                std::to_string(group_size));
       }
-      check(op, name("weight_scale").c_str(), weight_scale, dtypes().float32,
+      check(op, name("weight_scale").c_str(), weight_scale, half_scales ? dtypes().float16 : dtypes().float32,
             {divide_up(size.in_features, group_size), size.out_features});
     }
     if (bias.has_value()) check(op, name("bias").c_str(), *bias, dtypes().float32, {size.out_features});
@@ -98,6 +99,7 @@ struct CheckedMatrix {
     weight_scale = as_contiguous(weight_scale);
     if (bias.has_value()) bias = as_contiguous(*bias);
     view = matrix_of(packed, &weight_scale, layout, size);
+    if (half_scales) view.scale_dtype = DType::kFloat16;
     view.bias = bias.has_value() ? data<float>(*bias) : nullptr;
     view.planes = activation_bits == 16 ? 2 : 1;
     view.group_size = group_size;

@@ -29,6 +29,21 @@ void sum_groups(const int8_t* q, int64_t in_features, int64_t group_size, int32_
   }
 }
 
+// 8 bits, with a scale for each group of inputs; group_size 0 is one group.
+void quantize_groups(const void* x, const Activations& a, int64_t group_size, const KernelTable& table, int8_t* q,
+                     int64_t q_stride, float* x_scale, int32_t* q_sum) {
+  const int64_t size = group_size == 0 || group_size > a.in_features ? a.in_features : group_size;
+  int64_t begin = 0, group = 0;
+  do {  // at least once: a row without inputs has zeros
+    const int64_t left = a.in_features - begin;
+    const bool last = left <= size;
+    table.quantize_row(static_cast<const char*>(x) + static_cast<size_t>(begin) * element_bytes(a.dtype), a.dtype,
+                       last ? left : size, q + begin, last ? q_stride - begin : size, x_scale + group, q_sum + group);
+    begin += size;
+    ++group;
+  } while (begin < a.in_features);
+}
+
 using TileKernel = void (*)(const TernaryProduct&, int64_t, int64_t);
 
 // The tiles of all products as one range, so that several small matrices are one parallel region.
@@ -142,7 +157,8 @@ QuantizedRows reserve_rows(int64_t rows, int64_t groups, int64_t in_features) {
   const int64_t q_stride = padded_in_features(in_features);
   const size_t q_bytes = static_cast<size_t>(rows * q_stride);
   const size_t sum_bytes = static_cast<size_t>(rows * (groups < 2 ? 2 : groups)) * sizeof(int32_t);
-  char* base = static_cast<char*>(scratch.reserve(q_bytes + sum_bytes + static_cast<size_t>(rows) * sizeof(float)));
+  const size_t scale_bytes = static_cast<size_t>(rows * groups) * sizeof(float);
+  char* base = static_cast<char*>(scratch.reserve(q_bytes + sum_bytes + scale_bytes));
   return {reinterpret_cast<int8_t*>(base), q_stride, reinterpret_cast<int32_t*>(base + q_bytes),
           reinterpret_cast<float*>(base + q_bytes + sum_bytes)};
 }
@@ -164,13 +180,13 @@ QuantizedRows quantize_rows(const Activations& a, int64_t planes, int64_t group_
                }
                int8_t* q = rows.q + token * planes * rows.q_stride;
                int32_t* q_sum = rows.q_sum + token * planes * groups;
-               int32_t whole_sum[2];
                if (planes == 1) {
-                 table.quantize_row(source, a.dtype, a.in_features, q, rows.q_stride, rows.x_scale + token, whole_sum);
-               } else {
-                 table.quantize_row_16(source, a.dtype, a.in_features, q, q + rows.q_stride, rows.q_stride,
-                                       rows.x_scale + token, whole_sum);
+                 quantize_groups(source, a, group_size, table, q, rows.q_stride, rows.x_scale + token * groups, q_sum);
+                 continue;
                }
+               int32_t whole_sum[2];
+               table.quantize_row_16(source, a.dtype, a.in_features, q, q + rows.q_stride, rows.q_stride,
+                                     rows.x_scale + token, whole_sum);
                for (int64_t plane = 0; plane < planes; ++plane) {
                  if (group_size == 0) {
                    q_sum[plane] = whole_sum[plane];
@@ -194,6 +210,7 @@ Product product_of(const QuantizedRows& rows, const TernaryMatrix& matrix, int64
   product.q_stride = rows.q_stride;
   product.q_sum = rows.q_sum;
   product.x_scale = rows.x_scale;
+  product.scale_dtype = matrix.scale_dtype;
   product.tokens = tokens;
   product.planes = matrix.planes;
   product.groups = matrix.groups();

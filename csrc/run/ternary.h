@@ -37,9 +37,10 @@ QuantizedRows quantize_rows(const Activations& activations, int64_t planes, int6
 struct TernaryMatrix {
   const uint8_t* packed;
   int64_t blocks;             // as in TernaryProduct
-  const float* weight_scale;  // [groups][out_features], or null for a product without scales
+  const void* weight_scale;   // [groups][out_features], or null for a product without scales
   Layout layout;
   MatrixSize size;
+  DType scale_dtype = DType::kFloat32;
   const float* bias = nullptr;  // [out_features] or null
   int64_t planes = 1;           // of its activations: 1 for 8 bits, 2 for 16
   int64_t group_size = 0;       // inputs that share a scale; 0: one scale for a whole row

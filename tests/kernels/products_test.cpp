@@ -51,6 +51,7 @@ struct ProductCase {
   int64_t group_blocks = 0;
   // The part of one thread: everything, or from the second unit (tile, row or panel) to the last but one.
   bool part = false;
+  bool half_scales = false;  // of groups, in float16
 };
 
 std::string name_of(const ProductCase& c, DType dtype) {
@@ -59,7 +60,7 @@ std::string name_of(const ProductCase& c, DType dtype) {
                      std::to_string(c.activations) + ", dtype " + std::to_string(static_cast<int>(dtype));
   if (c.planes == 2) name += ", 16 bits";
   if (c.group_blocks != 0) name += ", groups of " + std::to_string(c.group_blocks) + " blocks";
-  return name + (c.part ? ", a part" : "");
+  return name + (c.half_scales ? ", float16 scales" : "") + (c.part ? ", a part" : "");
 }
 
 // Operands in buffers of exactly the size that a kernel may read; what differs by layout is `packed`.
@@ -68,6 +69,7 @@ struct Operands {
   Buffer<int8_t> q;
   Buffer<int32_t> q_sum;
   Buffer<float> x_scale, weight_scale, bias;
+  Buffer<Float16> half_scale;
 
   Operands(const ProductCase& c, Random& random)
       : groups(c.group_blocks == 0 ? 1 : divide_up(c.in_features, c.group_blocks * kBlockInputs)),
@@ -75,9 +77,10 @@ struct Operands {
         q_stride(padded_in_features(c.in_features)),
         q(rows * q_stride),
         q_sum(rows * groups),
-        x_scale(c.tokens),
+        x_scale(c.tokens * groups),
         weight_scale(groups * c.out_features),
-        bias(c.out_features) {
+        bias(c.out_features),
+        half_scale(c.half_scales ? groups * c.out_features : 0) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < c.in_features; ++k) {
         const int8_t any = static_cast<int8_t>(random.byte());
@@ -88,9 +91,10 @@ struct Operands {
         q_sum.data[row * groups + (groups == 1 ? 0 : k / (c.group_blocks * kBlockInputs))] += value;
       }
     }
-    for (int64_t t = 0; t < c.tokens; ++t) x_scale.data[t] = t == 1 ? std::nanf("") : random.uniform();
+    for (int64_t i = 0; i < c.tokens * groups; ++i) x_scale.data[i] = i == 1 ? std::nanf("") : random.uniform();
     fill_row(weight_scale.data, groups * c.out_features, kRandom, random);
     fill_row(bias.data, c.out_features, kRandom, random);
+    if (c.half_scales) fill_row(half_scale.data, groups * c.out_features, kRandom, random);
   }
 };
 
@@ -112,6 +116,10 @@ TernaryProduct product_of(const ProductCase& c, const Operands& operands, const 
   product.out = out.data;
   product.x_scale = operands.x_scale.data;
   product.weight_scale = operands.weight_scale.data;
+  if (c.half_scales) {
+    product.weight_scale = operands.half_scale.data;
+    product.scale_dtype = DType::kFloat16;
+  }
   product.bias = c.bias ? operands.bias.data : nullptr;
   // Results that are another thread's must stay as they are.
   std::memset(static_cast<void*>(out.data), 0x3c, out.count * sizeof(T));
@@ -291,7 +299,11 @@ void test_planes_and_groups() {
     for (const int64_t group_blocks : {0, 4, 16}) {
       for (const int64_t planes : {1, 2}) {
         if (planes == 1 && group_blocks == 0) continue;
-        test_tile16<T>({40, 300, tokens, kAnyByte, kAnyInt8, true, planes, group_blocks}, random);
+        ProductCase c{40, 300, tokens, kAnyByte, kAnyInt8, true, planes, group_blocks};
+        test_tile16<T>(c, random);
+        if (group_blocks == 0) continue;
+        c.half_scales = true;
+        test_tile16<T>(c, random);
       }
     }
   }

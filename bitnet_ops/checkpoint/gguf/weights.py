@@ -20,8 +20,9 @@ from ...decoder.config import DecoderConfig
 from ...layers.linear import BitLinear
 from ...layers.memory import HugePages
 from ...layers.norm import RMSNorm
+from ..group_sizes import FittingSizes
 from ..tensor_source import FLOAT_DTYPES, TensorSource
-from ..ternary_floats import GroupSizes, NotTernary, not_ternary, to_ternary
+from ..ternary_floats import NotTernary, group_scales, not_ternary, to_ternary
 from ..weights import CHUNK_ROWS, Projection, WeightReader, check_bias, pack_rows, read_bias
 from .architectures import Architecture
 from .header import GgufFile
@@ -206,10 +207,10 @@ def _ternary_rows(matrix: GgufMatrix) -> Iterator[Tensor]:
 
 def _group_size_of_floats(files: TensorSource, matrix: GgufMatrix) -> int:
     """How many inputs share a scale in a float matrix with ternary values; 0 for whole rows."""
-    sizes = GroupSizes()
+    sizes = FittingSizes()
     for begin, end in _chunks(matrix.shape[0]):
         try:
-            sizes.see(matrix.floats(begin, end))
+            sizes.see(group_scales(matrix.floats(begin, end)))
         except NotTernary as error:
             raise not_ternary(files, matrix.weight, begin, error) from None
     return sizes.coarsest
