@@ -93,8 +93,8 @@ def convert(
       tq2_0  2.06  256 inputs, row  256 divides     llama.cpp, bitnet-ops
       q2_0   2.25  64 inputs, row   64 divides      llama.cpp since July 2026, bitnet-ops
 
-    Only bitnet.cpp knows the architecture of BitNet b1.58 2B4T. --head rounds embedding and head: f16 hardly,
-    q8_0 to 8.5 bits, q6_k to 6.6.
+    Only bitnet.cpp knows the architecture of BitNet b1.58 2B4T. --head is for embedding and head, which it
+    rounds: f16 hardly (bf16 and f32 keep what is stored so), q8_0 to 8.5 bits a weight, q6_k to 6.6.
 
     --to safetensors makes a folder in the layout that is published on the Hugging Face hub, which
     transformers loads: packed weights and "bitnet" quantisation for models of 8-bit activations, otherwise
