@@ -27,6 +27,7 @@ from tokenizers import pre_tokenizers
 from bitnet_ops import DecoderConfig, RopeScaling, from_pretrained
 from bitnet_ops.checkpoint.gguf.header import GgufFile
 from bitnet_ops.checkpoint.gguf.settings import read_settings
+from bitnet_ops.checkpoint.pooling import BITNET_EMBEDDING
 from bitnet_ops.decoder.pooling import EmbeddingSettings
 from bitnet_ops.generation.chat import render_chat
 
@@ -164,7 +165,7 @@ def test_how_vectors_are_made_of_texts(number: int | None, pooling: str | None, 
     # What files of BitNet-embedding say is not what their models do.
     tiny = Tiny.random(ONE_LAYER["qwen3"].replace(projection_norms=True))
     file = write_tiny(tmp_path / "m.gguf", tiny, "qwen3", qwen3__pooling_type=number)
-    assert from_pretrained(file).embedding_settings == EmbeddingSettings("last", normalize=True)
+    assert from_pretrained(file).embedding_settings == BITNET_EMBEDDING
 
 
 def test_an_activation_by_name(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Checkpoints: models as folders on disk.
+"""Checkpoints: models as folders and files.
 
 load.py           the order of the checks, and the model
 location.py       what users name a model by, and where it lies
 hub.py            models from the Hugging Face hub
+one_thread.py     loops over small pieces without torch's threads
 opened.py         what there is to know before weights are read
 folder.py         a folder in the Hugging Face layout
 config_json.py    config.json
@@ -14,6 +15,7 @@ hf.py             weights in the published "bitnet" formats (packed, ternary, ma
 ternary_floats.py float weights that are ternary already: their scales are found
 mlx.py            weights in MLX's 2-bit form
 group_sizes.py    which inputs of a row share a scale
+gguf/             GGUF files, read and written
 packed.py         weights in our own format, and save_pretrained
 published_out.py  writes the published layout, for transformers
 saveable.py       what a model has to be to be written

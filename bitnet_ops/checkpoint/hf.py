@@ -46,6 +46,8 @@ class PublishedWeights(WeightReader):
         reciprocal: whether that scale is the reciprocal of the multiplier.
     """
 
+    in_pieces = False
+
     def __init__(self, family: Family, *, has_scale: bool, reciprocal: bool) -> None:
         super().__init__(family)
         self.has_scale, self.reciprocal = has_scale, reciprocal

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from .folder import open_folder
 from .gguf.open import open_gguf
 from .head_copy import CHUNK_ROWS, is_finite, stored_head
 from .location import locate
+from .one_thread import one_thread
 from .opened import OpenCheckpoint
 from .tensor_source import TensorSource
 from .weights import WeightReader
@@ -53,11 +55,13 @@ def load(
     with open_checkpoint(path, dense=linear is nn.Linear, mmap=mmap) as checkpoint:
         files, weights = checkpoint.files, checkpoint.weights
         _check_plausible(checkpoint)
-        config = weights.complete(checkpoint.config, files)
+        with one_thread() if weights.in_pieces else nullcontext():
+            config = weights.complete(checkpoint.config, files)
         with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
             made = make(config, linear)
         table = checkpoint.certified_table
-        _load_weights(made, files, weights, table)
+        with one_thread() if weights.in_pieces else nullcontext():
+            _load_weights(made, files, weights, table)
         made.eval().requires_grad_(False)
         copy = stored_head(files, made.head_weight) if table is not None else None
         made.screened_head(copy, files.forget)

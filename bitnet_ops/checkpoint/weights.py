@@ -69,9 +69,11 @@ class WeightReader:
     Attributes:
         family: says what modules are called.
         is_bare: whether the files leave out `BODY_PREFIX`; see body.py.
+        in_pieces: whether weights are read in pieces that stay in a core's cache; see `one_thread`.
         maps_files: whether its files may be mapped where the user does not say: nobody changes them in place.
     """
 
+    in_pieces: ClassVar[bool] = True
     maps_files: ClassVar[bool] = False
 
     def __init__(self, family: Family) -> None:

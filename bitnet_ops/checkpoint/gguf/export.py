@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...layers.linear import BitLinear
 from ...layers.norm import RMSNorm
+from ..one_thread import one_thread
 from ..saveable import check_saveable
 from .architectures import ARCHITECTURE_KEY, Architecture
 from .dense import quantize
@@ -123,7 +124,8 @@ def save_gguf(
         check_expressible(model.config, architecture, metadata, shapes)
     except ValueError as error:
         raise ValueError(f"save_gguf: {error}; save_pretrained writes any model") from None
-    write_gguf(path, metadata, tensors)
+    with one_thread():
+        write_gguf(path, metadata, tensors)
     return chosen.name.lower()
 
 
