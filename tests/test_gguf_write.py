@@ -610,10 +610,10 @@ def convert(*arguments: str | Path) -> Any:
 
 def test_the_command(tmp_path: Path) -> None:
     model = with_tokenizer(random_model(FAMILIES["llama"]))
-    model.save_pretrained(tmp_path / "source")
-    result = convert(tmp_path / "source", tmp_path / "a.gguf")
+    model.save_pretrained(tmp_path / "source-1.58")
+    result = convert(tmp_path / "source-1.58", tmp_path / "a.gguf")
     assert result.output == f"{tmp_path / 'a.gguf'}: tq2_0, head f16; 1 MB\n"
-    assert gguf_fields(tmp_path / "a.gguf")["general.name"] == "source"
+    assert gguf_fields(tmp_path / "a.gguf")["general.name"] == "source-1.58"
     result = convert(
         tmp_path / "a.gguf", tmp_path / "b.bin", "--to", "gguf", "--type", "tq1_0", "--head", "q8_0"
     )

@@ -127,7 +127,7 @@ def convert(
     with expected_errors():
         model = from_pretrained(source)
         if to == "gguf":
-            _to_gguf(model, target, type_, head or "f16", Path(source).stem)
+            _to_gguf(model, target, type_, head or "f16", Path(source).name.removesuffix(GGUF_SUFFIX))
         elif to == "safetensors":
             _to_published(model, target)
         else:
