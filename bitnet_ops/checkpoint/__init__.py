@@ -3,8 +3,8 @@
 load.py           the order of the checks, and the model
 location.py       what users name a model by, and where it lies
 hub.py            models from the Hugging Face hub
-one_thread.py     loops over small pieces without torch's threads
 opened.py         what there is to know before weights are read
+pieces.py         loops over pieces that stay in a core's cache
 folder.py         a folder in the Hugging Face layout
 config_json.py    config.json
 body.py           what only the names of tensors say

@@ -30,7 +30,7 @@ from ..layers.memory import HugePages
 from .codes import check_codes
 from .errors import CheckpointError
 from .tensor_source import FLOAT_DTYPES, TensorSource
-from .weights import CHUNK_ROWS, Projection, WeightReader, check_bias, pack_rows, read_bias
+from .weights import Projection, WeightReader, check_bias, pack_rows, read_bias
 
 WEIGHTS_PER_BYTE = 4
 
@@ -141,7 +141,7 @@ class PublishedWeights(WeightReader):
                         weight, "weights in {-1, 0, 1}, because it has a weight_scale", "other numbers"
                     )
         files.forget(stored)
-        packed, layout = pack_rows(w.split(CHUNK_ROWS), layer, memory)
+        packed, layout = pack_rows(lambda begin, end: w[begin:end], layer, memory)
         bias = read_bias(files, name, layer, scale if self.has_scale and not self.reciprocal else 1.0)
         return Projection(packed, layout, memory.copy(scale.reshape(1).expand(layer.out_features)), bias)
 

@@ -20,8 +20,8 @@ from .folder import open_folder
 from .gguf.open import open_gguf
 from .head_copy import CHUNK_ROWS, is_finite, stored_head
 from .location import locate
-from .one_thread import one_thread
 from .opened import OpenCheckpoint
+from .pieces import one_thread
 from .tensor_source import TensorSource
 from .weights import WeightReader
 

@@ -18,7 +18,7 @@ read. Embedding and head come in the same form, or in floats: a module is in thi
 They become floats in the dtype of their scales, which hold ``-s, 0, s`` exactly.
 """
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from ..layers.memory import HugePages
 from .codes import check_codes
 from .errors import CheckpointError
 from .group_sizes import FittingSizes, merge_scales
+from .pieces import for_each_piece
 from .tensor_source import FLOAT_DTYPES, TensorSource
 from .weights import (
     CHUNK_ROWS,
@@ -144,8 +145,7 @@ class MlxWeights(WeightReader):
         scales = scales.float().T
         if layer.group_size == 0:
             scales = scales.masked_fill(scales == 0, 1.0).squeeze(0)
-        rows = (w for _, w in self._rows(files, name, stored))
-        packed, layout = pack_rows(rows, layer, memory)
+        packed, layout = pack_rows(partial(self._rows, files, name, stored), layer, memory)
         return Projection(packed, layout, memory.copy(scales), read_bias(files, name, layer))
 
     def check_matrix(self, files: TensorSource, name: str, module: nn.Embedding | nn.Linear) -> list[str]:
@@ -165,10 +165,14 @@ class MlxWeights(WeightReader):
             return super().read_matrix(files, name, memory)
         scales = self._scales(files, name)
         matrix = memory.empty((scales.shape[0], scales.shape[1] * self.group), scales.dtype)
-        for begin, w in self._rows(files, name, scales):
+
+        def fill(begin: int) -> None:
+            w = self._rows(files, name, scales, begin, min(begin + CHUNK_ROWS, len(scales)))
             part = scales[begin : begin + len(w)].unsqueeze(-1)
             out = matrix[begin : begin + len(w)].unflatten(1, (-1, self.group))
             torch.mul(w.unflatten(1, (-1, self.group)), part, out=out)
+
+        for_each_piece(fill, range(0, len(scales), CHUNK_ROWS))
         return matrix
 
     def _expect(self, files: TensorSource, name: str, shape: tuple[int, int]) -> list[str]:
@@ -201,18 +205,17 @@ class MlxWeights(WeightReader):
                 )
         return scales
 
-    def _rows(self, files: TensorSource, name: str, scales: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The ternary weights int8 [n, K] of `CHUNK_ROWS` rows at a time, with the number of the first."""
-        for begin in range(0, len(scales), CHUNK_ROWS):
-            words = files.rows(f"{name}.weight", begin, min(begin + CHUNK_ROWS, len(scales)))
-            packed = words.view(torch.uint8)
-            check_codes(files, f"{name}.weight", packed, begin * packed.shape[1])
-            w = unpack_codes(packed)
-            nothing = scales[begin : begin + len(w)] == 0
-            if nothing.any():  # 0 times anything, also where a coarser group gives it another scale
-                w.unflatten(1, (-1, self.group))[nothing] = 0
-            files.forget(words)
-            yield begin, w
+    def _rows(self, files: TensorSource, name: str, scales: Tensor, begin: int, end: int) -> Tensor:
+        """Some rows of the ternary weights, int8 [end - begin, K]."""
+        words = files.rows(f"{name}.weight", begin, end)
+        packed = words.view(torch.uint8)
+        check_codes(files, f"{name}.weight", packed, begin * packed.shape[1])
+        w = unpack_codes(packed)
+        nothing = scales[begin:end] == 0
+        if nothing.any():  # 0 times anything, also where a coarser group gives it another scale
+            w.unflatten(1, (-1, self.group))[nothing] = 0
+        files.forget(words)
+        return w
 
 
 def unpack_codes(packed: Tensor) -> Tensor:

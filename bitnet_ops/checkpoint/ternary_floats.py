@@ -32,7 +32,6 @@ from .errors import CheckpointError
 from .group_sizes import FINEST, FittingSizes, merge_scales
 from .tensor_source import FLOAT_DTYPES, TensorSource
 from .weights import (
-    CHUNK_ROWS,
     Projection,
     WeightReader,
     check_bias,
@@ -179,20 +178,18 @@ def read_floats(files: TensorSource, name: str, layer: BitLinear, memory: HugePa
     weight = f"{name}.weight"
     scales = memory.empty(tuple(layer.weight_scale.shape), torch.float32)
 
-    def rows() -> Iterator[Tensor]:
-        for top in range(0, layer.out_features, CHUNK_ROWS):
-            end = min(top + CHUNK_ROWS, layer.out_features)
-            parts = []
-            for begin, x in _chunks(files, weight, top, end):
-                try:
-                    part = to_ternary(x, layer.group_size)
-                except NotTernary as error:
-                    raise not_ternary(files, weight, begin, error) from None
-                parts.append(part.w)
-                scales[..., begin : begin + len(x)] = part.scales
-            yield parts[0] if len(parts) == 1 else torch.cat(parts)
+    def rows(top: int, end: int) -> Tensor:
+        parts = []
+        for begin, x in _chunks(files, weight, top, end):
+            try:
+                part = to_ternary(x, layer.group_size)
+            except NotTernary as error:
+                raise not_ternary(files, weight, begin, error) from None
+            parts.append(part.w)
+            scales[..., begin : begin + len(x)] = part.scales
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    packed, layout = pack_rows(rows(), layer, memory)
+    packed, layout = pack_rows(rows, layer, memory)
     return Projection(packed, layout, scales, read_bias(files, name, layer))
 
 

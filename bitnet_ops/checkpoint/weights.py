@@ -4,7 +4,7 @@ A `WeightReader` knows how a format stores projections, matrices (embedding, hea
 for one module after another and knows nothing about formats.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from ..families import Family
 from ..layers.linear import BitLinear, best_layout
 from ..layers.memory import HugePages
 from ..layers.norm import RMSNorm
+from .pieces import for_each_piece
 from .tensor_source import FLOAT_DTYPES, TensorSource
 
 CHUNK_ROWS = 256
@@ -50,6 +51,10 @@ def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+Rows = Callable[[int, int], Tensor]
+"""Gives the rows from the first number to the second of a matrix: int8 [rows, K] in {-1, 0, 1}."""
+
+
 class Projection(NamedTuple):
     """What a `BitLinear` holds, under the names of its attributes."""
 
@@ -69,7 +74,7 @@ class WeightReader:
     Attributes:
         family: says what modules are called.
         is_bare: whether the files leave out `BODY_PREFIX`; see body.py.
-        in_pieces: whether weights are read in pieces that stay in a core's cache; see `one_thread`.
+        in_pieces: whether weights are read in pieces that stay in a core's cache; see pieces.py.
         maps_files: whether its files may be mapped where the user does not say: nobody changes them in place.
     """
 
@@ -183,11 +188,11 @@ def read_bias(
     return bias
 
 
-def pack_rows(w: Iterable[Tensor], layer: BitLinear, memory: HugePages) -> tuple[Tensor, str]:
+def pack_rows(rows: Rows, layer: BitLinear, memory: HugePages) -> tuple[Tensor, str]:
     """Packs a matrix some rows at a time, so that it need not be there unpacked as a whole.
 
     Args:
-        w: int8 [rows, K] in {-1, 0, 1} each, one below the other, of `CHUNK_ROWS` rows but the last.
+        rows: gives some rows of the matrix; called from several threads.
         layer: of the matrix's sizes.
         memory: where the packed weights go.
 
@@ -196,7 +201,12 @@ def pack_rows(w: Iterable[Tensor], layer: BitLinear, memory: HugePages) -> tuple
     """
     layout = "tile16" if layer.group_size else best_layout()
     packed = memory.empty(packing.packed_shape(layer.out_features, layer.in_features, layout), torch.uint8)
-    # Both layouts are made of tiles.
-    for rows, out in zip(w, packed.split(CHUNK_ROWS // packing.TILE_ROWS), strict=True):
-        out.copy_(ops.pack_ternary(rows, layout))
+
+    def pack(begin: int) -> None:
+        end = min(begin + CHUNK_ROWS, layer.out_features)
+        # Both layouts are made of tiles.
+        tiles = slice(begin // packing.TILE_ROWS, -(-end // packing.TILE_ROWS))
+        packed[tiles] = ops.pack_ternary(rows(begin, end), layout)
+
+    for_each_piece(pack, range(0, layer.out_features, CHUNK_ROWS))
     return packed, layout

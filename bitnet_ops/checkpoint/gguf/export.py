@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...layers.linear import BitLinear
 from ...layers.norm import RMSNorm
-from ..one_thread import one_thread
+from ..pieces import one_thread
 from ..saveable import check_saveable
 from .architectures import ARCHITECTURE_KEY, Architecture
 from .dense import quantize

@@ -23,7 +23,7 @@ from ...layers.norm import RMSNorm
 from ..group_sizes import FittingSizes
 from ..tensor_source import FLOAT_DTYPES, TensorSource
 from ..ternary_floats import NotTernary, group_scales, not_ternary, to_ternary
-from ..weights import CHUNK_ROWS, Projection, WeightReader, check_bias, pack_rows, read_bias
+from ..weights import CHUNK_ROWS, Projection, Rows, WeightReader, check_bias, pack_rows, read_bias
 from .architectures import Architecture
 from .header import GgufFile
 from .matrix import SCALE, GgufMatrix
@@ -100,13 +100,14 @@ class GgufWeights(WeightReader):
     ) -> Projection:
         """Packs a projection that `check_projection` has passed, some rows at a time."""
         matrix = self._matrix(files, name, layer.out_features)
+        rows: Rows
         if matrix.type.ternary:
             scale = memory.copy(_for_layer(matrix.scales(), layer))
-            w = _ternary_rows(matrix)
+            rows = matrix.ternary
         else:
             scale = memory.empty(tuple(layer.weight_scale.shape), torch.float32)
-            w = _ternary_floats(matrix, layer, scale)
-        packed, layout = pack_rows(w, layer, memory)
+            rows = _ternary_floats(matrix, layer, scale)
+        packed, layout = pack_rows(rows, layer, memory)
         matrix.forget()
         return Projection(packed, layout, scale, self.read_bias(files, name, layer))
 
@@ -199,12 +200,6 @@ def _chunks(rows: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + CHUNK_ROWS, rows)
 
 
-def _ternary_rows(matrix: GgufMatrix) -> Iterator[Tensor]:
-    """The weights of a ternary matrix."""
-    for begin, end in _chunks(matrix.shape[0]):
-        yield matrix.ternary(begin, end)
-
-
 def _group_size_of_floats(files: TensorSource, matrix: GgufMatrix) -> int:
     """How many inputs share a scale in a float matrix with ternary values; 0 for whole rows."""
     sizes = FittingSizes()
@@ -216,12 +211,15 @@ def _group_size_of_floats(files: TensorSource, matrix: GgufMatrix) -> int:
     return sizes.coarsest
 
 
-def _ternary_floats(matrix: GgufMatrix, layer: BitLinear, scale: Tensor) -> Iterator[Tensor]:
+def _ternary_floats(matrix: GgufMatrix, layer: BitLinear, scale: Tensor) -> Rows:
     """The weights of a float matrix that `_group_size_of_floats` has seen; fills in their scales."""
-    for begin, end in _chunks(matrix.shape[0]):
+
+    def rows(begin: int, end: int) -> Tensor:
         part = to_ternary(matrix.floats(begin, end), layer.group_size)
         scale[..., begin:end] = part.scales
-        yield part.w
+        return part.w
+
+    return rows
 
 
 def _one_a_row(scales: Tensor) -> bool:
