@@ -23,8 +23,8 @@ class BitNet(GenerationMixin, EmbeddingMixin, LanguageModel):
         linear: makes the projections. `BitLinear` (packed, inference) by default, `BitLinearQAT` to train.
 
     Attributes:
-        tokenizer: from text to ids and back, or None. This and the next three come from the checkpoint's
-            folder; the forward pass does not look at them.
+        tokenizer: from text to ids and back, or None. This and the next three come from the checkpoint;
+            the forward pass does not look at them.
         chat_template: Jinja text that turns a conversation into a prompt, or None.
         generation_config: the checkpoint's defaults for `generate`, as generation_config.json has them, or
             None.
@@ -55,17 +55,15 @@ def from_pretrained(
     at once.
 
     Args:
-        model: one of
-
-            - a folder in the Hugging Face layout: config.json and model.safetensors, or several files with
-              model.safetensors.index.json; may hold tokenizer.json, generation_config.json, and
-              chat_template.jinja or tokenizer_config.json. Also what `save_pretrained` wrote.
-            - a .gguf file, which holds settings, tokenizer and chat template as well.
-            - a string "owner/repo" or "owner/repo:file.gguf": a name on the hub. The files that are needed
-              are downloaded into the cache of huggingface_hub, and what was taken is printed on stderr.
-              Nothing is downloaded for a model on disk.
+        model: a folder in the Hugging Face layout: config.json and model.safetensors, or several files with
+            model.safetensors.index.json. It may hold tokenizer.json, generation_config.json, and
+            chat_template.jinja or tokenizer_config.json. What `save_pretrained` wrote is such a folder.
+            Or a .gguf file, which holds settings, tokenizer and chat template as well.
+            Or a name on the Hugging Face hub, a string: "owner/repo", "owner/repo@revision" or
+            "owner/repo:file.gguf". The files that are needed are downloaded into the cache of
+            huggingface_hub, and the revision is printed on stderr. Nothing is downloaded for a model on disk.
         linear: the class of projections: `BitLinear`, or `torch.nn.Linear` for a model that is not ternary,
-            whose projections are then float32.
+            whose projections are then float32. Packed folders have no such projections.
         revision: branch, tag or commit of a name on the hub; "owner/repo@revision" says the same.
         mmap: use tensors where they lie in the files: no time, no second copy, and processes share them. The
             files must then not be rewritten in place while the model lives, or the system ends the process;

@@ -10,7 +10,7 @@ types are nothing but blocks; some have a scale in front of each row, or behind 
 
     bytes = rows * (row_bytes + K / block * block_bytes) + tensor_bytes
 
-What a block holds is drawn in ternary/ and in dense.py. Each fork of llama.cpp gives numbers as it likes, so
+What a block holds is drawn in ternary/ and in dense/. Each fork of llama.cpp gives numbers as it likes, so
 that number 42 means three types, told apart by their sizes, and numbers 36 to 39 mean others in other forks.
 """
 
