@@ -29,6 +29,9 @@ OTHER_FILES = (
 )
 """What a model needs of a repository; other formats of the same weights stay where they are."""
 
+BY_HAND = ("*.safetensors", "*.json", "*.jinja", "1_Pooling/*")
+"""The same in fewer words, for people."""
+
 
 def fetch(name: HubName) -> Path:
     """The folder or GGUF file in the local cache, with what is missing there downloaded first.
@@ -81,8 +84,8 @@ def _choice(name: HubName) -> str:
 def _unreachable(name: HubName, error: Exception) -> CheckpointError:
     """The error where neither hub nor cache has a model: what to fetch by hand, and where to put it."""
     folder = name.repo.rpartition("/")[2]
-    what = name.file or "--include config.json '*.safetensors*' 'tokenizer*' generation_config.json '*.jinja'"
-    files = name.file or f"{', '.join(OTHER_FILES[:5])} (those that there are) and all *.safetensors files"
+    what = name.file or " ".join(f"'{pattern}'" for pattern in BY_HAND)
+    files = name.file or f"{', '.join(BY_HAND)} (those that there are)"
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     revision = f" --revision {name.revision}" if name.revision else ""
     return CheckpointError(

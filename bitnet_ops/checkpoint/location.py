@@ -65,7 +65,8 @@ def hub_name(text: str) -> HubName | None:
     match = _HUB_NAME.fullmatch(text)
     if match is None or Path(text.partition("/")[0]).is_dir():
         return None
-    return HubName(*match.groups())
+    name = HubName(*match.groups())
+    return None if name.repo.endswith(".gguf") else name  # a path without a colon
 
 
 def _local(path: Path) -> Path:
