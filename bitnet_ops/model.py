@@ -45,6 +45,7 @@ def from_pretrained(
     *,
     linear: type[nn.Module] = BitLinear,
     revision: str | None = None,
+    arm_i2_s: bool = False,
     mmap: bool | None = None,
 ) -> BitNet:
     """Loads a model from a folder, a GGUF file, or the Hugging Face hub.
@@ -65,6 +66,8 @@ def from_pretrained(
         linear: the class of projections: `BitLinear`, or `torch.nn.Linear` for a model that is not ternary,
             whose projections are then float32. Packed folders have no such projections.
         revision: branch, tag or commit of a name on the hub; "owner/repo@revision" says the same.
+        arm_i2_s: a GGUF file's type I2_S is that of an ARM build of bitnet.cpp (since November 2025), which
+            orders weights otherwise. Nothing in the file says so; read wrongly, a model writes nonsense.
         mmap: use tensors where they lie in the files: no time, no second copy, and processes share them. The
             files must then not be rewritten in place while the model lives, or the system ends the process;
             replacing them is fine. None does so with what `save_pretrained` wrote, which replaces files.
@@ -83,4 +86,4 @@ def from_pretrained(
         >>> model(torch.tensor([model.tokenizer.encode("The sea").ids])).shape
         torch.Size([1, 3, 128256])
     """
-    return checkpoint.load(model, BitNet, linear=linear, revision=revision, mmap=mmap)
+    return checkpoint.load(model, BitNet, linear=linear, revision=revision, arm_i2_s=arm_i2_s, mmap=mmap)

@@ -12,6 +12,7 @@ from tiny_checkpoints import Sizes, Weights, published_tensors, write_folder
 from tiny_gguf import (
     CONFIGS,
     GROUPS,
+    IDS,
     ONE_LAYER,
     TYPES,
     Entry,
@@ -30,7 +31,7 @@ from torch import nn
 from bitnet_ops import BitLinear, BitNetConfig, DecoderConfig, from_pretrained
 from bitnet_ops.checkpoint import CheckpointError
 
-TERNARY = ["TQ1_0", "TQ2_0", "I2_S", "Q2_0", "Q2_0_128", "PQ2_0", "IQ2_BN"]
+TERNARY = ["TQ1_0", "TQ2_0", "I2_S", "Q2_0", "Q2_0_128", "PQ2_0", "PTQ1_0", "IQ1_BN", "IQ2_BN"]
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -57,6 +58,13 @@ def test_every_ternary_type_gives_the_weights_that_were_written(
     model = from_pretrained(file, mmap=mmap)
     assert model.config.group_size == 0
     assert_same(model, tiny.model())
+
+
+def test_i2_s_of_arm_builds_is_read_on_request(tmp_path: Path) -> None:
+    tiny = Tiny.random(ONE_LAYER["bitnet-b1.58"])
+    file = write_tiny(tmp_path / "m.gguf", tiny, "bitnet-b1.58", "I2_S_ARM")
+    assert_same(from_pretrained(file, arm_i2_s=True), tiny.model())
+    assert not torch.equal(from_pretrained(file)(IDS), tiny.model()(IDS))
 
 
 @pytest.mark.parametrize("kind", GROUPS)

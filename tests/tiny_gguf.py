@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_encoders
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
@@ -96,29 +97,15 @@ def by_gguf(number: int) -> tuple[int, Callable[[Tensor, Tensor], bytes]]:
     return number, lambda w, scales: quants.quantize(as_floats(w, scales), kind).tobytes()
 
 
-def i2_s(w: Tensor, scales: Tensor) -> bytes:
-    c = (w.to(torch.uint8) + 1).numpy().reshape(-1, 4, 32)
-    packed = c[:, 0] << 6 | c[:, 1] << 4 | c[:, 2] << 2 | c[:, 3]
-    return packed.tobytes() + struct.pack("<f", float(scales[0, 0])) + bytes(28)
-
-
-def in_sequence(block: int) -> Callable[[Tensor, Tensor], bytes]:
-    """Q2_0 and PQ2_0."""
+def by_formula(number: int, name: str, block: int) -> tuple[int, Callable[[Tensor, Tensor], bytes]]:
+    """A type of `gguf_encoders`, with a scale for each ``block`` inputs, or 0 for one of a row."""
 
     def encode(w: Tensor, scales: Tensor) -> bytes:
-        c = (w.to(torch.uint8) + 1).numpy().reshape(w.shape[0], -1, block // 4, 4)
-        packed = c[..., 0] | c[..., 1] << 2 | c[..., 2] << 4 | c[..., 3] << 6
-        spread = scales.repeat_interleave(w.shape[1] // block // len(scales), 0)
-        d = spread.T.numpy().astype("<f2")[..., None].view(np.uint8)
-        return np.concatenate([d, packed], axis=2).tobytes()
+        groups = w.shape[1] // block if block else 1
+        spread = scales.repeat_interleave(max(1, groups // len(scales)), 0)
+        return gguf_encoders.encode(name, w.numpy(), spread.numpy())
 
-    return encode
-
-
-def iq2_bn(w: Tensor, scales: Tensor) -> bytes:
-    c = (w.to(torch.uint8) + 1).numpy().reshape(w.shape[0], -1, 4, 16)
-    packed = (c[:, :, 0] | c[:, :, 1] << 2 | c[:, :, 2] << 4 | c[:, :, 3] << 6).reshape(w.shape[0], -1)
-    return np.concatenate([scales.T.numpy().astype("<f4").view(np.uint8), packed], axis=1).tobytes()
+    return number, encode
 
 
 TYPES: dict[str, tuple[int, Callable[[Tensor, Tensor], bytes]]] = {
@@ -128,13 +115,16 @@ TYPES: dict[str, tuple[int, Callable[[Tensor, Tensor], bytes]]] = {
     "Q8_0": by_gguf(8),
     "TQ1_0": by_gguf(34),
     "TQ2_0": by_gguf(35),
-    "I2_S": (36, i2_s),
-    "Q2_0": (42, in_sequence(64)),
-    "Q2_0_128": (42, in_sequence(128)),
-    "PQ2_0": (142, in_sequence(128)),
-    "IQ2_BN": (135, iq2_bn),
+    "I2_S": by_formula(36, "I2_S", 0),
+    "Q2_0": by_formula(42, "Q2_0", 64),
+    "Q2_0_128": by_formula(42, "Q2_0_128", 128),
+    "PQ2_0": by_formula(142, "PQ2_0", 128),
+    "IQ2_BN": by_formula(135, "IQ2_BN", 0),
+    "IQ1_BN": by_formula(134, "IQ1_BN", 0),
+    "PTQ1_0": by_formula(143, "PTQ1_0", 128),
+    "I2_S_ARM": by_formula(36, "I2_S_ARM", 0),
 }
-GROUPS = {"TQ1_0": 256, "TQ2_0": 256, "Q2_0": 64, "Q2_0_128": 128, "PQ2_0": 128}
+GROUPS = {"TQ1_0": 256, "TQ2_0": 256, "Q2_0": 64, "Q2_0_128": 128, "PQ2_0": 128, "PTQ1_0": 128}
 """Inputs with a scale of their own."""
 
 

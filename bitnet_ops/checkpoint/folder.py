@@ -33,6 +33,12 @@ def open_folder(folder: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoi
         CheckpointError: something is missing, damaged or not supported.
     """
     file = folder / CONFIG_FILE
+    if not file.exists():
+        others = [found.name for found in folder.glob("*.gguf")]
+        if others:
+            raise CheckpointError.at(
+                file, "file", "a file", f"no such file (to load {others[0]}, pass it instead of the folder)"
+            )
     data = read_json(file)
     config = parse_config(data, file)
     family = family_of(data, file)

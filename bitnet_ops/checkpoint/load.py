@@ -34,6 +34,7 @@ def load(
     *,
     linear: type[nn.Module] = BitLinear,
     revision: str | None = None,
+    arm_i2_s: bool = False,
     mmap: bool | None = None,
 ) -> Model:
     """Loads a model: `bitnet_ops.from_pretrained`, for a model of any class.
@@ -43,6 +44,7 @@ def load(
         make: makes a model of the given configuration and projections.
         linear: the class of projections.
         revision: of a name on the hub.
+        arm_i2_s: how a GGUF file's type I2_S is read.
         mmap: use tensors where they lie in the files.
 
     Raises:
@@ -51,8 +53,12 @@ def load(
     if linear not in (BitLinear, nn.Linear):
         raise ValueError(f"linear: expected BitLinear or torch.nn.Linear, got {linear!r}")
     path = locate(model, revision)
-    open_checkpoint = open_gguf if path.is_file() else open_folder
-    with open_checkpoint(path, dense=linear is nn.Linear, mmap=mmap) as checkpoint:
+    dense = linear is nn.Linear
+    if path.is_file():
+        opened = open_gguf(path, dense=dense, mmap=mmap, arm_i2_s=arm_i2_s)
+    else:
+        opened = open_folder(path, dense=dense, mmap=mmap)
+    with opened as checkpoint:
         files, weights = checkpoint.files, checkpoint.weights
         _check_plausible(checkpoint)
         with one_thread() if weights.in_pieces else nullcontext():

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..tensor_source import StoredTensor, TensorSource
 from .cursor import Cursor, TensorEntry
-from .types import REFUSED, TensorType, types_of
+from .types import I2_S_ARM, REFUSED, TensorType, types_of
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -87,6 +87,12 @@ class GgufFile(TensorSource):
     def type_of(self, name: str) -> TensorType:
         """The type of a tensor."""
         return self._types[name]
+
+    def take_i2_s_for_arm(self) -> None:
+        """Reads tensors of type I2_S as bitnet.cpp writes them on ARM; see `I2_S_ARM`."""
+        for name, type_ in self._types.items():
+            if type_.number == I2_S_ARM.number:
+                self._types[name] = I2_S_ARM
 
     def data(self, name: str, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
         """A tensor's bytes as they lie in the file: uint8 [nbytes], mapped or read.

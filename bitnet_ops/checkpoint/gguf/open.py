@@ -25,18 +25,21 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def open_gguf(file: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoint:
+def open_gguf(file: Path, *, dense: bool, mmap: bool | None, arm_i2_s: bool = False) -> OpenCheckpoint:
     """Reads everything but the weights.
 
     Args:
         file: a GGUF file.
         dense: whether projections are wanted as they are, and not ternary.
         mmap: use tensors where they lie in the file; None means so.
+        arm_i2_s: read type I2_S as bitnet.cpp writes it on ARM.
 
     Raises:
         CheckpointError: something is missing, damaged or not supported.
     """
     files = GgufFile(file, mmap=GgufWeights.maps_files if mmap is None else mmap)
+    if arm_i2_s:
+        files.take_i2_s_for_arm()
     try:
         architecture = architecture_of(files)
         config = read_settings(files)

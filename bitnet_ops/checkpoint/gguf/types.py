@@ -99,7 +99,8 @@ TYPES = (
 I2_S_ARM = TensorType(36, "I2_S_ARM", 64, 16, tensor_bytes=32, ternary=True)
 """What bitnet.cpp calls I2_S, too, where it was quantised on ARM since November 2025.
 
-Nothing in a file says so. Hence it is not in `TYPES`, and only a user who knows can ask for it.
+Nothing in a file says so. Hence it is not in `TYPES`, and only a user who knows can ask for it, with
+``from_pretrained(..., arm_i2_s=True)``.
 """
 
 REFUSED = {
