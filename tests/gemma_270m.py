@@ -97,7 +97,7 @@ def their_gemma_270m(reader: gguf.GGUFReader) -> Gemma3ForCausalLM:
     state: dict[str, Tensor] = {}
     for name, parameter in theirs.named_parameters():
         tensor = stored.pop(names.get_name(name, try_suffixes=(".weight",)))
-        numbers = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        numbers = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
         # The file has the factor of a norm, the model adds 1.
         state[name] = numbers - 1 if parameter.dim() == 1 else numbers
     assert not stored

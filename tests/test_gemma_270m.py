@@ -15,8 +15,9 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 pytest.importorskip("transformers")
+import gguf
 from gemma_270m import gemma_file, their_gemma_270m
 from their_gemma import exact_gemma
 from transformers import Gemma3ForCausalLM, PreTrainedTokenizerFast
@@ -54,12 +55,13 @@ LAST = 32
 """Tokens of the long text whose logits are compared; the others take half a minute in float64."""
 
 MORE_TEXTS = [
-    *TEXTS.values(), "", " ", "a", "Hello  world", " Hello", "Hello ", "\n", "\n\n\n\tx\r\n", "x = 3.14159e-10",
-    "12345678901234567890", "I'll don't WE'VE", "HTTP/1.1 404 Not Found", "user@example.com", "<b>bold</b><br/>",
-    "https://example.com/a?b=c&d=%20#e", "  four\n    spaces\n        more", "| a | b |\n|---|---|\n| 1 | 2 |",
-    "Zażółć gęślą jaźń", "Ελληνικά", "नमस्ते दुनिया", "สวัสดีชาวโลก", "안녕하세요 세계", "שלום עולם",
-    "👩‍👩‍👧‍👦🏳️‍🌈🇫🇷", "e\u0301 é ﬁ Ⅻ ½", "\u00a0\u200b\u2028", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010fffd", "∑∫√≠≤ → ⇒ ∀x∈ℝ",
-    "CamelCaseIdentifier snake_case_identifier", "a" * 100, "-" * 70, "▁ is U+2581", "aa bb  cc   dd    ee",
+    *TEXTS.values(), "", " ", "a", "Hello  world", " Hello", "Hello ", "\n", "\n\n\n\tx\r\n", "3.14159e-10",
+    "12345678901234567890", "I'll don't WE'VE", "HTTP/1.1 404 Not Found", "user@example.com",
+    "<b>bold</b><br/>", "https://example.com/a?b=c&d=%20#e", "  four\n    spaces\n        more",
+    "| a | b |\n|---|---|\n| 1 | 2 |", "Zażółć gęślą jaźń", "Ελληνικά", "नमस्ते दुनिया", "สวัสดีชาวโลก",
+    "안녕하세요 세계", "שלום עולם", "👩\u200d👩\u200d👧\u200d👦🏳️\u200d🌈🇫🇷", "e\u0301 é \ufb01 \u216b ½",
+    "\u00a0\u200b\u2028", "\U0001d518\U0001d52b \U0010fffd", "∑∫√≠≤ → ⇒ ∀x∈M", "CamelCase snake_case",
+    "a" * 100, "-" * 70, "▁ is U+2581", "aa bb  cc   dd    ee",
 ]  # fmt: skip
 
 TEMPLATE = (
@@ -147,6 +149,7 @@ class Logits:
         theirs: float32, with our float16 embedding.
         exact: float64, with our float16 embedding.
         unrounded: float64, with the file's embedding; None for the long text.
+        loss: the mean of ours over all tokens, in nats.
     """
 
     ids: Tensor
@@ -155,6 +158,7 @@ class Logits:
     theirs: Tensor
     exact: Tensor
     unrounded: Tensor | None
+    loss: float
 
     def error(self, logits: Tensor) -> Tensor:
         """The mean difference from the exact ones."""
@@ -174,9 +178,11 @@ def logits(model: BitNet, theirs: Gemma3ForCausalLM) -> dict[str, Logits]:
         embedding.data = stored
         unrounded = None if last else exact_gemma(theirs, ids)
         embedding.data = model.model.embed_tokens.weight.float()
+        ours = model(ids)
+        loss = nn.functional.cross_entropy(ours[0, :-1], ids[0, 1:]).item()
         found[name] = Logits(
-            ids, last, model(ids)[:, -last:], theirs(ids, logits_to_keep=last).logits,
-            exact_gemma(theirs, ids, last), unrounded,
+            ids, last, ours[:, -last:].clone(), theirs(ids, logits_to_keep=last).logits,
+            exact_gemma(theirs, ids, last), unrounded, loss,
         )  # fmt: skip
     embedding.data = stored
     assert [20 <= len(one.ids[0]) <= 200 for one in found.values()] == [True, True, True, False]
@@ -285,11 +291,13 @@ def test_what_the_float16_embedding_costs(logits: dict[str, Logits]) -> None:
         assert divergence < 1e-5
 
 
-def test_it_knows_english(logits: dict[str, Logits]) -> None:
-    """A mistake that is on both sides, in settings above all, would show here: 1 nat a token, or 12."""
-    prose = logits["prose"]
-    loss = nn.functional.cross_entropy(prose.ours[0, :-1], prose.ids[0, 1:])
-    assert loss < 2
+def test_the_settings_fit_the_weights(logits: dict[str, Logits]) -> None:
+    """A mistake on both sides would show here, where the model has to copy what is far away.
+
+    Measured: 0.434. With other settings: RoPE bases 0.60 to 1.23, the order of layers 0.60 to 1.23, a window
+    of 64 tokens 0.464, larger scores (scalar 160) 0.468, silu 0.572.
+    """
+    assert logits["long"].loss < 0.45
 
 
 def test_the_tokenizer(model: BitNet, their_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -178,4 +178,5 @@ def exact_gemma(theirs: Gemma3ForCausalLM, ids: Tensor, last: int = 0) -> Tensor
         y = linear(gelu(linear(m, mlp.gate_proj)) * linear(m, mlp.up_proj), mlp.down_proj)
         x = x + norm(y, layer.post_feedforward_layernorm)
     head = embedding if config.tie_word_embeddings else theirs.lm_head.weight
-    return norm(x[:, -last:], theirs.model.norm) @ head.double().T
+    x = norm(x[:, -last:], theirs.model.norm)
+    return torch.cat([x @ rows.double().T for rows in head.split(1 << 14)], -1)
