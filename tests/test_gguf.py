@@ -306,7 +306,7 @@ def test_floats_with_other_values_are_refused(tmp_path: Path) -> None:
 def test_quantised_floats_are_no_ternary_projections(tmp_path: Path) -> None:
     file = write_tiny(tmp_path / "m.gguf", Tiny.random(ONE_LAYER["llama"]), "llama", "Q8_0")
     with pytest.raises(
-        CheckpointError, match=r"blk\.0\.attn_q\.weight.*ternary.*nn\.Linear.*Q8_0, such as -?0\."
+        CheckpointError, match=r"blk\.0\.attn_q\.weight.*ternary.*Q8_0, such as -?0\..*nn\.Linear"
     ):
         from_pretrained(file)
 

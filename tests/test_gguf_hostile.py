@@ -269,7 +269,7 @@ def test_a_name_that_ends_in_gguf_and_a_file_that_begins_with_it(tmp_path: Path)
     other.write_bytes(file_of())
     assert from_pretrained(other).config.vocab_size == 64
     other.write_bytes(b"something else")
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="is another file"):
         from_pretrained(other)
 
 

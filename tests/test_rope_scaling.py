@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from bitnet_ops import BitNet, DecoderConfig, RopeScaling, reference
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import rotation_tables
+from bitnet_ops.families import family_to_write
 from bitnet_ops.families.llama import LLAMA
 
 YARNS: dict[str, dict[str, Any]] = {
@@ -141,7 +142,7 @@ def test_a_packed_folder_keeps_every_field(tmp_path: Path, name: str) -> None:
         file = tmp_path / "config.json"
         data = json.loads(file.read_text())
         assert parse_config(data, file) == config
-        assert ("rope_scaling" in data) == (name != "factors")
+        assert ("rope_scaling" in data) == (SCALINGS[name].kind in family_to_write(config).rope_kinds)
 
 
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

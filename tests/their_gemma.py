@@ -103,8 +103,14 @@ def make_gemma(folder: Path, form: str, seed: int = 0, *, norms: bool = False, *
     return GemmaPair(folder, ours, theirs)
 
 
-def exact_gemma(theirs: Gemma3ForCausalLM, ids: Tensor) -> Tensor:
-    """The model in float64, [B, T] to [B, T, V], written out from the formulas; the numbers are theirs."""
+def exact_gemma(theirs: Gemma3ForCausalLM, ids: Tensor, last: int = 0) -> Tensor:
+    """The model in float64, [B, T] to [B, T, V], written out from the formulas; the numbers are theirs.
+
+    Args:
+        theirs: the model.
+        ids: int64 [B, T].
+        last: for how many of the last tokens logits are wanted; 0 for all.
+    """
     config = theirs.config
 
     def rms(x: Tensor, eps: float) -> Tensor:
@@ -151,8 +157,8 @@ def exact_gemma(theirs: Gemma3ForCausalLM, ids: Tensor) -> Tensor:
     def gelu(x: Tensor) -> Tensor:
         return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
-    embedding = theirs.model.embed_tokens.weight.double()
-    x = embedding[ids] * config.hidden_size**0.5
+    embedding = theirs.model.embed_tokens.weight
+    x = embedding[ids].double() * config.hidden_size**0.5
     for kind, layer in zip(config.layer_types, theirs.model.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         turn = turns(kind)
@@ -171,5 +177,6 @@ def exact_gemma(theirs: Gemma3ForCausalLM, ids: Tensor) -> Tensor:
         m = norm(x, layer.pre_feedforward_layernorm)
         y = linear(gelu(linear(m, mlp.gate_proj)) * linear(m, mlp.up_proj), mlp.down_proj)
         x = x + norm(y, layer.post_feedforward_layernorm)
-    head = embedding if config.tie_word_embeddings else theirs.lm_head.weight.double()
-    return norm(x, theirs.model.norm) @ head.T
+    head = embedding if config.tie_word_embeddings else theirs.lm_head.weight
+    x = norm(x[:, -last:], theirs.model.norm)
+    return torch.cat([x @ rows.double().T for rows in head.split(1 << 14)], -1)

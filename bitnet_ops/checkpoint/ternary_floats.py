@@ -42,6 +42,9 @@ from .weights import (
 
 ACTIVATION_BITS = 16
 
+NOT_TERNARY_HINT = "a model that is not ternary loads with linear=torch.nn.Linear, from Python only"
+"""For errors; the command line runs ternary models."""
+
 CHUNK_BYTES = 4 << 20
 """Bytes of weights that are looked at together. Temporaries have the same size and should stay in the cache;
 much smaller pieces lose more to handing each step out to threads, above all on a busy machine."""
@@ -198,8 +201,8 @@ def not_ternary(files: TensorSource, name: str, begin: int, error: NotTernary) -
     return files.error(
         name,
         "weights -s, 0 or s with one s for each 64, 128 or 256 inputs of a row",
-        f"{error.given} in row {begin + error.row}; a model that is not ternary loads with "
-        "linear=torch.nn.Linear, and master weights of one that is need 'quantization_config': "
+        f"{error.given} in row {begin + error.row}; {NOT_TERNARY_HINT}, "
+        "and master weights of one that is need 'quantization_config': "
         "{'quant_method': 'bitnet', 'linear_class': 'autobitlinear', 'quantization_mode': 'online'}",
     )
 

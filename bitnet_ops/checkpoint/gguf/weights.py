@@ -22,7 +22,7 @@ from ...layers.memory import HugePages
 from ...layers.norm import RMSNorm
 from ..group_sizes import FittingSizes
 from ..tensor_source import FLOAT_DTYPES, TensorSource
-from ..ternary_floats import NotTernary, group_scales, not_ternary, to_ternary
+from ..ternary_floats import NOT_TERNARY_HINT, NotTernary, group_scales, not_ternary, to_ternary
 from ..weights import CHUNK_ROWS, Projection, Rows, WeightReader, check_bias, pack_rows, read_bias
 from .architectures import Architecture
 from .header import GgufFile
@@ -89,8 +89,8 @@ class GgufWeights(WeightReader):
         if stored is not None and stored.shape == shape and stored.dtype not in PACKABLE:
             raise files.error(
                 weight,
-                f"ternary weights ({', '.join(TERNARY)}), or linear=torch.nn.Linear for other models",
-                f"{stored.dtype}, such as {self._examples(files, name)}",
+                f"ternary weights ({', '.join(TERNARY)})",
+                f"{stored.dtype}, such as {self._examples(files, name)}; {NOT_TERNARY_HINT}",
             )
         files.expect(weight, PACKABLE, shape)
         return [weight, *self._check_scale(files, name), *check_bias(files, name, layer)]
