@@ -1,5 +1,6 @@
 """Fixtures that every test file may use, and what the terminal says about instruction sets and skips."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 import bitnet_ops
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the processes share the cores; tests of threads set their own number
 
 
 def pytest_report_header() -> str:
