@@ -11,7 +11,6 @@ import torch
 
 import bitnet_ops
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores; tests of threads set their own number
 

@@ -20,7 +20,7 @@ from ...decoder.config import DecoderConfig
 from ...layers.linear import BitLinear
 from ...layers.memory import HugePages
 from ...layers.norm import RMSNorm
-from ..group_sizes import FittingSizes
+from ..group_sizes import FittingSizes, merge_scales
 from ..tensor_source import FLOAT_DTYPES, TensorSource
 from ..ternary_floats import NOT_TERNARY_HINT, NotTernary, group_scales, not_ternary, to_ternary
 from ..weights import CHUNK_ROWS, Projection, Rows, WeightReader, check_bias, pack_rows, read_bias
@@ -222,31 +222,22 @@ def _ternary_floats(matrix: GgufMatrix, layer: BitLinear, scale: Tensor) -> Rows
     return rows
 
 
-def _one_a_row(scales: Tensor) -> bool:
-    """Whether the scales [G, N] of each row are the same, but for groups without weights, which have 0."""
-    return bool(((scales == scales.amax(0)) | (scales == 0)).all())
-
-
 def _group_size(scales: Tensor, size: int) -> int:
     """The most inputs that share each scale, of scales [G, N] of ``size`` inputs; 0 for one scale a row."""
-    if _one_a_row(scales):
+    if size == 0:
         return 0
-    for larger in (256, 128):
-        if larger > size:
-            first = torch.arange(len(scales)) * size // larger * larger // size
-            if bool((scales == scales[first]).all()):
-                return larger
-    return size
+    sizes = FittingSizes(size)
+    sizes.see(scales.T)
+    return sizes.coarsest
 
 
 def _for_layer(scales: Tensor, layer: BitLinear) -> Tensor:
     """Scales [G, N] as the layer has them."""
-    if _one_a_row(scales):
-        scales = scales.amax(0, keepdim=True)
-    if layer.group_size == 0:
-        return torch.where(scales[0] == 0, 1.0, scales[0])  # 0 for a row of nothing but 0
-    groups = -(-layer.in_features // layer.group_size)
-    if len(scales) == 1:
-        return scales.expand(groups, -1)
     size = layer.in_features // len(scales)
-    return scales[torch.arange(groups) * layer.group_size // size]
+    if 0 < layer.group_size < size:  # another projection has smaller groups
+        groups = torch.arange(-(-layer.in_features // layer.group_size))
+        return scales[groups * layer.group_size // size]
+    merged, _ = merge_scales(scales.T, layer.group_size, size)
+    if layer.group_size == 0:
+        return torch.where(merged == 0, 1.0, merged).flatten()  # 0 for a row of nothing but 0
+    return merged.T
