@@ -92,8 +92,7 @@ def their_gemma_270m(reader: gguf.GGUFReader) -> Gemma3ForCausalLM:
     )  # fmt: skip
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    with torch.device("meta"):
-        theirs = Gemma3ForCausalLM(config)
+    theirs = Gemma3ForCausalLM(config)
     state: dict[str, Tensor] = {}
     for name, parameter in theirs.named_parameters():
         tensor = stored.pop(names.get_name(name, try_suffixes=(".weight",)))
@@ -101,7 +100,6 @@ def their_gemma_270m(reader: gguf.GGUFReader) -> Gemma3ForCausalLM:
         # The file has the factor of a norm, the model adds 1.
         state[name] = numbers - 1 if parameter.dim() == 1 else numbers
     assert not stored
-    theirs = Gemma3ForCausalLM(config)
     theirs.load_state_dict(state, strict=False, assign=True)
     theirs.tie_weights()
     return theirs.eval().requires_grad_(False)

@@ -103,11 +103,15 @@ class GgufMatrix:
                 values = self.scales()
             groups = values[:, begin:end].T
             return self.ternary(begin, end) * groups.repeat_interleave(self.shape[1] // len(values), 1)
-        picked = torch.arange(begin, end) if self.order is None else self.order[begin:end]
-        first, last = int(picked.min()), int(picked.max()) + 1
+        first, last = begin, end
+        picked = None if self.order is None else self.order[begin:end]
+        if picked is not None:
+            first, last = int(picked.min()), int(picked.max()) + 1
         row_bytes = len(self._data) // self.shape[0]
         data = self._data[first * row_bytes : last * row_bytes]
-        rows = dequantize(self.type, data, (last - first, self.shape[1]), torch.float32)[picked - first]
+        rows = dequantize(self.type, data, (last - first, self.shape[1]), torch.float32)
+        if picked is not None:
+            rows = rows[picked - first]
         return rows if self._factor is None else rows * self._file.read(self._factor).float()
 
     def forget(self) -> None:
