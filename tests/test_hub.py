@@ -92,6 +92,7 @@ def point_to(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> Non
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "HfApi", lambda: api)
     download = partial(huggingface_hub.snapshot_download, endpoint=endpoint, cache_dir=str(cache))
     monkeypatch.setattr(hub, "snapshot_download", download)
@@ -207,6 +208,13 @@ def test_without_a_network_the_error_says_what_to_fetch_by_hand() -> None:
 def test_without_a_network_a_gguf_file() -> None:
     with pytest.raises(CheckpointError, match=r"fetch m/x\.gguf from .* then pass 'b/m/x\.gguf'"):
         from_pretrained("a/b:m/x.gguf")
+
+
+def test_offline_nothing_is_asked(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"tiny/bitnet: expected it in the cache .*HF_HUB_OFFLINE"):
+        from_pretrained(REPO)
+    assert not Hub.asked
 
 
 @pytest.mark.usefixtures("no_network")
