@@ -15,8 +15,8 @@ import torch
 
 Piece = TypeVar("Piece")
 
-_threads: ContextVar[int | None] = ContextVar("_threads", default=None)
-"""How many threads torch has outside of `one_thread`."""
+_pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("_pool", default=None)
+"""The threads of `one_thread`: one pool for all matrices, because new threads take new memory."""
 
 
 @contextmanager
@@ -27,18 +27,24 @@ def one_thread() -> Iterator[None]:
         >>> with one_thread():
         ...     w = decode_rows(...)
     """
+    if _pool.get() is not None:  # inside already
+        yield
+        return
     count = torch.get_num_threads()
-    token = _threads.set(_threads.get() or count)
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(count) as pool:
+            token = _pool.set(pool)
+            try:
+                yield
+            finally:
+                _pool.reset(token)
     finally:
         torch.set_num_threads(count)
-        _threads.reset(token)
 
 
 def for_each_piece(function: Callable[[Piece], None], pieces: Iterable[Piece]) -> None:
-    """Calls a function with each piece, in as many threads as torch has.
+    """Calls a function with each piece, in as many threads as torch has outside of `one_thread`.
 
     Args:
         function: does a piece; releases Python's lock in its operations, and writes nothing that another
@@ -48,6 +54,8 @@ def for_each_piece(function: Callable[[Piece], None], pieces: Iterable[Piece]) -
     Raises:
         Exception: the first that ``function`` raised, in the order of the pieces.
     """
-    with one_thread(), ThreadPoolExecutor(_threads.get()) as pool:
+    with one_thread():
+        pool = _pool.get()
+        assert pool is not None, "one_thread sets it"
         for _ in pool.map(function, pieces):
             pass
