@@ -29,8 +29,15 @@ def test_every_piece_is_done_once_with_one_thread_of_torch() -> None:
 
 def test_pieces_run_side_by_side() -> None:
     meeting = threading.Barrier(2, timeout=30)
+    met: list[int] = []
+
+    def meet(piece: int) -> None:
+        meeting.wait()  # alone, the first would wait for the second in vain
+        met.append(piece)
+
     with one_thread():
-        for_each_piece(lambda piece: meeting.wait(), range(2))  # alone, the first would wait for the second
+        for_each_piece(meet, range(2))
+    assert sorted(met) == [0, 1]
 
 
 def test_an_error_comes_out_and_threads_are_as_before() -> None:
