@@ -7,9 +7,15 @@ their own target (docs/architecture.md), and the CPU is asked at run time.
 
 import os
 import platform
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+# Pythons without a global lock have no limited API (3.13, 3.14): a wheel for each version of them.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch that the wheel may meet
@@ -17,10 +23,29 @@ STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch tha
 # Python's own flags may say -g: 15 MB of symbols that nobody reads. CFLAGS=-g asks for them, for perf or gdb.
 DEBUGGING = "-g" if "-g" in os.environ.get("CFLAGS", "").split() else "-g0"
 
-FOLDERS = ("ops", "run", "layouts")
-PLATFORM = ("cpu_features.cpp", f"{platform.system().lower()}.cpp")
-KERNELS = {"x86_64": ("scalar", "avx"), "aarch64": ("scalar", "neon")}  # beginnings of file names
+PLATFORM_FILES = {  # of csrc/platform, by platform.system()
+    "Linux": ("cpu_features", "linux", "sleep_by_futex"),
+    "Darwin": ("cpu_features", "macos", "sleep_by_condition"),
+    "Windows": ("cpu_features", "windows"),
+}
+KERNELS = {"x86_64": ("scalar", "avx", "amx"), "aarch64": ("scalar", "neon")}  # beginnings of file names
 ARCHITECTURE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+# On top of these come torch's own. Also what tests/cross/build.py compiles with.
+COMPILE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    DEBUGGING,
+    "-fno-math-errno",  # sqrt is one instruction; nothing reads errno
+    "-fno-trapping-math",  # nor floating-point flags: both sides of a choice may be computed
+    "-ffp-contract=off",  # an FMA only where the source says so: docs/numerics.md
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-uninitialized",  # GCC 12's own AVX-512 headers, hundreds of lines of it
+    "-Wno-maybe-uninitialized",
+    f"-DTORCH_TARGET_VERSION={STABLE_ABI_VERSION}",
+]
 
 
 def torch_build_tools():
@@ -41,50 +66,43 @@ def torch_build_tools():
     return BuildExtension, CppExtension
 
 
+def files(pattern):
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
+
+
+def torch_free_sources(system=None, machine=None):
+    """The files that know neither torch nor Python, for a system and machine as `platform` names them."""
+    machine = (machine or platform.machine()).lower()
+    kernels = KERNELS.get(ARCHITECTURE_ALIASES.get(machine, machine), ("scalar",))
+    return [
+        *files("run/*.cpp"),
+        *files("layouts/*.cpp"),
+        *(f"csrc/platform/{name}.cpp" for name in PLATFORM_FILES[system or platform.system()]),
+        *(file for name in kernels for file in files(f"kernels/{name}*.cpp")),
+    ]
+
+
 def extension(CppExtension):
-    machine = platform.machine().lower()
-    architecture = ARCHITECTURE_ALIASES.get(machine, machine)
-    root = Path(__file__).parent
-
-    def files(pattern):
-        return sorted(path.relative_to(root).as_posix() for path in (root / "csrc").glob(pattern))
-
     return CppExtension(
         "bitnet_ops._C",
-        [
-            *(file for folder in FOLDERS for file in files(f"{folder}/*.cpp")),
-            *(file for name in PLATFORM for file in files(f"platform/{name}")),
-            *(
-                file
-                for name in KERNELS.get(architecture, ("scalar",))
-                for file in files(f"kernels/{name}*.cpp")
-            ),
-        ],
+        [*files("ops/*.cpp"), *torch_free_sources()],
         # Headers are no objects of their own; named here, a change to one rebuilds.
         depends=files("**/*.h"),
-        extra_compile_args=[
-            "-std=c++17",
-            "-O3",
-            DEBUGGING,
-            "-fno-math-errno",  # sqrt is one instruction; nothing reads errno
-            "-fno-trapping-math",  # nor floating-point flags: both sides of a choice may be computed
-            "-ffp-contract=off",  # an FMA only where the source says so: docs/numerics.md
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Wno-uninitialized",  # GCC 12's own AVX-512 headers, hundreds of lines of it
-            "-Wno-maybe-uninitialized",
-            f"-DTORCH_TARGET_VERSION={STABLE_ABI_VERSION}",
-        ],
-        include_dirs=[str(root / "csrc")],
-        py_limited_api=True,
+        extra_compile_args=COMPILE_FLAGS,
+        include_dirs=[str(ROOT / "csrc")],
+        py_limited_api=LIMITED_API,
     )
 
 
-os.environ.setdefault("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))
-BuildExtension, CppExtension = torch_build_tools()
-setup(
-    ext_modules=[extension(CppExtension)],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+def main():
+    os.environ.setdefault("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))
+    BuildExtension, CppExtension = torch_build_tools()
+    setup(
+        ext_modules=[extension(CppExtension)],
+        cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
+    )
+
+
+if __name__ == "__main__":
+    main()

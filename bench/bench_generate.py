@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import measure, median_ratio, seconds, spread
+from measure import measure, median_ratio, seconds, spread, thread_counts
 from model_2b4t import filled_cache, prompt
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from bitnet_ops.decoder.head import ScreenedHead
 from bitnet_ops.generation.sampling import Sampler
 from bitnet_ops.generation.settings import DEFAULT_DRAFT_TOKENS
 
-THREADS = sorted({1, torch.get_num_threads()})
+THREADS = thread_counts()
 ROUNDS = 5
 TEXT_TOKENS = 96
 BATCHES = (1, 2, 4, 8, 16)

@@ -32,11 +32,10 @@ FEWER_ROUNDS = 5
 THREADS = sorted({1, torch.get_num_threads()})
 
 BASE3_ISA = "avx512_vbmi"
-"""The one that decodes base 3 in its inner loop; in all else it is avx512_vnni."""
+"""It decodes base 3 in its inner loop; in all else it is avx512_vnni."""
 ISAS = [isa for isa in supported_isas() if isa not in ("scalar", BASE3_ISA)]
 KERNELS = [(isa, "tile16") for isa in ISAS]
-if BASE3_ISA in supported_isas():
-    KERNELS.append((BASE3_ISA, "tile16_base3"))
+KERNELS += [(isa, "tile16_base3") for isa in ("amx_int8", BASE3_ISA) if isa in supported_isas()]
 
 SPARSE = {"row": "gate_proj, up_proj", "column": "down_proj"}
 """Where each sparse layout is of use: squared ReLU silences rows of up_proj, and columns of down_proj."""

@@ -2,6 +2,9 @@
 
     pytest bench/bench_threads.py --benchmark-only
 
+How fast decoding, prompts and batches are with 1, 2, 4 ... threads is in bench_model.py and
+bench_generate.py (chart.py draws the former), and cost_model.py says what to expect.
+
 The busy processes compute without touching memory. A slowdown is in proportion where it is one over the share
 of its CPUs that a step still gets, after what the busy processes took; "over proportion" is the ratio of the
 two, at most 1 where nothing is lost.
@@ -28,9 +31,10 @@ THREADS = torch.get_num_threads()
 
 WORK_SECONDS = 60e-6
 """A projection of 2B4T at one token, on one core."""
-PARTS = 8
-GAPS = [(gap, False) for gap in (0.0, 5e-6, 20e-6, 100e-6, 1e-3, 10e-3)] + [(1e-3, True), (10e-3, True)]
+GAPS = [(0.0, False), (20e-6, False), (50e-6, True), (500e-6, True), (5e-3, True)]
 """Seconds between two regions, and whether the caller sleeps meanwhile."""
+REGION_THREADS = (2, 4, 8, 16)
+"""Also where these are more than there are CPUs."""
 REGIONS = 200
 
 STEPS_OF_ROUND = 15
@@ -55,20 +59,29 @@ def rounds_of(seconds: float) -> int:
 
 
 @pytest.mark.benchmark(group="regions")
+@pytest.mark.parametrize("threads", REGION_THREADS)
 @pytest.mark.parametrize(("gap", "asleep"), GAPS, ids=lambda value: str(value))
-def bench_region(benchmark, gap: float, asleep: bool) -> None:
-    """Work of one thread's 60 us, shared out to all threads."""
+def bench_region(benchmark, gap: float, asleep: bool, threads: int) -> None:
+    """Regions without work, and work of one thread's 60 us shared out."""
     rounds = rounds_of(WORK_SECONDS)
-    times: list[float] = []
-    for _ in range(REGIONS):
-        times.append(region_seconds(THREADS, rounds, PARTS, gap, asleep))
-    benchmark.pedantic(region_seconds, (THREADS, rounds, PARTS, gap, asleep), rounds=1)
+
+    def times(rounds: int, parts: int) -> list[float]:
+        region_seconds(threads, rounds, parts, gap, asleep)
+        return [region_seconds(threads, rounds, parts, gap, asleep) for _ in range(REGIONS)]
+
+    empty, full = times(0, threads), times(rounds, 4 * threads)
+    benchmark.pedantic(region_seconds, (threads, rounds, 4 * threads, gap, asleep), rounds=1)
     benchmark.extra_info |= {
-        "table": f"A region of {WORK_SECONDS * 1e6:.0f} us of work in {PARTS} parts, {THREADS} threads:",
-        "row": {"us since the last": f"{gap * 1e6:g}", "caller meanwhile": "asleep" if asleep else "awake"},
-        "median, us": statistics.median(times) * 1e6,
-        "ninth of ten, us": statistics.quantiles(times, n=10)[-1] * 1e6,
-        "over an equal share, us": (statistics.median(times) - WORK_SECONDS / THREADS) * 1e6,
+        "table": f"A region, and one of {WORK_SECONDS * 1e6:.0f} us of work, {CPUS} CPUs:",
+        "row": {
+            "threads": threads,
+            "us since the last": f"{gap * 1e6:g}",
+            "caller meanwhile": "asleep" if asleep else "awake",
+        },
+        "empty, us": statistics.median(empty) * 1e6,
+        "with work, us": statistics.median(full) * 1e6,
+        "ninth of ten, us": statistics.quantiles(full, n=10)[-1] * 1e6,
+        "over an equal share, us": (statistics.median(full) - WORK_SECONDS / min(threads, CPUS)) * 1e6,
     }
 
 

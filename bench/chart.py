@@ -1,21 +1,29 @@
-"""Draws bitnet_ops beside other models, and by threads and context, from the JSON of a benchmark run.
+"""Draws bitnet_ops beside other programs and models, from the JSON of a benchmark run.
 
-pytest bench/bench_model.py bench/bench_models.py --benchmark-only --benchmark-json=model.json
-python bench/chart.py model.json bench/speed.png
+pytest bench/bench_models.py --benchmark-only --benchmark-json=models.json
+python bench/chart.py models.json bench/speed.png
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
+from comparison.rows import MODELS, comparison_rows
 
-MODELS = "BitNet b1.58 2B4T and Llama 3.2 1B"
-BARS = ("decode, tok/s", "prefill 128, tok/s", "peak memory, GB")
-DECODE, PROMPT = "2B4T, decode:", "2B4T, reading a prompt:"
+PANELS = {
+    "prompt of 128, tok/s": "prompt of 128\ntokens per second",
+    "decode, tok/s": "writing\ntokens per second",
+    "peak memory, GB": "peak memory\nGB",
+}
+"""Columns, and what stands above their bars."""
+
+OURS, TERNARY, OTHERS = "#e8710a", "#5b8fc7", "#a9adb3"
+"""Colours of bars: bitnet_ops, the same model in other programs, other models."""
 
 
 def main() -> None:
@@ -24,72 +32,55 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="file that --benchmark-json wrote")
     parser.add_argument("image", type=Path, help="PNG file to write")
     arguments = parser.parse_args()
-    rows = [one["extra_info"] for one in json.loads(arguments.results.read_text())["benchmarks"]]
-    figure = plt.figure(figsize=(9, 6.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1)
-    models = [row for row in rows if row.get("table", "").startswith(MODELS)]
-    for axis, column in zip(upper.subplots(1, 3, sharey=True), BARS, strict=True):
-        bars(axis, column, {row["row"]["model"]: row[column] for row in models if column in row})
-    left, right = lower.subplots(1, 2)
-    context_axis(left, [row for row in rows if row.get("table") == DECODE])
-    threads_axis(right, rows)
-    lower.suptitle("BitNet b1.58 2B4T with bitnet_ops, tokens per second", fontsize="medium")
-    figure.savefig(arguments.image, dpi=110)
+    run = json.loads(arguments.results.read_text(encoding="utf-8"))
+    draw(models([one["extra_info"] for one in run["benchmarks"]]), arguments.image)
 
 
-def bars(axis: plt.Axes, column: str, values: dict[str, float]) -> None:
-    """One column of the comparison, the first model on top and in another colour."""
-    names = [name.replace(", transformers", "").replace(", torchao", ",\n") for name in values]
-    colors = ["tab:orange" if "bitnet_ops" in name else "tab:gray" for name in names]
-    axis.barh(names, list(values.values()), color=colors)
-    axis.bar_label(axis.containers[0], fmt="%.3g", fontsize="x-small", padding=2)
-    axis.invert_yaxis()
-    axis.tick_params(axis="y", labelsize="x-small")
-    axis.set(xticks=[])
-    axis.set_title(column, fontsize="small")
-    axis.margins(x=0.2)
+def models(rows: list[dict]) -> dict[str, dict]:
+    """The columns of each model of the chart, by its name there.
 
-
-def context_axis(axis: plt.Axes, rows: list[dict]) -> None:
-    """Decoding behind longer and longer contexts, a line for each cache and number of threads."""
-    base = {row["row"]["threads"]: row for row in rows if row["row"]["context"] == 128}
-    lines: dict[tuple[str, int], list[dict]] = {}
+    Args:
+        rows: of all tables; of speed those of the most threads are taken.
+    """
+    names = {row.name: row.chart for row in comparison_rows(Path()).values() if row.chart}
+    found: dict[str, dict] = {}
     for row in rows:
-        key = row["row"]["cache"], row["row"]["threads"]
-        lines.setdefault(key, [] if row["row"]["context"] == 128 else [base[key[1]]]).append(row)
-    for (cache, threads), line in lines.items():
-        line.sort(key=lambda row: row["row"]["context"])
-        axis.plot(
-            [row["row"]["context"] for row in line],
-            [row["tok/s"] for row in line],
-            marker="o",
-            linestyle="-" if threads > 1 else "--",
-            label=f"{cache}, {threads} thread{'s' if threads > 1 else ''}",
-        )
-    axis.set(title="decode", xlabel="tokens of context", ylim=(0, None))
-    axis.legend(fontsize="x-small")
+        name = names.get(row.get("row", {}).get("model", ""))
+        if name and row["table"].startswith(MODELS):
+            columns = found.setdefault(name, {})
+            # The table of one thread has no long prompt.
+            if "decode, tok/s" not in row or any(key.startswith("prompt of 512") for key in row):
+                columns |= row
+    return {name: found[name] for name in names.values() if name in found}
 
 
-def threads_axis(axis: plt.Axes, rows: list[dict]) -> None:
-    """Reading prompts and decoding by the number of threads."""
-    series = {
-        f"prompt of {tokens}": {
-            row["row"]["threads"]: row["tok/s"]
-            for row in rows
-            if row.get("table") == PROMPT and row["row"]["tokens"] == tokens
-        }
-        for tokens in (128, 512)
-    }
-    series["decode at 128"] = {
-        row["row"]["threads"]: row["tok/s"]
-        for row in rows
-        if row.get("table") == DECODE and row["row"]["context"] == 128
-    }
-    for label, points in series.items():
-        axis.plot(list(points), list(points.values()), marker="o", label=label)
-    threads = sorted({thread for points in series.values() for thread in points})
-    axis.set(title="by threads", xlabel="threads", xticks=threads, ylim=(0, None))
-    axis.legend(fontsize="x-small")
+def draw(columns: dict[str, dict], image: Path) -> None:
+    """A panel for each column, a bar for each model."""
+    names = list(columns)
+    figure, axes = plt.subplots(
+        1, len(PANELS), sharey=True, figsize=(9, 0.9 + 0.42 * len(names)), layout="constrained"
+    )
+    colors = [OURS if "bitnet_ops" in one else TERNARY if "2B4T" in one else OTHERS for one in names]
+    for axis, (column, title) in zip(axes, PANELS.items(), strict=True):
+        cells = [columns[name].get(column) for name in names]
+        axis.barh(names, [number(cell) for cell in cells], color=colors, height=0.7)
+        labels = [f"{cell:.3g}" if isinstance(cell, float) else cell or "?" for cell in cells]
+        axis.bar_label(axis.containers[0], labels, fontsize=9, padding=3)
+        axis.set_title(title, fontsize=10)
+        axis.set(xticks=[])
+        axis.margins(x=0.28)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(axis="y", length=0, labelsize=9)
+    axes[0].invert_yaxis()
+    figure.savefig(image, dpi=130, facecolor="white")
+
+
+def number(cell: float | str | None) -> float:
+    """What a cell has first: a text may explain its number, or say that there is none."""
+    if isinstance(cell, str):
+        match = re.match(r"[\d.]+ \(", cell)
+        return float(match[0][:-2]) if match else 0.0
+    return cell or 0.0
 
 
 if __name__ == "__main__":

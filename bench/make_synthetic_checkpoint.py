@@ -1,19 +1,22 @@
-"""Writes a BitNet b1.58 2B4T checkpoint of random weights in the published format.
+"""Writes a checkpoint of random weights in the published format of BitNet b1.58 2B4T or Ternary-Bonsai 1.7B.
 
     python bench/make_synthetic_checkpoint.py /tmp/bitnet-2b4t                # 1.2 GB, the real shapes
+    python bench/make_synthetic_checkpoint.py /tmp/bonsai --model qwen3-1.7b  # 0.5 GB
     python bench/make_synthetic_checkpoint.py /tmp/bitnet-2l --layers 2 --tokenizer
     python bench/make_synthetic_checkpoint.py /tmp/bitnet-sparse --open-gates 0.2
 
 Of what the weights say, time and memory of a forward pass depend only on the number of open gates in the
 feed-forward blocks, so benchmarks can do without the real ones. Shapes, dtypes, names and the packing are
-those of microsoft/bitnet-b1.58-2B-4T; the same arguments give the same bytes. Weights are written a few MB at
-a time, whatever the size of the model.
+those of microsoft/bitnet-b1.58-2B-4T, or of a Qwen3 in MLX's 2-bit form with a float16 scale for each 128
+inputs, embedding and tied head included (bitnet_ops/checkpoint/mlx.py draws it). The same arguments give the
+same bytes. Weights are written a few MB at a time, whatever the size of the model.
 """
 
 import argparse
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,21 @@ ALIGNMENT = 8
 
 FOUR_ZEROS = 0b01_01_01_01  # four codes of weight 0
 
-DTYPE_BYTES = {"U8": 1, "BF16": 2}
+DTYPES = {"packed": "U8", "gate": "U8", "words": "U32", "scales": "F16", "biases": "F16"}
+"""By `Entry.kind`; the others are BF16."""
+
+DTYPE_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "U32": 4}
+
+GROUP = 128
+"""Inputs with one scale in the MLX form."""
+
+MODELS = {
+    "bitnet-2b4t": {"layers": 30, "hidden": 2560, "intermediate": 6912, "heads": 20, "kv_heads": 5,
+                    "head_dim": 128, "vocab": 128256},
+    "qwen3-1.7b": {"layers": 28, "hidden": 2048, "intermediate": 6144, "heads": 16, "kv_heads": 8,
+                   "head_dim": 128, "vocab": 151936},
+}  # fmt: skip
+"""The sizes by default."""
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
 
@@ -54,6 +71,8 @@ class Shape:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    head_dim: int
+    in_groups: bool = False  # a Qwen3 in MLX's form
 
     @property
     def special_ids(self) -> tuple[int, int, int]:
@@ -64,15 +83,22 @@ class Shape:
 
     def check(self) -> None:
         """Exits with a message where the published format cannot hold these sizes."""
-        head_dim, rest = divmod(self.hidden_size, self.num_attention_heads)
-        if rest or head_dim % 2:
+        rest = self.hidden_size % self.num_attention_heads
+        if not self.in_groups and (rest or self.head_dim % 2):
             raise SystemExit(f"--hidden: expected an even multiple of --heads, got {self.hidden_size}")
+        for name, size in (
+            ("--hidden", self.hidden_size),
+            ("--intermediate", self.intermediate_size),
+            ("--heads", self.num_attention_heads * self.head_dim),
+        ):
+            if self.in_groups and size % GROUP:
+                raise SystemExit(f"{name}: expected a multiple of {GROUP} inputs, got {size}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise SystemExit(f"--kv-heads: expected a divisor of --heads, got {self.num_key_value_heads}")
         for name, rows in (
             ("--hidden", self.hidden_size),
             ("--intermediate", self.intermediate_size),
-            ("--kv-heads", self.num_key_value_heads * head_dim),
+            ("--kv-heads", self.num_key_value_heads * self.head_dim),
         ):
             if rows % 4:
                 raise SystemExit(
@@ -86,7 +112,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: "packed" or "gate" (U8), "scale", "norm" or "embedding" (BF16)."""
+    """One tensor of the file: "packed" or "gate" (U8), "scale", "norm" or "embedding" (BF16).
+
+    In MLX's form "words" (U32), "scales" and "biases" (F16).
+    """
 
     name: str
     kind: str
@@ -95,7 +124,7 @@ class Entry:
 
     @property
     def dtype(self) -> str:
-        return "U8" if self.kind in ("packed", "gate") else "BF16"
+        return DTYPES.get(self.kind, "BF16")
 
     @property
     def nbytes(self) -> int:
@@ -105,34 +134,50 @@ class Entry:
 def entries(shape: Shape) -> Iterator[Entry]:
     """Every tensor of the checkpoint."""
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
-    kv_size = hidden // shape.num_attention_heads * shape.num_key_value_heads
-    yield Entry("model.embed_tokens.weight", "embedding", (shape.vocab_size, hidden))
+    q_size, kv_size = (
+        heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads)
+    )
+    if shape.in_groups:
+        yield from matrix_in_groups("model.embed_tokens", shape.vocab_size, hidden)
+        more_norms = {"self_attn.q_norm": shape.head_dim, "self_attn.k_norm": shape.head_dim}
+    else:
+        yield Entry("model.embed_tokens.weight", "embedding", (shape.vocab_size, hidden))
+        more_norms = {"self_attn.attn_sub_norm": hidden, "mlp.ffn_sub_norm": intermediate}
     for layer in range(shape.num_hidden_layers):
         prefix = f"model.layers.{layer}"
-        for name, size in (
-            ("input_layernorm", hidden),
-            ("post_attention_layernorm", hidden),
-            ("self_attn.attn_sub_norm", hidden),
-            ("mlp.ffn_sub_norm", intermediate),
-        ):
+        norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden, **more_norms}
+        for name, size in norms.items():
             yield Entry(f"{prefix}.{name}.weight", "norm", (size,))
         for name, outputs, inputs in (
-            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.q_proj", q_size, hidden),
             ("self_attn.k_proj", kv_size, hidden),
             ("self_attn.v_proj", kv_size, hidden),
-            ("self_attn.o_proj", hidden, hidden),
+            ("self_attn.o_proj", hidden, q_size),
             ("mlp.gate_proj", intermediate, hidden),
             ("mlp.up_proj", intermediate, hidden),
             ("mlp.down_proj", hidden, intermediate),
         ):
+            if shape.in_groups:
+                yield from matrix_in_groups(f"{prefix}.{name}", outputs, inputs)
+                continue
             kind = "gate" if name == "mlp.gate_proj" else "packed"
             yield Entry(f"{prefix}.{name}.weight", kind, (outputs // 4, inputs))
             yield Entry(f"{prefix}.{name}.weight_scale", "scale", (1,), inputs)
     yield Entry("model.norm.weight", "norm", (hidden,))
 
 
+def matrix_in_groups(name: str, outputs: int, inputs: int) -> Iterator[Entry]:
+    """The three tensors of a matrix in MLX's form."""
+    yield Entry(f"{name}.weight", "words", (outputs, inputs // 16))
+    yield Entry(f"{name}.scales", "scales", (outputs, inputs // GROUP), inputs)
+    yield Entry(f"{name}.biases", "biases", (outputs, inputs // GROUP), inputs)
+
+
 def contents(entry: Entry, generator: torch.Generator, open_gates: float) -> Iterator[Tensor]:
     """The tensor's numbers, a chunk of uint8 bytes at a time."""
+    if entry.kind in ("scales", "biases"):
+        # The same numbers for both but for the sign, so they come from the name.
+        generator = torch.Generator().manual_seed(zlib.crc32(entry.name.rpartition(".")[0].encode()))
     if entry.kind == "gate" and open_gates < 0.5:
         # Half of the random rows open for a token. Rows of zeros never do, four of them at a time.
         closed = torch.rand(entry.shape[0], generator=generator) >= 2 * open_gates
@@ -145,6 +190,15 @@ def contents(entry: Entry, generator: torch.Generator, open_gates: float) -> Ite
             codes = _legal_bytes()[torch.randint(3**4, (count,), generator=generator)]
             row = torch.arange(start, start + count) // entry.shape[1]
             yield codes.masked_fill_(closed[row], FOUR_ZEROS)
+            continue
+        if entry.dtype == "U32":  # of four such bytes each
+            yield _legal_bytes()[torch.randint(3**4, (4 * count,), generator=generator)]
+            continue
+        if entry.dtype == "F16":
+            # Groups have different ones, or they would be taken for one scale a row.
+            numbers = 0.9 + 0.2 * torch.rand(count, generator=generator)
+            usual = INITIAL_STD * 1.5**0.5 if "embed" in entry.name else (2 / 3 * entry.inputs) ** -0.5
+            yield (numbers * (usual if entry.kind == "scales" else -usual)).half().view(torch.uint8)
             continue
         if entry.kind == "scale":
             # A ternary weight has variance 2/3. This scale keeps the root mean square from input to output.
@@ -184,30 +238,46 @@ def write_weights(file: Path, shape: Shape, seed: int, open_gates: float) -> Non
 def write_json_files(folder: Path, shape: Shape) -> None:
     """config.json and generation_config.json with the fields of the published ones."""
     begin, end, turn = shape.special_ids
+    quantization = {"group_size": GROUP, "bits": 2}
+    of_model: dict[str, object] = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "quantization": quantization,
+        "quantization_config": quantization,
+    }
+    if not shape.in_groups:
+        of_model = {
+            "architectures": ["BitNetForCausalLM"],
+            "hidden_act": "relu2",
+            "max_position_embeddings": 4096,
+            "model_type": "bitnet",
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "quantization_config": {
+                "quant_method": "bitnet",
+                "linear_class": "autobitlinear",
+                "quantization_mode": "offline",
+            },
+        }
     config = {
-        "architectures": ["BitNetForCausalLM"],
         "bos_token_id": begin,
         "eos_token_id": end,
-        "hidden_act": "relu2",
         "hidden_size": shape.hidden_size,
         "initializer_range": INITIAL_STD,
         "intermediate_size": shape.intermediate_size,
-        "max_position_embeddings": 4096,
-        "model_type": "bitnet",
         "num_attention_heads": shape.num_attention_heads,
         "num_hidden_layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": shape.vocab_size,
-        "quantization_config": {
-            "quant_method": "bitnet",
-            "linear_class": "autobitlinear",
-            "quantization_mode": "offline",
-        },
+        **of_model,
     }
     generation = {
         "bos_token_id": begin,
@@ -264,17 +334,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="made where it does not exist; files in it are replaced")
-    for option, default, what in (
-        ("--layers", 30, "decoder layers"),
-        ("--hidden", 2560, "width of the residual stream"),
-        ("--intermediate", 6912, "width inside the feed-forward block"),
-        ("--heads", 20, "query heads"),
-        ("--kv-heads", 5, "key and value heads"),
-        ("--vocab", 128256, "token ids"),
+    parser.add_argument(
+        "--model", choices=MODELS, default="bitnet-2b4t", help="what it has (default bitnet-2b4t)"
+    )
+    for option, what in (
+        ("layers", "decoder layers"),
+        ("hidden", "width of the residual stream"),
+        ("intermediate", "width inside the feed-forward block"),
+        ("heads", "query heads"),
+        ("kv-heads", "key and value heads"),
+        ("vocab", "token ids"),
     ):
-        parser.add_argument(
-            option, type=_positive, default=default, metavar="N", help=f"{what} (default {default})"
-        )
+        sizes = " or ".join(str(model[option.replace("-", "_")]) for model in MODELS.values())
+        parser.add_argument(f"--{option}", type=_positive, metavar="N", help=f"{what} (default {sizes})")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default 0)")
     parser.add_argument(
         "--open-gates",
@@ -288,13 +360,20 @@ def main() -> None:
         "--tokenizer", action="store_true", help="write a trivial tokenizer and chat template too"
     )
     arguments = parser.parse_args()
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    sizes = MODELS[arguments.model] | given
+    in_groups = arguments.model == "qwen3-1.7b"
+    if in_groups and arguments.open_gates != 0.5:
+        parser.error("--open-gates: expected bitnet-2b4t, the model with squared ReLU")
     shape = Shape(
-        arguments.vocab,
-        arguments.hidden,
-        arguments.intermediate,
-        arguments.layers,
-        arguments.heads,
-        arguments.kv_heads,
+        sizes["vocab"],
+        sizes["hidden"],
+        sizes["intermediate"],
+        sizes["layers"],
+        sizes["heads"],
+        sizes["kv_heads"],
+        sizes["head_dim"] if in_groups else sizes["hidden"] // sizes["heads"],
+        in_groups,
     )
     shape.check()
     arguments.folder.mkdir(parents=True, exist_ok=True)

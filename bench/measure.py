@@ -11,10 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from probes import INSTRUCTIONS, multiply_rate, read_bandwidth
 
 REST_SECONDS = 0.02
 """Workers of torch's pool spin on for some 10 ms after their last work, on processors that ours then lack."""
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 and so on, and as many as torch uses on this machine."""
+    most = torch.get_num_threads()
+    return sorted({1 << i for i in range(most.bit_length()) if 1 << i <= most} | {most})
+
 
 Rounds = Mapping[str, Sequence[Any]]
 """What was measured in each round, by name; "seconds" is the time of what the row is about."""

@@ -8,6 +8,11 @@
 // The library is compiled for the CPU it runs on (-march=native), so an instruction that this CPU lacks is
 // not compiled at all.
 
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -49,6 +54,24 @@ REPEAT(vpmaddubsw_ymm, Ymm, "x", "vpmaddubsw %2, %1, %0")
 // What a kernel has to do at least: the products are not added to anything yet. Not a limit, a comparison.
 REPEAT(vpmaddubsw_vpaddw_ymm, Ymm, "x", "vpmaddubsw %2, %1, %%ymm15\n\tvpaddw %%ymm15, %0, %0", "xmm15")
 #endif
+#if defined(__AMX_INT8__) && defined(__linux__)
+// Four sums and four operands, as in the kernel: a product of tiles takes 16 cycles and waits for nothing.
+void tdpbsud(int64_t rounds) {
+  syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM; the kernels have it already
+  struct alignas(64) Shapes {
+    uint8_t palette = 1, reserved[15] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  asm volatile("ldtilecfg %0" : : "m"(shapes));
+  for (int64_t i = 0; i < rounds * kChains; i += 4) {
+    asm volatile(
+        "tdpbsud %tmm6, %tmm4, %tmm0\n\ttdpbsud %tmm7, %tmm4, %tmm1\n\t"
+        "tdpbsud %tmm6, %tmm5, %tmm2\n\ttdpbsud %tmm7, %tmm5, %tmm3");
+  }
+  asm volatile("tilerelease");
+}
+#endif
 #if defined(__ARM_FEATURE_DOTPROD)
 REPEAT(sdot, Neon, "w", "sdot %0.4s, %1.16b, %2.16b")
 #endif
@@ -72,6 +95,9 @@ constexpr Instruction kInstructions[] = {
 #if defined(__AVX2__)
     {"vpmaddubsw ymm", 32, vpmaddubsw_ymm},
     {"vpmaddubsw + vpaddw ymm", 32, vpmaddubsw_vpaddw_ymm},
+#endif
+#if defined(__AMX_INT8__) && defined(__linux__)
+    {"tdpbsud", 16 * 16 * 64, tdpbsud},
 #endif
 #if defined(__ARM_FEATURE_DOTPROD)
     {"sdot", 16, sdot},

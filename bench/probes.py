@@ -22,9 +22,11 @@ SOURCES = (
     "region_cost.cpp",
     CSRC / "run/thread_pool.cpp",
     CSRC / "platform/linux.cpp",
+    CSRC / "platform/sleep_by_futex.cpp",
 )
 
 INSTRUCTIONS = {
+    "amx_int8": "tdpbsud",
     "avx512_vbmi": "vpdpbusd zmm",
     "avx512_vnni": "vpdpbusd zmm",
     "avx_vnni": "vpdpbusd ymm",

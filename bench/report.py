@@ -3,7 +3,9 @@
     pytest bench/ --benchmark-only --benchmark-json=results.json
     python bench/report.py results.json                            # prints the tables
     python bench/report.py results.json --into bench/RESULTS.md    # writes them between the marks
-    python bench/report.py results.json --only "Llama" --into README.md
+    python bench/report.py results.json --only "2 threads" --into README.md
+
+publish.sh does all of it.
 
 Benchmarks put what belongs into a table in `extra_info`: the key "table" names it, "row" holds the columns
 that tell its rows apart, and the other keys are columns of results. Equal rows are merged, so several
@@ -19,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
-
-MEMORY = ("read for a token, MB", "peak memory, GB", "of it while running, GB")
-"""Columns of the comparison of models that are a table of their own, beside the one of speed."""
 
 
 def main() -> None:
@@ -56,32 +55,10 @@ def report(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
             cells = {**row["row"], **row}
             title, key = cells.pop("table"), tuple(cells.pop("row").items())
             tables.setdefault(title, {}).setdefault(key, {}).update(cells)
-    parts = []
-    for title, lines in tables.items():
-        keys = {name for key in lines for name, _ in key}
-        for one, part in speed_and_memory(title, keys, list(lines.values())):
-            parts.append(f"{one}\n\n{table(part)}")
+    parts = [f"{title}\n\n{table(list(lines.values()))}" for title, lines in tables.items()]
     cpu = machine.get("cpu", {}).get("brand_raw", "unknown CPU")
     facts = [cpu, f"{machine.get('cpu', {}).get('count', '?')} cores", *machine.get("bitnet_ops", [])]
     return "\n\n".join([*parts, f"Machine: {', '.join(facts)}. Medians."])
-
-
-def speed_and_memory(
-    title: str, keys: set[str], lines: list[dict[str, Any]]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """A table with its title; two of them where it has the peak memory of models beside their speed.
-
-    Args:
-        title: ends in a colon.
-        keys: columns that tell rows apart, which both have.
-        lines: its rows.
-    """
-    if not any(MEMORY[1] in cells for cells in lines):
-        return [(title, lines)]
-    speed = [{name: cells[name] for name in cells if name not in MEMORY} for cells in lines]
-    memory = [{name: cells[name] for name in cells if name in MEMORY or name in keys} for cells in lines]
-    both = [(f"{title.removesuffix(':')}, speed:", speed), (f"{title.removesuffix(':')}, memory:", memory)]
-    return [(one, part) for one, part in both if any(cells.keys() - keys for cells in part)]
 
 
 def table(lines: list[dict[str, Any]]) -> str:

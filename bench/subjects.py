@@ -1,18 +1,23 @@
-"""The models that the comparison times: real shapes, random weights.
+"""Models made in this process: real shapes, random weights.
 
 Speed and memory don't depend on what the weights are, so nothing has to be downloaded.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from comparison.shapes import shape
 from torch import Tensor, nn
 
-from bitnet_ops import BitLinear, BitNet, BitNetConfig, KVCache, accelerate, ops, repack
+from bitnet_ops import BitLinear, BitNet, BitNetConfig, DecoderConfig, KVCache, accelerate, ops, repack
 
 CONTEXT = 512
 """Tokens a cache has room for."""
+
+REPEATED = 1 << 22
+"""Random numbers that a large matrix repeats."""
 
 
 @dataclass
@@ -20,16 +25,16 @@ class Subject:
     """A model behind the two calls that are timed; both sides run inside torch.inference_mode.
 
     Attributes:
-        name: as it stands in the table.
         prefill: takes ids [1, T], gives the best-scored next id [1, 1] and a cache.
         step: takes one id [1, 1] and the cache, gives the next id likewise; the cache grows.
         weight_bytes: bytes of all weights a decoded token has to read.
+        vocab_size: ids are below it.
     """
 
-    name: str
     prefill: Callable[[Tensor], tuple[Tensor, object]]
     step: Callable[[Tensor, object], Tensor]
     weight_bytes: int
+    vocab_size: int
 
 
 def bitnet_2b4t() -> Subject:
@@ -63,93 +68,112 @@ def bitnet_2b4t() -> Subject:
         return head.top_k(model.hidden_states(ids, cache=cache)[:, -1], 1)[1]
 
     read = [head.codes, *model.buffers()]
-    return Subject("BitNet b1.58 2B4T, bitnet_ops", prefill, step, sum(tensor.nbytes for tensor in read))
+    return Subject(prefill, step, sum(tensor.nbytes for tensor in read), config.vocab_size)
 
 
-def llama_3_2_1b(dtype: torch.dtype, weight_bits: int = 0) -> Subject:
+def llama_3_2_1b(tiny: bool, dtype: torch.dtype, weight_bits: int = 0) -> Subject:
     """Llama 3.2 1B in transformers, in its published shape, with random weights.
 
     Args:
+        tiny: the same with small sizes.
         dtype: of weights and activations.
         weight_bits: 8 or 4 to quantise the weights of all linear layers, head included, with torchao.
     """
     import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=True,
-        bos_token_id=128000,
-        eos_token_id=128001,
-    )
+    sizes = shape("llama-3.2-1b", tiny)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    model = model.to(dtype).to_empty(device="cpu")
-    model.tie_weights()
-    generator = torch.Generator().manual_seed(0)
-    fill(model.parameters(), generator)
-    # to_empty left the rotary frequencies, a buffer, unset.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    model.eval()
-    if weight_bits:
-        quantize_weights(model, weight_bits)
-
-    name = f"Llama 3.2 1B {str(dtype).removeprefix('torch.')}, transformers"
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                **common_sizes(sizes),
+                head_dim=sizes.head_dim,
+                rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    model = filled(model.to(dtype))
     if not weight_bits:
-        return in_transformers(name, model, sum(p.nbytes for p in model.parameters()))
+        return in_transformers(model, sum(p.nbytes for p in model.parameters()))
+    quantize_weights(model, weight_bits)
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    read = sum(getattr(w, part).nbytes for w in linears for part in w.tensor_data_names)
-    return in_transformers(f"{name}, torchao int{weight_bits} weights", model, read)
+    return in_transformers(
+        model, sum(getattr(w, part).nbytes for w in linears for part in w.tensor_data_names)
+    )
 
 
-def transformers_bitnet(*, accelerated: bool) -> Subject:
+def gemma_3_1b(tiny: bool) -> Subject:
+    """Gemma 3 1B in transformers, in its published shape, bfloat16, random weights."""
+    import transformers
+
+    sizes = shape("gemma-3-1b", tiny)
+    with torch.device("meta"):
+        model = transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(
+                **common_sizes(sizes),
+                head_dim=sizes.head_dim,
+                sliding_window=sizes.window,
+                query_pre_attn_scalar=sizes.head_dim,
+            )
+        ).bfloat16()
+    model = filled(model)
+    model.model.embed_tokens.embed_scale.fill_(sizes.hidden_size**0.5)
+    return in_transformers(model, sum(p.nbytes for p in model.parameters()))
+
+
+def transformers_bitnet(tiny: bool, *, accelerated: bool) -> Subject:
     """BitNet b1.58 2B4T in transformers' own modules, bfloat16, random weights; accelerated by us or not."""
     import transformers
     from transformers.integrations.bitnet import AutoBitLinear, replace_with_bitnet_linear
 
-    config = BitNetConfig()
+    sizes = shape("bitnet-2b4t", tiny)
     with torch.device("meta"):
         model = transformers.BitNetForCausalLM(
             transformers.BitNetConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                num_key_value_heads=config.num_key_value_heads,
-                max_position_embeddings=config.max_position_embeddings,
-                rms_norm_eps=config.rms_norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                tie_word_embeddings=True,
+                **common_sizes(sizes),
+                rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+                bos_token_id=None,
+                eos_token_id=None,
             )
         ).bfloat16()
     quantization = transformers.BitNetQuantConfig(linear_class="autobitlinear", quantization_mode="offline")
-    model = replace_with_bitnet_linear(model, ["lm_head"], quantization).to_empty(device="cpu")
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model = filled(replace_with_bitnet_linear(model, ["lm_head"], quantization))
     generator = torch.Generator().manual_seed(0)
-    fill(model.parameters(), generator)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, AutoBitLinear):
-                module.weight.copy_(
-                    torch.randint(-1, 2, module.weight.shape, dtype=torch.int8, generator=generator)
-                )
+                w = torch.randint(-1, 2, module.weight.shape, dtype=torch.int8, generator=generator)
+                module.weight.copy_(w)
                 module.weight_scale.fill_(variance_scale(module.in_features))
-    model.eval()
-    name = "BitNet b1.58 2B4T bfloat16, transformers"
     if accelerated:
         accelerate(model)
-        name += ", accelerated"
-    return in_transformers(name, model, sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
+    return in_transformers(model, sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
+
+
+def common_sizes(sizes: DecoderConfig) -> dict[str, int | float | bool]:
+    """What every configuration of transformers calls by the same name."""
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
+    return {name: getattr(sizes, name) for name in names}
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """A model of transformers, made on "meta", with memory and random weights."""
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    fill(model.parameters(), torch.Generator().manual_seed(0))
+    # to_empty left the rotary frequencies, buffers, unset.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model.eval()
 
 
 def variance_scale(in_features: int) -> float:
@@ -157,7 +181,7 @@ def variance_scale(in_features: int) -> float:
     return (1.5 / in_features) ** 0.5
 
 
-def in_transformers(name: str, model: nn.Module, weight_bytes: int) -> Subject:
+def in_transformers(model: nn.Module, weight_bytes: int) -> Subject:
     """A model of transformers behind the two calls."""
 
     def prefill(ids: Tensor) -> tuple[Tensor, object]:
@@ -170,7 +194,7 @@ def in_transformers(name: str, model: nn.Module, weight_bytes: int) -> Subject:
         logits = model(ids, past_key_values=cache, use_cache=True).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
-    return Subject(name, prefill, step, weight_bytes)
+    return Subject(prefill, step, weight_bytes, model.config.vocab_size)
 
 
 def quantize_weights(model: nn.Module, bits: int) -> None:
@@ -194,16 +218,20 @@ def fill(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.uniform_(-0.03, 0.03, generator=generator)
+                some = torch.empty(REPEATED).uniform_(-0.03, 0.03, generator=generator).to(parameter.dtype)
+                flat = parameter.view(-1)  # filled from a small piece, in a tenth of the time
+                for part in flat.split(REPEATED):
+                    part.copy_(some[: len(part)])
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {
-    "bitnet": bitnet_2b4t,
-    "bitnet-transformers": lambda: transformers_bitnet(accelerated=False),
-    "bitnet-accelerated": lambda: transformers_bitnet(accelerated=True),
-    "llama-bf16": lambda: llama_3_2_1b(torch.bfloat16),
-    "llama-fp16": lambda: llama_3_2_1b(torch.float16),
-    "llama-fp32": lambda: llama_3_2_1b(torch.float32),
-    "llama-int8": lambda: llama_3_2_1b(torch.bfloat16, weight_bits=8),
-    "llama-int4": lambda: llama_3_2_1b(torch.bfloat16, weight_bits=4),
+SUBJECTS: dict[str, Callable[[bool], Subject]] = {
+    "bitnet": partial(transformers_bitnet, accelerated=False),
+    "bitnet-accelerated": partial(transformers_bitnet, accelerated=True),
+    "llama-bf16": partial(llama_3_2_1b, dtype=torch.bfloat16),
+    "llama-fp16": partial(llama_3_2_1b, dtype=torch.float16),
+    "llama-fp32": partial(llama_3_2_1b, dtype=torch.float32),
+    "llama-int8": partial(llama_3_2_1b, dtype=torch.bfloat16, weight_bits=8),
+    "llama-int4": partial(llama_3_2_1b, dtype=torch.bfloat16, weight_bits=4),
+    "gemma-bf16": gemma_3_1b,
 }
+"""Models of transformers by the names that the comparison has for them; the argument asks for small sizes."""

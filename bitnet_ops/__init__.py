@@ -17,7 +17,9 @@ from bitnet_ops.decoder.pooling import EmbeddingSettings
 from bitnet_ops.embedding.sentence_encoder import SentenceEncoder
 from bitnet_ops.evaluation.perplexity import TextLoss, perplexity
 from bitnet_ops.integrations.transformers import accelerate
+from bitnet_ops.integrations.transformers_registration import register_transformers, unregister_transformers
 from bitnet_ops.isa import isa, known_isas, supported_isas, use_isa  # loads the kernels
+from bitnet_ops.layers.embedding import TernaryEmbedding
 from bitnet_ops.layers.linear import BitLinear, BitLinearQAT, best_layout
 from bitnet_ops.layers.replace import pack, repack, replace_linear
 from bitnet_ops.model import BitNet, from_pretrained
@@ -55,6 +57,7 @@ __all__ = [
     "KVCache",
     "RopeScaling",
     "SentenceEncoder",
+    "TernaryEmbedding",
     "TextLoss",
     "accelerate",
     "best_layout",
@@ -67,6 +70,7 @@ __all__ = [
     "packed_shape",
     "perplexity",
     "quantize_activations",
+    "register_transformers",
     "repack",
     "repack_ternary",
     "replace_linear",
@@ -78,5 +82,6 @@ __all__ = [
     "ternary_linear",
     "ternary_matmul",
     "unpack_ternary",
+    "unregister_transformers",
     "use_isa",
 ]

@@ -44,6 +44,7 @@ def from_pretrained(
     model: str | os.PathLike[str],
     *,
     linear: type[nn.Module] = BitLinear,
+    activation_bits: int | None = None,
     revision: str | None = None,
     arm_i2_s: bool = False,
     mmap: bool | None = None,
@@ -65,12 +66,19 @@ def from_pretrained(
             huggingface_hub, and the revision is printed on stderr. Nothing is downloaded for a model on disk.
         linear: the class of projections: `BitLinear`, or `torch.nn.Linear` for a model that is not ternary,
             whose projections are then float32. Packed folders have no such projections.
+        activation_bits: of models with group scales, which were trained with float activations, such as
+            Ternary-Bonsai: 16 (one scale a token), or 8 (a scale for each group of inputs, "8-bit blocks"),
+            which is faster and rounds more; docs/numerics.md says how much. None for what the files say,
+            which is 16 for published models. The width belongs to the loaded model: `save_pretrained` and
+            `save_gguf` write it down. Models with one scale a row have the width that they were made for.
         revision: branch, tag or commit of a name on the hub; "owner/repo@revision" says the same.
         arm_i2_s: a GGUF file's type I2_S is that of an ARM build of bitnet.cpp (since November 2025), which
             orders weights otherwise. Nothing in the file says so; read wrongly, a model writes nonsense.
         mmap: use tensors where they lie in the files: no time, no second copy, and processes share them. The
             files must then not be rewritten in place while the model lives, or the system ends the process;
-            replacing them is fine. None does so with what `save_pretrained` wrote, which replaces files.
+            replacing them is fine. None does so with what `save_pretrained` wrote, which replaces files, but
+            for what every token reads as a whole (projections and the head's copy): from memory of its own,
+            in larger pages, that is read faster.
 
     Returns:
         The model in eval mode and without gradients. The embedding keeps its stored dtype, norms are
@@ -80,10 +88,19 @@ def from_pretrained(
     Raises:
         CheckpointError: a ValueError that names the file and the tensor or field at fault, or says how to get
             a model that is not there.
+        ValueError: an argument does not fit the model.
 
     Example:
         >>> model = bitnet_ops.from_pretrained("microsoft/bitnet-b1.58-2B-4T")
         >>> model(torch.tensor([model.tokenizer.encode("The sea").ids])).shape
         torch.Size([1, 3, 128256])
     """
-    return checkpoint.load(model, BitNet, linear=linear, revision=revision, arm_i2_s=arm_i2_s, mmap=mmap)
+    return checkpoint.load(
+        model,
+        BitNet,
+        linear=linear,
+        activation_bits=activation_bits,
+        revision=revision,
+        arm_i2_s=arm_i2_s,
+        mmap=mmap,
+    )

@@ -255,6 +255,19 @@ def screen_lm_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((factors, lines), dim=1), torch.cat((scale[None], bounds))
 
 
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a table.
+
+    Args:
+        ids: int64 [...].
+        weight: float [V, K].
+
+    Returns:
+        [..., K] in the dtype of ``weight``.
+    """
+    return weight[ids]
+
+
 def lm_head_top_k(
     x: Tensor, weight: Tensor, k: int, temperature: float = 1.0, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

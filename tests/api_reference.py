@@ -170,7 +170,8 @@ def entry(name: str, value: Any, described: str | None) -> Iterator[str]:
     """The Markdown of a function, of a class with its methods, or of a constant."""
     if inspect.isclass(value):
         yield f"### class `{name}`"
-        constructor = vars(value).get("__init__")
+        ours = (base for base in value.__mro__ if base.__module__.startswith("bitnet_ops"))
+        constructor = next((vars(base)["__init__"] for base in ours if "__init__" in vars(base)), None)
         has_constructor = inspect.isfunction(constructor) and not is_dataclass(value)  # fields are attributes
         if has_constructor:
             yield code(signature("__init__", constructor).replace("__init__", name, 1))

@@ -3,7 +3,8 @@
 import torch
 from text_models import byte_level_tokenizer
 
-from bitnet_ops import BitLinear, BitNet, BitNetConfig, DecoderConfig, RopeScaling
+from bitnet_ops import BitNet, BitNetConfig, DecoderConfig, RopeScaling
+from bitnet_ops.layers.matrix import TernaryMatrix
 from bitnet_ops.layers.norm import RMSNorm
 
 SIZES = {
@@ -75,7 +76,7 @@ def random_model(
     generator = torch.Generator().manual_seed(seed)
     model = BitNet(config).eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
-        if isinstance(module, BitLinear):
+        if isinstance(module, TernaryMatrix):
             shape = (module.out_features, module.in_features)
             w = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
             size = module.weight_scale.shape if scales == "rows" else (1,)
@@ -83,7 +84,7 @@ def random_model(
             bias = None
             if module.bias is not None:
                 bias = 0.3 * torch.randn(shape[0], generator=generator)
-            filled = BitLinear.from_ternary(
+            filled = type(module).from_ternary(
                 w,
                 scale.half() if exact else scale,
                 bias,

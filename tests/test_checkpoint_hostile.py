@@ -20,10 +20,12 @@ from tiny_checkpoints import (
     tiny_folder,
     write_folder,
 )
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from bitnet_ops import from_pretrained, packing, repack
 from bitnet_ops.checkpoint import CheckpointError
+from bitnet_ops.checkpoint.files import TensorFiles
 from bitnet_ops.generation.chat import ChatSession
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -757,6 +759,22 @@ def test_header_lengths_beyond_the_file(folder: Path, length: int) -> None:
     assert_refused(with_header(folder, b"{}", length=length), "model.safetensors", "valid safetensors")
 
 
+def test_a_file_that_shrinks_while_it_is_read(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet_ops.checkpoint.tensor_source.PIECE_BYTES", 100)
+    file = ours / "model.safetensors"
+    expected = load_file(file)
+    with TensorFiles(ours, mmap=False) as files:
+        large = [name for name, stored in files.tensors.items() if stored.nbytes > 300]
+        assert large
+        for name in large:  # several pieces, in several threads
+            assert torch.equal(files.read(name), expected[name])
+        last = max(large, key=lambda name: files.tensors[name].offset)
+        end = files.tensors[last].offset + files.tensors[last].nbytes
+        os.truncate(file, end - 1)
+        with pytest.raises(CheckpointError, match=r"readable data.*ends before the tensor"):
+            files.read(last)
+
+
 # Text files
 
 
@@ -769,6 +787,37 @@ def test_tokenizer_garbage(folder: Path, content: bytes) -> None:
 def test_token_ids_beyond_the_embedding(folder: Path) -> None:
     byte_tokenizer(62).save(str(folder / "tokenizer.json"))
     assert_refused(folder, "tokenizer.json", "vocab_size = 61", "61")
+
+
+@pytest.mark.parametrize("token", [61, 99, 100, 4_294_967_295])
+def test_a_single_token_id_beyond_the_embedding(folder: Path, token: int) -> None:
+    tokenizer = json.loads(byte_tokenizer(60).to_str())
+    tokenizer["model"]["vocab"]["ab"] = token
+    for indent in (None, 2):
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=indent))
+        assert_refused(folder, "tokenizer.json", "vocab_size = 61", str(token))
+
+
+def test_token_ids_that_count_entries(folder: Path) -> None:
+    entries = [(chr(256 + number), -1.0) for number in range(62)]
+    Tokenizer(models.Unigram(entries, unk_id=0)).save(str(folder / "tokenizer.json"))
+    assert_refused(folder, "tokenizer.json", "vocab_size = 61", "61")
+
+
+def test_an_added_token_beyond_the_embedding(folder: Path) -> None:
+    tokenizer = byte_tokenizer(61)
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert_refused(folder, "tokenizer.json", "vocab_size = 61", "61")
+
+
+def test_a_token_may_look_like_an_id(folder: Path) -> None:
+    tokenizer = json.loads(byte_tokenizer(60).to_str())
+    tokenizer["model"]["vocab"]['":999'] = 60
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    loaded = from_pretrained(folder).tokenizer
+    assert loaded is not None
+    assert loaded.token_to_id('":999') == 60
 
 
 @pytest.mark.parametrize(

@@ -414,3 +414,15 @@ def test_chat_on_a_terminal(endless_folder: Path) -> None:
     finally:
         process.kill()
         os.close(terminal)
+
+
+def test_letters_that_the_output_does_not_have() -> None:
+    """Code pages of Windows have few; PYTHONIOENCODING gives one to any system."""
+    done = subprocess.run(
+        [*PROGRAM, "generate", "--max-new-tokens", "1", "\u4e2d x"],
+        capture_output=True,
+        timeout=PATIENCE,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"? x")

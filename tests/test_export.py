@@ -7,16 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_models import FAMILIES, SIZES, random_model
 from text_models import tiny_model
 from torch import Tensor, nn
 
 import bitnet_ops
-from bitnet_ops import _C, BitLinear, KVCache, packing
+from bitnet_ops import _C, BitLinear, BitNet, DecoderConfig, KVCache, packing
 from bitnet_ops.decoder.cache import CACHE_DTYPES
 from bitnet_ops.integrations.export import export_decode_step, step_inputs
 from bitnet_ops.layers.norm import RMSNorm
 
 MODEL = tiny_model(eos=None)
+EXPORTED = {
+    **FAMILIES,
+    "qwen3, groups": FAMILIES["qwen3"].replace(group_size=128, ternary_embedding=True, ternary_head=True),
+    "qwen3, 8-bit blocks": FAMILIES["qwen3"].replace(group_size=128, activation_bits=8),
+    "minicpm": DecoderConfig(**SIZES, embedding_scale=12.0, residual_scale=0.25, logit_scale=0.1),
+}
 EXAMPLE = Path(__file__).parent.parent / "examples" / "export_decode_step.py"
 
 Step = Callable[..., Tensor]
@@ -47,10 +54,10 @@ def run_in_a_new_process(
     return outputs, changed
 
 
-def steps(forward: Step, dtype: torch.dtype, rows: int = 1) -> list[Tensor]:
+def steps(forward: Step, dtype: torch.dtype, rows: int = 1, model: BitNet = MODEL) -> list[Tensor]:
     """Scores of a prompt, all its rows but the first padded, and of tokens until the cache has grown."""
-    cache = KVCache(MODEL.config, rows, 1, dtype=dtype)
-    ids = torch.arange(6 * rows).reshape(rows, 6) % MODEL.config.vocab_size
+    cache = KVCache(model.config, rows, 1, dtype=dtype)
+    ids = torch.arange(6 * rows).reshape(rows, 6) % model.config.vocab_size
     cache.padding[1:] = 2
     scores = []
     with torch.no_grad():
@@ -61,16 +68,16 @@ def steps(forward: Step, dtype: torch.dtype, rows: int = 1) -> list[Tensor]:
     return scores
 
 
-def model_steps(dtype: torch.dtype, rows: int = 1) -> list[Tensor]:
+def model_steps(dtype: torch.dtype, rows: int = 1, model: BitNet = MODEL) -> list[Tensor]:
     """The same by the model itself, which is told of padding by a mask."""
-    cache = KVCache(MODEL.config, rows, 1, dtype=dtype)
-    ids = torch.arange(6 * rows).reshape(rows, 6) % MODEL.config.vocab_size
+    cache = KVCache(model.config, rows, 1, dtype=dtype)
+    ids = torch.arange(6 * rows).reshape(rows, 6) % model.config.vocab_size
     mask = torch.ones_like(ids)
     mask[1:, :2] = 0
     scores = []
     with torch.no_grad():
         while cache.length < 80:
-            scores.append(MODEL(ids, attention_mask=mask, cache=cache)[:, -1])
+            scores.append(model(ids, attention_mask=mask, cache=cache)[:, -1])
             ids, mask = scores[-1].argmax(-1, keepdim=True), None
     return scores
 
@@ -101,6 +108,14 @@ def test_a_block_with_bit_linear(tmp_path: Path, layout: str) -> None:
 def test_decode_step_gives_the_bits_of_the_model(dtype: torch.dtype, rows: int) -> None:
     step = export_decode_step(MODEL, cache_dtype=dtype).module()
     assert all(map(torch.equal, steps(step, dtype, rows), model_steps(dtype, rows)))
+
+
+@pytest.mark.parametrize("family", EXPORTED)
+def test_decode_step_of_each_family(family: str) -> None:
+    model = random_model(EXPORTED[family])
+    step = export_decode_step(model).module()
+    given, expected = steps(step, torch.float32, 2, model), model_steps(torch.float32, 2, model)
+    assert all(map(torch.equal, given, expected))
 
 
 def test_decode_step_is_one_operator_for_all_layers() -> None:

@@ -32,6 +32,7 @@ def test_supported_list_agrees_with_the_kernel_of_the_operating_system() -> None
     dotprod = ("crc32", "atomics", "asimdrdm", "asimddp")
     avx512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c")
     needed = {
+        "amx_int8": (*avx512, "avx512vbmi", "amx_tile", "amx_int8"),
         "avx512_vbmi": (*avx512, "avx512vbmi"),
         "avx512_vnni": avx512,
         "avx_vnni": ("avx_vnni", "avx2", "fma", "f16c"),

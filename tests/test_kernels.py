@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from sources import ROOT, setup_py
 from tools import need
 
 import bitnet_ops
@@ -21,7 +22,6 @@ import bitnet_ops
 # To compile all kernels takes a minute of CPU time. Fast tests run the same kernels through the operators.
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 BASELINE = ["-std=c++17", "-fno-math-errno", "-ffp-contract=off"]  # as in setup.py
 BUILDS = {
     "optimised": ["-O3"],
@@ -38,7 +38,6 @@ PACKAGES = {"g++": "g++", "clang++": "clang"}  # Debian's
 
 MACHINE = platform.machine().lower()
 ARCHITECTURE = {"amd64": "x86_64", "arm64": "aarch64"}.get(MACHINE, MACHINE)
-KERNEL_PREFIX = {"x86_64": "avx", "aarch64": "neon"}  # the files that setup.py chooses
 
 # What QEMU's models of CPUs have. The best table is chosen, and every table named here is compared.
 EMULATED_CPUS = {
@@ -56,23 +55,15 @@ NEON_ISAS = set(EMULATED_CPUS["max"])
 
 
 def build(compiler: str, flags: list[str], architecture: str, program: Path) -> None:
-    csrc = ROOT / "csrc"
-    torch_free = [
-        *(csrc / "run").glob("*.cpp"),
-        csrc / "platform/cpu_features.cpp",
-        csrc / "platform/linux.cpp",
-        *(csrc / "layouts").glob("*.cpp"),
-    ]
-    prefixes = ("scalar", KERNEL_PREFIX.get(architecture, "scalar"))
-    kernels = [file for file in (csrc / "kernels").glob("*.cpp") if file.name.startswith(prefixes)]
-    sources = [*(ROOT / "tests/kernels").glob("*.cpp"), *torch_free, *kernels]
+    torch_free = setup_py().torch_free_sources("Linux", architecture)
+    sources = [*(ROOT / "tests/kernels").glob("*.cpp"), *(ROOT / file for file in torch_free)]
     # Several folders may have a file of the same name.
     objects = [
         program.with_name("-".join(source.relative_to(ROOT).with_suffix(".o").parts)) for source in sources
     ]
 
     def execute(*arguments: str | Path) -> None:
-        command = [compiler, *BASELINE, f"-I{csrc}", *flags, *map(str, arguments)]
+        command = [compiler, *BASELINE, f"-I{ROOT / 'csrc'}", *flags, *map(str, arguments)]
         compiled = subprocess.run(command, capture_output=True, text=True)
         assert compiled.returncode == 0, compiled.stderr[-4000:]
 

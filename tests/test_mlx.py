@@ -123,7 +123,8 @@ def test_it_is_the_model_of_the_floats(
     mlx, floats = make_pair(tmp_path, group, dtype, true_group)
     model = from_pretrained(mlx)
     assert (model.config.activation_bits, model.config.group_size) == (16, true_group)
-    assert model.head_weight.dtype == dtype
+    assert model.config.ternary_embedding
+    assert model.config.ternary_head
     assert_same_model(model, from_pretrained(floats))
     assert_same_model(from_pretrained(mlx, mmap=True), model)
     model.save_pretrained(tmp_path / "packed")
@@ -148,14 +149,16 @@ def test_only_one_of_the_two_settings(tmp_path: Path) -> None:
 def test_embedding_and_head_in_floats(tmp_path: Path) -> None:
     """A module without scales is not quantised."""
     mlx, floats = make_pair(tmp_path)
-    plain = load_file(floats / "model.safetensors")
+    names = ("model.embed_tokens", "lm_head")
+    tables = {f"{name}.weight": torch.randn(97, 256).half() for name in names}
 
     def unquantize(tensors: dict[str, Tensor]) -> None:
-        for name in ("model.embed_tokens", "lm_head"):
-            tensors[f"{name}.weight"] = plain[f"{name}.weight"]
+        tensors.update(tables)
+        for name in names:
             del tensors[f"{name}.scales"], tensors[f"{name}.biases"]
 
     change_tensors(mlx, unquantize)
+    change_tensors(floats, lambda tensors: tensors.update(tables))
     change_config(
         mlx, quantization={"group_size": 128, "bits": 2, "model.embed_tokens": False, "lm_head": False}
     )

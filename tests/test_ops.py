@@ -372,6 +372,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
         "pack_ternary": (namespace.pack_ternary.default, (random_ternary(33, 50),)),
         "unpack_ternary": (namespace.unpack_ternary.default, (packed, 33, 50)),
         "repack_ternary": (namespace.repack_ternary.default, (packed, 33, 50, "tile16", "row")),
+        "find_bad_byte": (namespace.find_bad_byte.default, (packed,)),
         "ternary_matmul": (
             namespace.ternary_matmul.default,
             (torch.randint(-128, 128, (4, 50), dtype=torch.int8), packed, 33),
@@ -404,6 +405,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
                 torch.rand(2, 3, 33) < 0.5,
             ),
         ),
+        "embedding": (namespace.embedding.default, (torch.tensor([[3, 69], [0, 3]]), table)),
         "rms_norm": (namespace.rms_norm.default, (grad(x), grad(torch.rand(50)), 1e-5)),
         "glu": (namespace.glu.default, (grad(x), grad(torch.randn(2, 3, 50)), "silu")),
         "lm_head": (namespace.lm_head.default, (grad(x), grad(torch.randn(70, 50)))),

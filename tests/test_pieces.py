@@ -40,6 +40,18 @@ def test_pieces_run_side_by_side() -> None:
     assert sorted(met) == [0, 1]
 
 
+def test_pieces_of_pieces_are_done_where_they_come_up() -> None:
+    threads: dict[int, set[int]] = {}
+
+    def do(piece: int) -> None:
+        inner: set[int] = set()
+        for_each_piece(lambda _: inner.add(threading.get_ident()), range(5))
+        threads[piece] = inner | {threading.get_ident()}
+
+    for_each_piece(do, range(10))  # in one pool, all its threads would wait for others
+    assert [len(threads[piece]) for piece in range(10)] == [1] * 10
+
+
 def test_an_error_comes_out_and_threads_are_as_before() -> None:
     def do(piece: int) -> None:
         if piece >= 3:

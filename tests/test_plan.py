@@ -31,6 +31,7 @@ from bitnet_ops import (
 )
 from bitnet_ops.decoder.model import KNOWN
 from bitnet_ops.decoder.plan import collect
+from bitnet_ops.layers.matrix import TernaryMatrix
 from bitnet_ops.layers.norm import RMSNorm
 from bitnet_ops.ops._decoder import PreparedLayers
 
@@ -54,6 +55,27 @@ CONFIGS = {
         rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=32),
     ),
     "groups": DecoderConfig(**{**SIZES, "hidden_size": 150}, qk_norm=True, activation_bits=16, group_size=64),
+    "groups, Qwen3, 8 bits": DecoderConfig(
+        **{**SIZES, "hidden_size": 200, "intermediate_size": 260}, qk_norm=True, group_size=128,
+        ternary_embedding=True, ternary_head=True,
+    ),
+    "groups, Llama, 8 bits": DecoderConfig(
+        **{**SIZES, "hidden_size": 150, "intermediate_size": 300}, attention_bias=True, mlp_bias=True,
+        group_size=64, rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=32),
+    ),
+    "groups, Llama": DecoderConfig(
+        **{**SIZES, "hidden_size": 300, "intermediate_size": 260}, activation_bits=16, group_size=256,
+    ),
+    "groups, Gemma 3": DecoderConfig(
+        **{**SIZES, "hidden_size": 150, "intermediate_size": 140}, activation="gelu_tanh", qk_norm=True,
+        post_norms=True, projection_norms=True, activation_bits=16, group_size=128, window=5,
+        local_layers=(0,), local_rope_theta=100.0, query_scale=0.5, embedding_scale=8.0,
+        tie_word_embeddings=True, ternary_embedding=True,
+    ),
+    "groups, Gemma 3, 8 bits": DecoderConfig(
+        **{**SIZES, "hidden_size": 150, "intermediate_size": 140}, activation="gelu_tanh", qk_norm=True,
+        post_norms=True, group_size=64, window=5, local_layers=(1,), local_rope_theta=100.0,
+    ),
     "local layers": DecoderConfig(
         **SIZES, activation="gelu_tanh", window=5, local_layers=(0,), local_rope_theta=100.0,
     ),
@@ -63,10 +85,12 @@ CONFIGS = {
 def random_model(config: DecoderConfig) -> BitNet:
     model = BitNet(config)
     for module in model.modules():
-        if isinstance(module, BitLinear):
+        if isinstance(module, TernaryMatrix):
             w = torch.randint(-1, 2, (module.out_features, module.in_features), dtype=torch.int8)
             module.packed_weight = ops.pack_ternary(w)
             module.weight_scale.uniform_(0.05, 0.15)
+            if module.group_size == 128:  # and others stay float32
+                module.weight_scale = module.weight_scale.half()
             if module.bias is not None:
                 module.bias.normal_()
         elif isinstance(module, RMSNorm):

@@ -223,10 +223,6 @@ def test_families(tmp_path: Path, case: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], BitNet], str]] = {
-    "groups with 8 bits": (
-        lambda: random_model(WIDE.replace(activation_bits=8, group_size=64)),
-        r"q_proj: expected one scale for the matrix, .* got scales of groups of 64 inputs",
-    ),
     "rows with 8 bits": (
         lambda: random_model(WIDE.replace(activation_bits=8)),
         r"q_proj: expected one scale for the matrix, .* got scales of rows",

@@ -34,7 +34,6 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import bitnet_ops
 from bitnet_ops import (
-    BitLinear,
     BitNet,
     DecoderConfig,
     KVCache,
@@ -45,6 +44,7 @@ from bitnet_ops import (
 )
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.families.qwen3 import QWEN3
+from bitnet_ops.layers.matrix import TernaryMatrix
 
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
@@ -57,6 +57,13 @@ CASES: dict[str, dict[str, Any]] = {
                   "num_key_value_heads": 5, "rope_parameters": YARN, "group": 128},
     "256, biases": {"hidden_size": 260, "intermediate_size": 300, "num_attention_heads": 9, "head_dim": 32,
                     "num_key_value_heads": 3, "attention_bias": True, "group": 256},
+    "128, all ternary": {"hidden_size": 200, "intermediate_size": 260, "num_attention_heads": 5,
+                         "head_dim": 32, "num_key_value_heads": 1, "group": 128, "tables": True},
+    "64, all ternary, tied": {"hidden_size": 140, "intermediate_size": 200, "num_attention_heads": 3,
+                              "head_dim": 26, "num_key_value_heads": 3, "tie_word_embeddings": True,
+                              "group": 64, "tables": True},
+    "rows, all ternary": {"hidden_size": 60, "intermediate_size": 100, "num_attention_heads": 3,
+                          "head_dim": 20, "num_key_value_heads": 1, "group": 0, "tables": True},
 }  # fmt: skip
 
 LENGTH = 40
@@ -106,6 +113,8 @@ def test_the_config(pair: LlamaPair, case: dict[str, Any]) -> None:
         attention_bias=case.get("attention_bias", False),
         activation_bits=16,
         group_size=case["group"],
+        ternary_embedding=case.get("tables", False),
+        ternary_head=case.get("tables", False),
         rope_theta=1000.0 if yarn else 10000.0,
         rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=32) if yarn else None,
         tie_word_embeddings=case.get("tie_word_embeddings", False),
@@ -176,14 +185,16 @@ def test_norms(pair: LlamaPair) -> None:
 
 def test_the_weights_are_exact(pair: LlamaPair, case: dict[str, Any]) -> None:
     """Weights times scales are the floats in the file, bit for bit."""
-    for index in range(2):
-        for part in PARTS:
-            name = f"model.layers.{index}.{part}"
-            layer, theirs = pair.ours.get_submodule(name), pair.theirs.get_submodule(name)
-            assert isinstance(layer, BitLinear)
-            scale = layer.weight_scale.unsqueeze(0) if case["group"] == 0 else layer.weight_scale
-            every_input = scale.repeat_interleave(case["group"] or layer.in_features, 0)[: layer.in_features]
-            assert torch.equal(layer.unpack() * every_input.T, theirs.weight)
+    names = [f"model.layers.{index}.{part}" for index in range(2) for part in PARTS]
+    if case.get("tables"):
+        names += ["model.embed_tokens"] + ["lm_head"] * (not case.get("tie_word_embeddings", False))
+    for name in names:
+        layer, theirs = pair.ours.get_submodule(name), pair.theirs.get_submodule(name)
+        assert isinstance(layer, TernaryMatrix)
+        scale = layer.weight_scale.unsqueeze(0) if case["group"] == 0 else layer.weight_scale
+        every_input = scale.repeat_interleave(case["group"] or layer.in_features, 0)[: layer.in_features]
+        assert torch.equal(layer.unpack() * every_input.T, theirs.weight)
+        assert torch.equal(layer.dense(), theirs.weight)
 
 
 def test_projections(pair: LlamaPair) -> None:
@@ -207,6 +218,21 @@ def test_projections(pair: LlamaPair) -> None:
             assert_within(layer(x), theirs(x), bound, name)
             assert bound[1].max() < 2e-3 * theirs(x[1]).abs().max(), "the bound proves nothing"
             assert (layer.bias is not None) == (theirs.bias is not None)
+
+
+def test_embedding_and_head(pair: LlamaPair) -> None:
+    """Rows are theirs, bit for bit; scores of a ternary head are bounded as in test_projections."""
+    ids = torch.arange(97).view(1, -1)
+    assert torch.equal(pair.ours.model.embed_tokens(ids), pair.theirs.model.embed_tokens(ids))
+    hidden = torch.randn(2, 4, pair.ours.config.hidden_size) * torch.tensor([0.1, 5.0]).reshape(2, 1, 1)
+    size = pair.theirs.lm_head.weight.double().abs()
+    step = hidden.double().abs().amax(-1, keepdim=True) / reference.LARGEST_Q[16]
+    of_activations = 0.51 * step * size.sum(1) if pair.ours.config.ternary_head else 0.0
+    bound = of_activations + 2 * (size.shape[1] + 14) * U * (hidden.double().abs() @ size.T)
+    scores = pair.ours.score(hidden)
+    assert scores.dtype == torch.float32
+    assert_within(scores, pair.theirs.lm_head(hidden), bound, "scores")
+    assert bound.max() < 2e-3 * scores.abs().max(), "the bound proves nothing"
 
 
 def rotations(pair: LlamaPair, positions: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -270,7 +296,9 @@ def test_end_to_end(tmp_path: Path, case: dict[str, Any]) -> None:
         dense.append(from_pretrained(pair.folder, linear=nn.Linear)(ids))
         theirs.append(pair.theirs(ids).logits)
         exact.append(exact_llama(pair.theirs, ids))
-        rounded.append(exact_llama(pair.theirs, ids, reference.LARGEST_Q[16]))
+        rounded.append(
+            exact_llama(pair.theirs, ids, reference.LARGEST_Q[16], rounded_head=pair.ours.config.ternary_head)
+        )
     largest = torch.cat(exact).abs().max()
     limit = 2 * mean_error(theirs, exact)
     assert limit < 1e-5 * largest

@@ -20,7 +20,7 @@ FLOORS = (
     ("decoder",),
     ("layers",),
     ("ops",),
-    ("packing", "reference", "isa", "_C"),
+    ("packing", "reference", "isa", "locks", "_C"),
 )
 """From the top down, by the first name below the package."""
 

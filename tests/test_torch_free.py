@@ -1,25 +1,15 @@
 """What stands below csrc/ops knows neither torch nor Python: C++ alone compiles it (docs/architecture.md)."""
 
 import os
-import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sources import ROOT, setup_py
 
-ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-# Kernels of other architectures, by this machine's.
-OTHER_KERNELS = {"x86_64": "neon", "amd64": "neon", "aarch64": "avx", "arm64": "avx"}
-
-
-def sources() -> list[Path]:
-    others = OTHER_KERNELS.get(platform.machine().lower(), ("avx", "neon"))
-    kernels = [file for file in (CSRC / "kernels").glob("*.cpp") if not file.name.startswith(others)]
-    rooms = ("run", "layouts", "platform")
-    return [*kernels, *(file for room in rooms for file in (CSRC / room).glob("*.cpp"))]
 
 
 def complaint(file: Path) -> str | None:
@@ -32,6 +22,7 @@ def complaint(file: Path) -> str | None:
 def test_nothing_below_the_operators_needs_torch() -> None:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
+    sources = [ROOT / file for file in setup_py().torch_free_sources()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        complaints = [text for text in pool.map(complaint, sources()) if text is not None]
+        complaints = [text for text in pool.map(complaint, sources) if text is not None]
     assert not complaints, "\n".join(complaints)

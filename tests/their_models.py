@@ -314,6 +314,7 @@ def make_ternary_floats(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     *,
+    tables: bool = False,
     config_class: type = Qwen3Config,
     **fields: Any,
 ) -> LlamaPair:
@@ -324,6 +325,7 @@ def make_ternary_floats(
         group: inputs that share a scale; 0 for whole rows.
         seed: of the weights.
         dtype: of the stored tensors.
+        tables: whether embedding and head are ternary, too.
         config_class: LlamaConfig or Qwen3Config.
         **fields: of the configuration.
     """
@@ -336,7 +338,7 @@ def make_ternary_floats(
         if parameter.dim() == 1:
             offset, size = (0.0, 0.3) if name.endswith("bias") else (1.0, 0.2)
             tensors[name] = offset + size * torch.randn(parameter.shape, generator=generator)
-        elif "_proj" in name:
+        elif "_proj" in name or tables:
             tensors[name] = ternary_floats(*parameter.shape, group, generator)
         else:
             tensors[name] = torch.randn(parameter.shape, generator=generator)
@@ -373,10 +375,13 @@ def biased_bound(x: Tensor, layer: BitLinear) -> Tensor:
     return bound + 4 * U * (layer.bias.double().abs() + layer(x).double().abs() + bound)
 
 
-def exact_llama(theirs: Any, ids: Tensor, largest_q: int | None = None) -> Tensor:
+def exact_llama(
+    theirs: Any, ids: Tensor, largest_q: int | None = None, *, rounded_head: bool = False
+) -> Tensor:
     """The model in float64, [B, T] to [B, T, V], written out from the formulas; the numbers are theirs.
 
-    With ``largest_q`` the inputs of float projections are rounded to integers up to that, times a scale.
+    With ``largest_q`` the inputs of float projections are rounded to integers up to that, times a scale, and
+    with ``rounded_head`` those of the head.
     """
     config = theirs.config
 
@@ -450,5 +455,7 @@ def exact_llama(theirs: Any, ids: Tensor, largest_q: int | None = None) -> Tenso
         m = norm(x, layer.post_attention_layernorm)
         gate = linear(m, mlp.gate_proj)
         x = x + linear(gate * gate.sigmoid() * linear(m, mlp.up_proj), mlp.down_proj)
+    if rounded_head:
+        return linear(norm(x, theirs.model.norm), theirs.lm_head)
     head = embedding if config.tie_word_embeddings else theirs.lm_head.weight.double()
     return norm(x, theirs.model.norm) @ head.T

@@ -1,7 +1,10 @@
-"""Programs that are not Python packages, and what a test does without them."""
+"""Programs, and packages for releases, and what a test does without them."""
 
+import importlib
 import os
 import shutil
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
@@ -19,7 +22,18 @@ def need(*names: str, package: str) -> str:
     for name in names:
         if path := shutil.which(name):
             return path
-    reason = f"no {' or '.join(names)} (Debian's package {package})"
+    _without(f"no {' or '.join(names)} (Debian's package {package})")
+
+
+def _without(reason: str) -> NoReturn:
     if os.environ.get("CI") == "true" and not os.environ.get("TOOLS_MAY_BE_MISSING"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def need_package(name: str) -> ModuleType:
+    """Imports a package of the extra `release`. Without it the same as `need`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        _without(f"no {name} (pip install -e '.[release]')")

@@ -1,13 +1,9 @@
 """The check that a packed matrix holds codes of weights and nothing else, format by format."""
 
-import torch
 from torch import Tensor
 
 from .. import ops, packing
 from .tensor_source import TensorSource
-
-CHUNK_BYTES = 1 << 20
-"""Bytes that are checked at a time, so that the temporaries stay in the second-level cache."""
 
 MOST_BASE3 = 3**5 - 1  # the byte of five codes 2
 
@@ -21,15 +17,13 @@ def check_codes(files: TensorSource, name: str, packed: Tensor, begin: int = 0) 
         packed: its bytes, or some of them.
         begin: bytes of it in front of these.
     """
-    for start, chunk in enumerate(torch.split(packed.view(-1), CHUNK_BYTES)):
-        both_bits = chunk & (chunk >> 1) & 0b01010101
-        if both_bits.any():
-            at = int(both_bits.nonzero()[0])
-            raise files.error(
-                name,
-                "four 2-bit codes in {0, 1, 2} a byte",
-                f"a code 3 in byte {begin + start * CHUNK_BYTES + at} (0x{int(chunk[at]):02x})",
-            )
+    at = int(ops.find_bad_byte(packed))
+    if at >= 0:
+        raise files.error(
+            name,
+            "four 2-bit codes in {0, 1, 2} a byte",
+            f"a code 3 in byte {begin + at} (0x{int(packed.view(-1)[at]):02x})",
+        )
 
 
 def check_packed(
@@ -46,8 +40,13 @@ def check_packed(
         layout: one of `packing.LAYOUTS`.
     """
     if layout == "tile16_base3":
-        if packed.numel() and packed.max() > MOST_BASE3:
-            raise files.error(name, f"bytes of at most {MOST_BASE3}, five codes in base 3", f"{packed.max()}")
+        at = int(ops.find_bad_byte(packed, layout))
+        if at >= 0:
+            raise files.error(
+                name,
+                f"bytes of at most {MOST_BASE3}, five codes in base 3",
+                f"{int(packed.view(-1)[at])} in byte {at}",
+            )
     else:
         check_codes(files, name, packed)
     # Blocks are independent, so the last row and the last column of blocks are matrices of their own.

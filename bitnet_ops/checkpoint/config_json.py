@@ -4,7 +4,8 @@ A folder of ours has the fields of its family, so that people and other programs
 "quantization_config" are, where they are not the usual ones,
 
     use_rms_norm, rms_norm_eps      of the norms inside projections, as transformers calls them
-    activation_bits, group_size     as in `DecoderConfig`
+    activation_bits, group_size,
+    ternary_embedding, ternary_head as in `DecoderConfig`
 
 and what the family has no field for is in the object "decoder_config", as `DecoderConfig` calls it.
 """
@@ -25,6 +26,9 @@ EXTRAS = "decoder_config"
 
 THEIR_EPS = 1e-6
 """What "rms_norm_eps" of "quantization_config" is to transformers where it is absent."""
+
+OF_MATRICES = ("activation_bits", "group_size", "ternary_embedding", "ternary_head")
+"""Fields of `DecoderConfig` that "quantization_config" has, and that float weights show themselves."""
 
 ONLY_TRAINING = {"dropout", "initializer_range"}
 """Fields of `DecoderConfig` that change nothing in a model that is done."""
@@ -67,8 +71,8 @@ def config_to_json(config: DecoderConfig, quantization: dict[str, Any]) -> dict[
     quantization = dict(quantization)
     if config.projection_norms:
         quantization |= {"use_rms_norm": True, "rms_norm_eps": config.projection_norm_eps}
-    for name in ("activation_bits", "group_size"):
-        if getattr(config, name) != _default(name):
+    for name in OF_MATRICES:
+        if getattr(config, name) not in (_default(name), False):  # None is the default of what may be False
             quantization[name] = getattr(config, name)
     family = families.family_to_write(config)
     data = family.write(config) | {"quantization_config": quantization}
@@ -96,7 +100,7 @@ def published_json(config: DecoderConfig, quantization: dict[str, Any] | None) -
     """
     family = families.family_to_write(config)
     data = family.write(config)
-    found = {"activation_bits", "group_size"}
+    found = set(OF_MATRICES)
     if quantization is not None:
         found = set()
         data["quantization_config"] = dict(quantization)
@@ -131,7 +135,7 @@ def _config(data: dict[str, Any]) -> DecoderConfig:
 
 
 def _quantization_fields(quantization: dict[str, Any], family: Family, own: bool) -> dict[str, Any]:
-    names = ("activation_bits", "group_size") if own else ()
+    names = OF_MATRICES if own else ()
     fields = {name: quantization[name] for name in names if name in quantization}
     norms = quantization.get("use_rms_norm")
     if not isinstance(norms, (bool, type(None))):

@@ -31,7 +31,7 @@ def folder_draft(target: Path, last: str) -> Iterator[Path]:
         files = [file for file in draft.rglob("*") if file.is_file()]
         files.sort(key=lambda file: file == draft / last)
         for file in files:
-            with file.open("rb") as handle:
+            with file.open("r+b") as handle:  # Windows wants the right to write for it
                 os.fsync(handle.fileno())
         (target / last).unlink(missing_ok=True)
         for file in files:

@@ -49,6 +49,7 @@ def open_folder(folder: Path, *, dense: bool, mmap: bool | None) -> OpenCheckpoi
     reader = PackedWeights if _is_own(data) else WeightReader
     with ExitStack() as stack:
         files = TensorFiles(folder, mmap=reader.maps_files if mmap is None else mmap)
+        files.map_all = mmap is True
         stack.push(files)
         body = find_body(files)
         weights = _weight_reader(data, family, file, body, dense)

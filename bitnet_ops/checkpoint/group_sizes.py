@@ -44,6 +44,10 @@ class FittingSizes:
         """The one to use."""
         return self.fitting[0]
 
+    def join(self, other: "FittingSizes") -> None:
+        """Has seen what another has seen, too."""
+        self.fitting = tuple(size for size in self.fitting if size in other.fitting)
+
     def see(self, scales: Tensor) -> bool:
         """Looks at scales [n, G], as for `merge_scales`; whether a size is left that fits them all."""
         # What fits a group fits the smaller ones inside.

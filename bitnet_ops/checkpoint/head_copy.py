@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..decoder.config import DecoderConfig
 from ..decoder.head import FORMAT, ScreenedHead, copy_tensors
+from ..layers.memory import HugePages
 from .files import TensorFiles
 from .tensor_source import TORCH_DTYPE, TensorSource, tensor_bytes
 
@@ -93,7 +94,8 @@ def stored_head(files: TensorSource, table: Tensor) -> tuple[Tensor, Tensor] | N
         stored = files.tensors[name]
         if (stored.shape, TORCH_DTYPE[stored.dtype]) != expected:
             return None
-    return files.tensor(CODES), files.tensor(BOUNDS)
+    memory = HugePages()
+    return files.tensor_of_every_token(CODES, memory), files.tensor_of_every_token(BOUNDS, memory)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import reference
 from ..families import Family
-from ..layers.linear import BitLinear
+from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages
 from .codes import check_codes
 from .errors import CheckpointError
@@ -94,7 +94,7 @@ class PublishedWeights(WeightReader):
             reciprocal=linear_class == "bitlinear",
         )
 
-    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+    def check_projection(self, files: TensorSource, name: str, layer: TernaryMatrix) -> list[str]:
         """Checks the headers of a projection's tensors; see `WeightReader`."""
         weight, scale = f"{name}.weight", f"{name}.weight_scale"
         out_features, in_features = whole = (layer.out_features, layer.in_features)
@@ -117,7 +117,7 @@ class PublishedWeights(WeightReader):
         return [weight, scale, *bias]
 
     def read_projection(
-        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+        self, files: TensorSource, name: str, layer: TernaryMatrix, memory: HugePages
     ) -> Projection:
         """Converts a projection that `check_projection` has passed."""
         weight = f"{name}.weight"

@@ -12,16 +12,19 @@ from tqdm import tqdm
 
 from ..decoder.config import DecoderConfig
 from ..decoder.model import LanguageModel, LinearFactory
+from ..layers.embedding import TernaryEmbedding
 from ..layers.linear import BitLinear
+from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages
 from ..layers.norm import RMSNorm
+from ..reference import LARGEST_Q
 from .errors import CheckpointError
 from .folder import open_folder
 from .gguf.open import open_gguf
 from .head_copy import CHUNK_ROWS, is_finite, stored_head
 from .location import locate
 from .opened import OpenCheckpoint
-from .pieces import one_thread
+from .pieces import for_each_piece, one_thread
 from .tensor_source import TensorSource
 from .weights import WeightReader
 
@@ -33,6 +36,7 @@ def load(
     make: Callable[[DecoderConfig, LinearFactory], Model],
     *,
     linear: type[nn.Module] = BitLinear,
+    activation_bits: int | None = None,
     revision: str | None = None,
     arm_i2_s: bool = False,
     mmap: bool | None = None,
@@ -43,6 +47,7 @@ def load(
         model: as for `bitnet_ops.from_pretrained`, like the options.
         make: makes a model of the given configuration and projections.
         linear: the class of projections.
+        activation_bits: of a model with group scales.
         revision: of a name on the hub.
         arm_i2_s: how a GGUF file's type I2_S is read.
         mmap: use tensors where they lie in the files.
@@ -52,6 +57,13 @@ def load(
     """
     if linear not in (BitLinear, nn.Linear):
         raise ValueError(f"linear: expected BitLinear or torch.nn.Linear, got {linear!r}")
+    if activation_bits not in (None, *LARGEST_Q):
+        raise ValueError(f"activation_bits: expected None, 8 or 16, got {activation_bits!r:.200}")
+    if activation_bits is not None and linear is nn.Linear:
+        raise ValueError(
+            f"activation_bits: expected None with linear=torch.nn.Linear, whose activations are floats, "
+            f"got {activation_bits}"
+        )
     path = locate(model, revision)
     dense = linear is nn.Linear
     if path.is_file():
@@ -63,19 +75,41 @@ def load(
         _check_plausible(checkpoint)
         with one_thread() if weights.in_pieces else nullcontext():
             config = weights.complete(checkpoint.config, files)
+        config = _with_activation_bits(config, activation_bits)
         with torch.device("meta"):  # shapes only: the tensors that are read become the model's own
             made = make(config, linear)
         table = checkpoint.certified_table
         with one_thread() if weights.in_pieces else nullcontext():
             _load_weights(made, files, weights, table)
         made.eval().requires_grad_(False)
-        copy = stored_head(files, made.head_weight) if table is not None else None
+        head = made.head_weight
+        copy = stored_head(files, head) if table is not None and head is not None else None
         made.screened_head(copy, files.forget)
     made.tokenizer = checkpoint.tokenizer
     made.generation_config = checkpoint.generation_config
     made.chat_template = checkpoint.chat_template
     made.embedding_settings = checkpoint.embedding_settings
     return made
+
+
+def _with_activation_bits(config: DecoderConfig, wanted: int | None) -> DecoderConfig:
+    """The configuration with activations of another width, where the user asks for one.
+
+    Group scales are what tells models of float activations, for which both widths approximate; the others
+    were trained with the width that they have, or would have one 8-bit scale for all inputs of a token.
+    """
+    if wanted in (None, config.activation_bits):
+        return config
+    if config.group_size == 0:
+        why = (
+            "because it was trained with 8-bit activations"
+            if config.activation_bits == 8
+            else "because 8 bits need a scale for each group of inputs, and its weights have one for a row"
+        )
+        raise ValueError(
+            f"activation_bits: expected None or {config.activation_bits} for this model, {why}, got {wanted}"
+        )
+    return config.replace(activation_bits=wanted)
 
 
 def _check_plausible(checkpoint: OpenCheckpoint) -> None:
@@ -117,12 +151,13 @@ def _load_weights(
     """
     memory = HugePages()
     used: list[str] = []
+    projections: list[Callable[[], None]] = []
     steps: list[Callable[[], None]] = []
     for ours, module in model.named_modules():
         name = weights.stored_name(ours)
-        if isinstance(module, BitLinear):
+        if isinstance(module, TernaryMatrix):
             used += weights.check_projection(files, name, module)
-            steps.append(partial(_load_projection, files, weights, memory, name, module))
+            projections.append(partial(_load_projection, files, weights, memory, name, module))
         elif isinstance(module, RMSNorm):
             used += weights.check_norm(files, name, module)
             steps.append(partial(_load_norm, files, weights, name, module))
@@ -132,10 +167,15 @@ def _load_weights(
             steps.append(partial(_load_matrix, files, weights, memory, name, module, finite))
             if isinstance(module, nn.Linear) and ours != "lm_head":
                 steps.append(partial(_make_dense, files, weights, name, module))
-    head = f"{weights.stored_name('lm_head')}.weight"
-    if model.config.tie_word_embeddings and head in files.tensors:
-        used += weights.check_matrix(files, weights.stored_name("lm_head"), model.model.embed_tokens)
-        steps.append(partial(_check_tied, files, weights, memory, model))
+    head = weights.stored_name("lm_head")
+    if model.config.tie_word_embeddings and f"{head}.weight" in files.tensors:
+        table = model.model.embed_tokens
+        if isinstance(table, TernaryEmbedding):
+            used += weights.check_projection(files, head, table)
+            steps.append(partial(_check_tied_ternary, files, weights, memory, table))
+        elif isinstance(table, nn.Embedding):
+            used += weights.check_matrix(files, head, table)
+            steps.append(partial(_check_tied, files, weights, memory, table))
     unexpected = sorted(files.tensors.keys() - {*used, *weights.other_names(files)})
     if unexpected:
         raise files.error(
@@ -144,12 +184,22 @@ def _load_weights(
             f"this and {len(unexpected) - 1} more",
         )
     # disable=None: a bar on a terminal, silence elsewhere.
-    for step in tqdm(steps, desc="loading", unit="tensor", disable=None, leave=False):
-        step()
+    total = len(projections) + len(steps)
+    with tqdm(total=total, desc="loading", unit="tensor", disable=None, leave=False) as bar:
+
+        def take(step: Callable[[], None]) -> None:
+            step()
+            bar.update()
+
+        if weights.side_by_side:
+            for_each_piece(take, projections)
+            projections.clear()
+        for step in projections + steps:
+            take(step)
 
 
 def _load_projection(
-    files: TensorSource, weights: WeightReader, memory: HugePages, name: str, module: BitLinear
+    files: TensorSource, weights: WeightReader, memory: HugePages, name: str, module: TernaryMatrix
 ) -> None:
     projection = weights.read_projection(files, name, module, memory)
     if module.group_size:
@@ -194,19 +244,31 @@ def _make_dense(files: TensorSource, weights: WeightReader, name: str, module: n
         module.bias = nn.Parameter(bias)
 
 
-def _check_tied(files: TensorSource, weights: WeightReader, memory: HugePages, model: LanguageModel) -> None:
+def _check_tied_ternary(
+    files: TensorSource, weights: WeightReader, memory: HugePages, table: TernaryEmbedding
+) -> None:
+    """`_check_tied` for a ternary matrix."""
+    name = weights.stored_name("lm_head")
+    again = weights.read_projection(files, name, table, memory)
+    same_scale = torch.equal(again.weight_scale.float(), table.weight_scale.float())
+    if not same_scale or not torch.equal(again.packed_weight, table.packed_weight):
+        raise _not_tied(files, name)
+
+
+def _check_tied(files: TensorSource, weights: WeightReader, memory: HugePages, table: nn.Embedding) -> None:
     """A tied head may be stored a second time, but it has to be the same matrix."""
     name = weights.stored_name("lm_head")
     again = torch.split(weights.read_matrix(files, name, memory), CHUNK_ROWS)
-    for rows, head_rows in zip(again, torch.split(model.head_weight, CHUNK_ROWS), strict=True):
+    for rows, head_rows in zip(again, torch.split(table.weight, CHUNK_ROWS), strict=True):
         if not rows.equal(head_rows):
-            raise files.error(
-                f"{name}.weight",
-                "the numbers of the embedding, because the settings tie them",
-                "other numbers",
-            )
+            raise _not_tied(files, name)
         files.forget(rows)
         files.forget(head_rows)
+
+
+def _not_tied(files: TensorSource, name: str) -> CheckpointError:
+    expected = "the numbers of the embedding, because the settings tie them"
+    return files.error(f"{name}.weight", expected, "other numbers")
 
 
 def _check_finite(files: TensorSource, name: str, tensor: Tensor) -> None:

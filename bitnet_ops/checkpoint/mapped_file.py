@@ -6,11 +6,30 @@ system ends the process (SIGBUS). So only files that are replaced, never rewritt
 """
 
 import mmap
+import os
 
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..layers.memory import ask_for_huge_pages
+
+
+class _Mapping(mmap.mmap):
+    """A mapping that operators know: they read single rows from the file (csrc/run/file_memory.h)."""
+
+    _begin = 0
+    _remove = staticmethod(_C.remove_file_memory)  # at the end of a program the module is emptied first
+
+    def tell_operators(self, begin: int, descriptor: int) -> None:
+        """Says where it lies."""
+        self._begin = begin
+        _C.add_file_memory(begin, len(self), os.dup(descriptor))
+
+    def __del__(self) -> None:
+        # Before the base class unmaps: afterwards something else may lie there.
+        if self._begin:
+            self._remove(self._begin)
 
 
 class MappedFile:
@@ -22,8 +41,11 @@ class MappedFile:
         Raises:
             OSError, ValueError: the file system cannot map files, or the file is empty.
         """
-        self._memory = mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        if not hasattr(mmap, "MAP_PRIVATE"):
+            raise OSError("on Windows a mapped file cannot be replaced, so files are read")
+        self._memory = _Mapping(descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
         self._begin = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
+        self._memory.tell_operators(self._begin, descriptor)
         self._end = self._begin + len(self._memory)
         ask_for_huge_pages(self._memory)
 

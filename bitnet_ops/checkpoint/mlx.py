@@ -15,7 +15,8 @@ config.json)::
 
 With ``biases = -scales`` and codes 0, 1 and 2 that is ``scales * (c - 1)``: ternary, and nothing else is
 read. Embedding and head come in the same form, or in floats: a module is in this form where it has scales.
-They become floats in the dtype of their scales, which hold ``-s, 0, s`` exactly.
+Where a scale of theirs holds for 64 inputs or more they stay packed. With smaller groups, and where dense
+projections are wanted, they become floats in the dtype of their scales, which hold ``-s, 0, s`` exactly.
 """
 
 from functools import partial
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from ..decoder.config import DecoderConfig
 from ..families import Family
-from ..layers.linear import BitLinear
+from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages
 from .codes import check_codes
 from .errors import CheckpointError
@@ -43,6 +44,7 @@ from .weights import (
     pack_rows,
     projection_shapes,
     read_bias,
+    tables,
 )
 
 ACTIVATION_BITS = 16
@@ -107,7 +109,7 @@ class MlxWeights(WeightReader):
         return cls(family, group, dense)
 
     def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
-        """Looks at the scales of all projections: sets ``group_size``, and ``activation_bits`` to 16.
+        """Looks at all scales: sets ``group_size``, ``activation_bits`` to 16, and which tables are ternary.
 
         Raises:
             CheckpointError: a scale or bias is not that of ternary weights, missing, or of another shape.
@@ -125,15 +127,25 @@ class MlxWeights(WeightReader):
                     "one scale for each 64, 128 or 256 inputs of a row",
                     f"one for {self.group}",
                 )
-        return config.replace(activation_bits=ACTIVATION_BITS, group_size=sizes.coarsest)
+        fields = {}
+        for field, module in tables(config).items():
+            name = self.stored_name(module)
+            if f"{name}.scales" not in files.tensors:
+                continue
+            self._expect(files, name, (config.vocab_size, config.hidden_size))
+            of_table = FittingSizes(self.group)
+            if of_table.see(self._scales(files, name)):
+                fields[field] = True
+                sizes.join(of_table)
+        return config.replace(activation_bits=ACTIVATION_BITS, group_size=sizes.coarsest, **fields)
 
-    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+    def check_projection(self, files: TensorSource, name: str, layer: TernaryMatrix) -> list[str]:
         """Checks the headers of a projection's tensors; see `WeightReader`."""
         used = self._expect(files, name, (layer.out_features, layer.in_features))
         return [*used, *check_bias(files, name, layer)]
 
     def read_projection(
-        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+        self, files: TensorSource, name: str, layer: TernaryMatrix, memory: HugePages
     ) -> Projection:
         """Repacks a projection that `check_projection` has passed."""
         stored = self._scales(files, name)

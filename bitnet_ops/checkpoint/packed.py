@@ -1,7 +1,7 @@
 """Our own packed folder: what `save_pretrained` writes and what loads without conversion.
 
-The layout of a Hugging Face checkpoint with one difference: a projection is stored as
-`bitnet_ops.BitLinear` holds it,
+The layout of a Hugging Face checkpoint with one difference: a projection, and a ternary embedding or head,
+is stored as `bitnet_ops.BitLinear` holds it,
 
     packed_weight   uint8, drawn in `bitnet_ops.packing`
     weight_scale    the multiplier: float32 [N]; with "group_size" [ceil(K / group_size), N], also float16
@@ -12,6 +12,7 @@ the others, by the names of their modules. A folder of any layouts loads on any 
 """
 
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,8 @@ import torch
 
 from .. import ops, packing
 from ..families import Family
-from ..layers.linear import BitLinear, best_layout, native_layouts
+from ..layers.linear import best_layout, native_layouts
+from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages
 from .codes import check_packed
 from .config_json import QUANT_METHOD, config_to_json
@@ -51,6 +53,7 @@ class PackedWeights(WeightReader):
     """
 
     maps_files = True  # `save_pretrained` replaces files
+    side_by_side = True
 
     def __init__(self, family: Family, layout: str, layouts: dict[str, str]) -> None:
         super().__init__(family)
@@ -87,29 +90,31 @@ class PackedWeights(WeightReader):
         """Those of the head's copy."""
         return stored_names(files)
 
-    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+    def check_projection(self, files: TensorSource, name: str, layer: TernaryMatrix) -> list[str]:
         """Checks the headers of a projection's tensors; see `WeightReader`."""
         weight, scale = f"{name}.packed_weight", f"{name}.weight_scale"
         layout = self.layout_of(name)
         files.expect(weight, ("U8",), packing.packed_shape(layer.out_features, layer.in_features, layout))
         scale_dtypes = ("F32", "F16") if layer.group_size else ("F32",)
         files.expect(scale, scale_dtypes, tuple(layer.weight_scale.shape))
-        if layer.group_size != 0 and layout != "tile16":
-            raise files.error(weight, "layout 'tile16', because it has group scales", repr(layout))
+        if layout not in layer.layouts:
+            why = "because it is an embedding" if layer.only_tile16 else "because it has group scales"
+            raise files.error(weight, f"layout 'tile16', {why}", repr(layout))
         return [weight, scale, *check_bias(files, name, layer)]
 
     def read_projection(
-        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+        self, files: TensorSource, name: str, layer: TernaryMatrix, memory: HugePages
     ) -> Projection:
         """Gets a projection that `check_projection` has passed."""
         out_features, in_features = layer.out_features, layer.in_features
         layout = self.layout_of(name)
         weight = f"{name}.packed_weight"
-        packed = files.tensor(weight, memory.empty)
+        packed = files.tensor_of_every_token(weight, memory)
         check_packed(files, weight, packed, out_features, in_features, layout)
-        scale = files.tensor(f"{name}.weight_scale", memory.empty)
-        least_is_fine = scale >= 0 if layer.group_size else scale > 0  # a group may have no weights but 0
-        if not (scale.isfinite() & least_is_fine).all():
+        scale = files.tensor_of_every_token(f"{name}.weight_scale", memory)
+        least, most = (float(extreme) for extreme in torch.aminmax(scale))  # NaN where a number is
+        # A group may have no weights but 0.
+        if not (least >= 0 if layer.group_size else least > 0) or not most < math.inf:
             raise files.error(
                 f"{name}.weight_scale", "finite numbers above 0", "a NaN, an infinity, 0 or less"
             )
@@ -117,7 +122,7 @@ class PackedWeights(WeightReader):
         if layout in native_layouts():
             return Projection(packed, layout, scale, bias)
         # Packed on a machine with other instructions.
-        here = best_layout()
+        here = best_layout() if best_layout() in layer.layouts else "tile16"
         repacked = memory.copy(ops.repack_ternary(packed, out_features, in_features, layout, here))
         files.forget(packed)
         return Projection(repacked, here, scale, bias)
@@ -170,7 +175,9 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
 
 def _layouts(model: "LanguageModel") -> dict[str, Any]:
     """The layouts as "quantization_config" names them."""
-    layouts = {name: module.layout for name, module in model.named_modules() if isinstance(module, BitLinear)}
+    layouts = {
+        name: module.layout for name, module in model.named_modules() if isinstance(module, TernaryMatrix)
+    }
     (common, _), *_ = Counter(layouts.values()).most_common(1) or [("tile16", 0)]
     others = {name: layout for name, layout in layouts.items() if layout != common}
     return {"layout": common, "layouts": others} if others else {"layout": common}

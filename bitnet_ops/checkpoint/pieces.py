@@ -5,6 +5,7 @@ operation waits for all threads: loading a GGUF file of 2B4T took 8 s of process
 torch's, and 45 s with two on a busy machine. So an operation runs in one thread, and pieces are shared out.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,23 @@ _pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("_pool", default=None)
 """The threads of `one_thread`: one pool for all matrices, because new threads take new memory."""
 
 
+class _Thread(threading.local):
+    """What a thread knows about itself.
+
+    Attributes:
+        is_ours: it is one of `one_thread`, which must not wait for others of its pool.
+    """
+
+    is_ours = False
+
+    def become_ours(self) -> None:
+        """Marks the thread that calls this."""
+        self.is_ours = True
+
+
+_thread = _Thread()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Torch's operations inside run in one thread.
@@ -27,13 +45,13 @@ def one_thread() -> Iterator[None]:
         >>> with one_thread():
         ...     w = decode_rows(...)
     """
-    if _pool.get() is not None:  # inside already
+    if _pool.get() is not None or _thread.is_ours:  # inside already
         yield
         return
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count) as pool:
+        with ThreadPoolExecutor(count, initializer=_thread.become_ours) as pool:
             token = _pool.set(pool)
             try:
                 yield
@@ -46,6 +64,8 @@ def one_thread() -> Iterator[None]:
 def for_each_piece(function: Callable[[Piece], None], pieces: Iterable[Piece]) -> None:
     """Calls a function with each piece, in as many threads as torch has outside of `one_thread`.
 
+    Inside of a piece, smaller pieces are done one after another.
+
     Args:
         function: does a piece; releases Python's lock in its operations, and writes nothing that another
             piece reads or writes.
@@ -54,6 +74,10 @@ def for_each_piece(function: Callable[[Piece], None], pieces: Iterable[Piece]) -
     Raises:
         Exception: the first that ``function`` raised, in the order of the pieces.
     """
+    if _thread.is_ours:
+        for piece in pieces:
+            function(piece)
+        return
     with one_thread():
         pool = _pool.get()
         assert pool is not None, "one_thread sets it"

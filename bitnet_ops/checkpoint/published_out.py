@@ -2,16 +2,19 @@
 
 There are two forms; what the model has decides, and nothing is rounded in either.
 
-*Ternary*, drawn in hf.py, for models of 8-bit activations and one scale a matrix: two bits a weight, and
-"quantization_config". Matrices whose rows cannot be packed by four have float weights of -1, 0, 1. The linear
-class is "autobitlinear", which stores the scale itself. That class multiplies biases by the scale; where a
-model has biases that are no such products, it is "bitlinear", which stores the reciprocal of the scale.
+*Ternary*, drawn in hf.py, for models that were trained with 8-bit activations and one scale a matrix: two
+bits a weight, and "quantization_config". Matrices whose rows cannot be packed by four have float weights of
+-1, 0, 1. The linear class is "autobitlinear", which stores the scale itself. That class multiplies biases by
+the scale; where a model has biases that are no such products, it is "bitlinear", which stores the reciprocal
+of the scale.
 
 *Unpacked*, for models of float activations, whose scales may be those of rows or groups: float weights of
--s, 0 and s in an ordinary checkpoint of the family.
+-s, 0 and s in an ordinary checkpoint of the family. It has no field for the width of activations, so that a
+model loads with 16 bits again, whatever it was loaded with here.
 
-All floats have the dtype of the model's embedding if that holds all numbers exactly, otherwise float32. Only
-scales of their own are float32 always.
+All floats have the dtype of the model's embedding if that holds all numbers exactly, otherwise float32. A
+ternary embedding has none: then it is the first of bfloat16, float16 and float32 that does. Only scales of
+their own are float32 always.
 """
 
 import json
@@ -27,7 +30,7 @@ from tqdm import tqdm
 
 from .. import families
 from ..families import Family
-from ..layers.linear import BitLinear
+from ..layers.matrix import TernaryMatrix
 from ..layers.norm import RMSNorm
 from .config_json import published_json
 from .draft import folder_draft
@@ -87,7 +90,7 @@ def save_published(model: "LanguageModel", folder: str | os.PathLike[str]) -> st
     """
     projections = check_saveable(model, "save_published")
     try:
-        if model.config.activation_bits == 8:
+        if model.config.activation_bits == 8 and model.config.group_size == 0:
             quantization, dtype, tensors = _ternary(model, projections)
         else:
             quantization, dtype, tensors = _unpacked(model, projections)
@@ -130,7 +133,7 @@ _Form = tuple[dict[str, Any] | None, torch.dtype, dict[str, _Lazy]]
 """What "quantization_config" says, the dtype of the model, and its tensors."""
 
 
-def _ternary(model: "LanguageModel", projections: dict[str, BitLinear]) -> _Form:
+def _ternary(model: "LanguageModel", projections: dict[str, TernaryMatrix]) -> _Form:
     family = families.family_to_write(model.config)
     scales = {name: _one_scale(name, layer) for name, layer in projections.items()}
     linear_class, numbers = _linear_class(projections, scales)
@@ -147,7 +150,7 @@ def _ternary(model: "LanguageModel", projections: dict[str, BitLinear]) -> _Form
     return {"quant_method": "bitnet", **mode, "modules_to_not_convert": ["lm_head"]}, dtype, tensors
 
 
-def _ternary_weight(layer: BitLinear, dtype: torch.dtype, linear_class: str, name: str) -> _Lazy:
+def _ternary_weight(layer: TernaryMatrix, dtype: torch.dtype, linear_class: str, name: str) -> _Lazy:
     rows, inputs = layer.out_features, layer.in_features
     if rows % WEIGHTS_PER_BYTE == 0:
         return _Lazy(
@@ -161,7 +164,7 @@ def _ternary_weight(layer: BitLinear, dtype: torch.dtype, linear_class: str, nam
     return _Lazy((rows, inputs), dtype, lambda: layer.unpack().to(dtype))
 
 
-def _one_scale(name: str, layer: BitLinear) -> Tensor:
+def _one_scale(name: str, layer: TernaryMatrix) -> Tensor:
     """The scale of the whole matrix, float32 [1]."""
     scale = layer.weight_scale.reshape(-1)
     if layer.group_size or not bool((scale == scale[0]).all()):
@@ -174,7 +177,7 @@ def _one_scale(name: str, layer: BitLinear) -> Tensor:
 
 
 def _linear_class(
-    projections: dict[str, BitLinear], scales: dict[str, Tensor]
+    projections: dict[str, TernaryMatrix], scales: dict[str, Tensor]
 ) -> tuple[str, dict[str, tuple[Tensor, Tensor | None]]]:
     """The linear class that holds scales and biases exactly, with the numbers to store."""
     numbers: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -211,7 +214,7 @@ def _solve(first: Tensor, f: Callable[[Tensor], Tensor], wanted: Tensor) -> Tens
     return found if torch.equal(f(found), wanted) else None
 
 
-def _unpacked(model: "LanguageModel", projections: dict[str, BitLinear]) -> _Form:
+def _unpacked(model: "LanguageModel", projections: dict[str, TernaryMatrix]) -> _Form:
     if model.config.projection_norms:
         raise ValueError("float weights with norms inside the projections: no class in transformers has them")
     family = families.family_to_write(model.config)
@@ -231,28 +234,27 @@ def _unpacked(model: "LanguageModel", projections: dict[str, BitLinear]) -> _For
     return None, dtype, tensors
 
 
-def _unpacked_weight(layer: BitLinear, dtype: torch.dtype) -> Tensor:
-    """The weights times their scales, [N, K]: -s, 0 and s."""
-    if layer.group_size:
-        scale = layer.weight_scale.repeat_interleave(layer.group_size, 0)[: layer.in_features].T
-    else:
-        scale = layer.weight_scale.unsqueeze(1)
-    return (layer.unpack() * scale).to(dtype)
+def _unpacked_weight(layer: TernaryMatrix, dtype: torch.dtype) -> Tensor:
+    """-s, 0 and s, [N, K]."""
+    return layer.dense().to(dtype)
 
 
-def _numbers(layer: BitLinear) -> list[Tensor]:
+def _numbers(layer: TernaryMatrix) -> list[Tensor]:
     return [layer.weight_scale] if layer.bias is None else [layer.weight_scale, layer.bias]
 
 
 def _dtype_of(model: "LanguageModel", more: list[Tensor]) -> torch.dtype:
-    """The one dtype of a file's floats: that of the embedding if it holds them all exactly, or float32.
+    """The one dtype of a file's floats, as the top of this page says.
 
     One for all, because transformers leaves tensors beside quantised ones in the dtypes of the file, and a
     model of several does not run.
     """
-    own = model.model.embed_tokens.weight.dtype
-    exact = all(bool((tensor.to(own) == tensor).all()) for tensor in (*model.parameters(), *more))
-    return own if exact else torch.float32
+    weight = getattr(model.model.embed_tokens, "weight", None)
+    numbers = (*model.parameters(), *more)
+    for dtype in (torch.bfloat16, torch.float16) if weight is None else (weight.dtype,):
+        if all(bool((tensor.to(dtype) == tensor).all()) for tensor in numbers):
+            return dtype
+    return torch.float32
 
 
 def _others(model: "LanguageModel", family: Family, dtype: torch.dtype) -> Iterator[tuple[str, _Lazy]]:

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..layers.linear import BitLinear, BitLinearQAT
+from ..layers.linear import BitLinearQAT
+from ..layers.matrix import TernaryMatrix
 from .tensor_source import FLOAT_DTYPES, TORCH_DTYPE
+from .weights import tables
 
 if TYPE_CHECKING:
     from ..decoder.config import DecoderConfig
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 FLOATS = tuple(TORCH_DTYPE[name] for name in FLOAT_DTYPES)
 
 
-def check_saveable(model: "LanguageModel", caller: str) -> dict[str, BitLinear]:
+def check_saveable(model: "LanguageModel", caller: str) -> dict[str, TernaryMatrix]:
     """Checks that a model is packed, and everywhere as its configuration says.
 
     Args:
@@ -22,12 +24,13 @@ def check_saveable(model: "LanguageModel", caller: str) -> dict[str, BitLinear]:
         caller: the function that writes, for errors.
 
     Returns:
-        The projections by the names of their modules.
+        The projections, and ternary embedding and head, by the names of their modules.
 
     Raises:
         ValueError: the model has `BitLinearQAT` or other float projections, or a dtype that no checkpoint
             has, or a projection that is not as ``model.config`` says.
     """
+    _check_tables(model, caller)
     projections = {}
     for name, module in model.named_modules():
         if name != "lm_head" and isinstance(module, torch.nn.Linear):
@@ -36,7 +39,7 @@ def check_saveable(model: "LanguageModel", caller: str) -> dict[str, BitLinear]:
                 f"{caller}: model: expected BitLinear projections, got {type(module).__name__} at "
                 f"{name!r}{hint}"
             )
-        if isinstance(module, BitLinear):
+        if isinstance(module, TernaryMatrix):
             _check_is_as_configured(model.config, name, module, caller)
             projections[name] = module
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -48,10 +51,24 @@ def check_saveable(model: "LanguageModel", caller: str) -> dict[str, BitLinear]:
     return projections
 
 
-def _check_is_as_configured(config: "DecoderConfig", name: str, layer: BitLinear, caller: str) -> None:
+def _check_tables(model: "LanguageModel", caller: str) -> None:
+    for field, name in tables(model.config).items():
+        ternary, expected = isinstance(model.get_submodule(name), TernaryMatrix), getattr(model.config, field)
+        if ternary != expected:
+            kinds = {True: "ternary numbers", False: "floats"}
+            raise ValueError(
+                f"{caller}: model: expected {kinds[expected]} at {name!r}, as model.config.{field} says, "
+                f"got {kinds[ternary]}"
+            )
+
+
+def _check_is_as_configured(config: "DecoderConfig", name: str, layer: TernaryMatrix, caller: str) -> None:
     """A file says it once for all projections, so that one of another kind would be lost."""
     part = name.removesuffix(".linear").rpartition(".")[2]
-    if part == "o_proj":
+    bias: bool | None
+    if name in tables(config).values():
+        bias = False
+    elif part == "o_proj":
         bias = config.attention_output_bias
     else:
         bias = config.attention_bias if part in ("q_proj", "k_proj", "v_proj") else config.mlp_bias

@@ -17,8 +17,14 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..layers.memory import HugePages
 from .errors import CheckpointError
 from .mapped_file import MappedFile
+from .pieces import for_each_piece
+from .read_at import read_at
+
+PIECE_BYTES = 8 << 20
+"""What a thread reads at a time of a large tensor: whole pages of 2 MB, so that few are waited for by two."""
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 """The float types that a checkpoint may use, by their safetensors names."""
@@ -60,6 +66,7 @@ class TensorSource(AbstractContextManager["TensorSource"]):
     Attributes:
         tensors: what the headers say, by tensor name.
         total_bytes: size of all the files.
+        map_all: give mapped tensors, if any, also for those that every token reads.
     """
 
     def __init__(self, *, mmap: bool) -> None:
@@ -71,6 +78,7 @@ class TensorSource(AbstractContextManager["TensorSource"]):
         self.tensors: dict[str, StoredTensor] = {}
         self.total_bytes = 0
         self._mmap = mmap
+        self.map_all = False
         self._descriptors: dict[Path, int] = {}
         self._mappings: dict[Path, MappedFile] = {}
         self._stack = ExitStack()
@@ -124,6 +132,14 @@ class TensorSource(AbstractContextManager["TensorSource"]):
         except ValueError as error:  # the file shrank since its header was checked
             raise self.error(name, "readable data", f"{error}") from None
 
+    def tensor_of_every_token(self, name: str, memory: HugePages) -> Tensor:
+        """A tensor's data, for one that every token reads as a whole: in 2 MB pages, unless mapped.
+
+        A file's pages are mostly small ones, and reading from them takes longer (bench/LOG.md). So it is
+        mapped only where somebody asked for that.
+        """
+        return self.tensor(name) if self.map_all else self.read(name, memory.empty)
+
     def forget(self, tensor: Tensor) -> None:
         """Takes an unchanged tensor's pages out of memory until they are needed; see `MappedFile`."""
         for mapping in self._mappings.values():
@@ -148,13 +164,23 @@ class TensorSource(AbstractContextManager["TensorSource"]):
     def _fill(self, out: Tensor, name: str, begin: int) -> None:
         """Reads a tensor's bytes from ``begin`` on until ``out`` is full."""
         stored, room = self.tensors[name], tensor_bytes(out)
-        done = 0
-        try:
-            while done < len(room):
-                count = os.preadv(self._descriptors[stored.file], [room[done:]], stored.offset + begin + done)
+        descriptor, offset = self._descriptors[stored.file], stored.offset + begin
+
+        def fill(done: int) -> None:
+            end = min(done + PIECE_BYTES, len(room))
+            while done < end:
+                count = read_at(descriptor, offset + done, room[done:end])
                 if count == 0:
                     raise OSError("the file ends before the tensor does")
                 done += count
+
+        pieces = range(0, len(room), PIECE_BYTES)
+        try:
+            if len(pieces) > 1:
+                # One thread alone is slower than the memory: most of its time it clears and copies pages.
+                for_each_piece(fill, pieces)
+            else:
+                fill(0)
         except OSError as error:  # the file shrank, or the disk failed, since it was opened
             raise self.error(name, "readable data", f"{error}") from None
 
@@ -163,12 +189,13 @@ class TensorSource(AbstractContextManager["TensorSource"]):
         stored = self.tensors[name]
         count = min(count, stored.nbytes - begin)
         try:
-            data = os.pread(self._descriptors[stored.file], count, stored.offset + begin)
+            data = bytearray(count)
+            done = read_at(self._descriptors[stored.file], stored.offset + begin, memoryview(data))
         except OSError as error:
             raise self.error(name, "readable data", f"{error}") from None
-        if len(data) < count:
+        if done < count:
             raise self.error(name, "readable data", "a file that ends before the tensor does")
-        return data
+        return bytes(data)
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype = self.tensors[name].dtype

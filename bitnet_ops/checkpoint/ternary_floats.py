@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..decoder.config import DecoderConfig
-from ..layers.linear import BitLinear
+from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages
 from .errors import CheckpointError
 from .group_sizes import FINEST, FittingSizes, merge_scales
@@ -38,6 +38,7 @@ from .weights import (
     pack_rows,
     projection_shapes,
     read_bias,
+    tables,
 )
 
 ACTIVATION_BITS = 16
@@ -135,7 +136,7 @@ class TernaryFloats(WeightReader):
     """Reads projections whose float weights are ternary already."""
 
     def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
-        """Looks at all projections: sets ``group_size``, and ``activation_bits`` to 16.
+        """Looks at all matrices: sets ``group_size``, ``activation_bits`` = 16, and which tables are ternary.
 
         Raises:
             CheckpointError: a projection is not ternary, missing, or of another shape or dtype.
@@ -152,21 +153,40 @@ class TernaryFloats(WeightReader):
                     sizes.see(group_scales(x))
                 except NotTernary as error:
                     raise not_ternary(files, name, begin, error) from None
-        return config.replace(activation_bits=ACTIVATION_BITS, group_size=sizes.coarsest)
+        fields = {}
+        for field, module in tables(config).items():
+            name = f"{self.stored_name(module)}.weight"
+            files.expect(name, FLOAT_DTYPES, (config.vocab_size, config.hidden_size))
+            of_table = _sizes_of_table(files, name)
+            if of_table is not None:
+                fields[field] = True
+                sizes.join(of_table)
+        return config.replace(activation_bits=ACTIVATION_BITS, group_size=sizes.coarsest, **fields)
 
-    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+    def check_projection(self, files: TensorSource, name: str, layer: TernaryMatrix) -> list[str]:
         """Checks the headers of a projection's tensors; see `WeightReader`."""
         files.expect(f"{name}.weight", FLOAT_DTYPES, (layer.out_features, layer.in_features))
         return [f"{name}.weight", *check_bias(files, name, layer)]
 
     def read_projection(
-        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+        self, files: TensorSource, name: str, layer: TernaryMatrix, memory: HugePages
     ) -> Projection:
         """Takes a projection that `check_projection` has passed apart."""
         return read_floats(files, name, layer, memory)
 
 
-def read_floats(files: TensorSource, name: str, layer: BitLinear, memory: HugePages) -> Projection:
+def _sizes_of_table(files: TensorSource, name: str) -> FittingSizes | None:
+    """The groups of an embedding or a head; None where its numbers are not ternary."""
+    sizes = FittingSizes()
+    for _, x in _chunks(files, name, 0, files.tensors[name].shape[0]):
+        try:
+            sizes.see(group_scales(x))
+        except NotTernary:
+            return None
+    return sizes
+
+
+def read_floats(files: TensorSource, name: str, layer: TernaryMatrix, memory: HugePages) -> Projection:
     """A projection out of a float tensor [N, K] with ternary values, some rows at a time.
 
     Args:

@@ -5,6 +5,7 @@ All three are optional. They are read before the weights, so that a mistake in t
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,33 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
         return None
     try:
         # from_buffer says ValueError to a damaged file, from_file a bare Exception.
-        tokenizer = Tokenizer.from_buffer(read_bytes(file, MAX_TOKENIZER_BYTES))
+        data = read_bytes(file, MAX_TOKENIZER_BYTES)
+        tokenizer = Tokenizer.from_buffer(data)
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError.at(file, "file", "a tokenizer of the tokenizers library", f"{error}") from None
+    if _ids_are_below(vocab_size, tokenizer, data):
+        return tokenizer
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise CheckpointError.at(file, "token ids", f"ids below vocab_size = {vocab_size}", f"{largest}")
     return tokenizer
+
+
+def _ids_are_below(vocab_size: int, tokenizer: Tokenizer, data: bytes) -> bool:
+    """Whether it is clear from the text of a tokenizer.json that all ids are below a number.
+
+    Where it is not, the vocabulary has to tell, which takes as long as reading the file did. The ids of a
+    vocabulary either count its entries, or are written behind colons.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    if max(tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, -1) >= vocab_size:
+        return False
+    digits = str(vocab_size).encode()
+    # An integer in JSON has no zeros in front, so what is longer is larger.
+    numbers = re.finditer(rb":\s*([0-9]{%d,})" % len(digits), data)
+    return all(len(number[1]) == len(digits) and number[1] < digits for number in numbers)
 
 
 def load_chat_template(folder: Path) -> str | None:

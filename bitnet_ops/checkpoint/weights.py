@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import ops, packing
 from ..decoder.config import DecoderConfig
 from ..families import Family
-from ..layers.linear import BitLinear, best_layout
+from ..layers.linear import best_layout
+from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages
 from ..layers.norm import RMSNorm
 from .pieces import for_each_piece
@@ -51,12 +52,30 @@ def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def tables(config: DecoderConfig) -> dict[str, str]:
+    """The modules of embedding and, where it is another matrix, head, by the fields that say if ternary."""
+    head = {} if config.tie_word_embeddings else {"ternary_head": "lm_head"}
+    return {"ternary_embedding": "model.embed_tokens", **head}
+
+
+def may_have_ternary_tables(config: DecoderConfig) -> bool:
+    """Whether tables with ternary numbers are kept so, which makes the head's activations integers.
+
+    They are in models that were trained with float activations. In others, whose projections have integers,
+    the head still was trained with floats.
+
+    Args:
+        config: with the group size of its projections.
+    """
+    return config.activation_bits == 16 or config.group_size != 0
+
+
 Rows = Callable[[int, int], Tensor]
 """Gives the rows from the first number to the second of a matrix: int8 [rows, K] in {-1, 0, 1}."""
 
 
 class Projection(NamedTuple):
-    """What a `BitLinear` holds, under the names of its attributes."""
+    """What a `TernaryMatrix` holds, under the names of its attributes."""
 
     packed_weight: Tensor
     layout: str
@@ -75,10 +94,12 @@ class WeightReader:
         family: says what modules are called.
         is_bare: whether the files leave out `BODY_PREFIX`; see body.py.
         in_pieces: whether weights are read in pieces that stay in a core's cache; see pieces.py.
+        side_by_side: whether several projections may be read at the same time, each in a thread.
         maps_files: whether its files may be mapped where the user does not say: nobody changes them in place.
     """
 
     in_pieces: ClassVar[bool] = True
+    side_by_side: ClassVar[bool] = False
     maps_files: ClassVar[bool] = False
 
     def __init__(self, family: Family) -> None:
@@ -110,8 +131,8 @@ class WeightReader:
         """
         return [name for name in files.tensors if name.endswith(".self_attn.rotary_emb.inv_freq")]
 
-    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
-        """Checks the headers of a ternary projection's tensors.
+    def check_projection(self, files: TensorSource, name: str, layer: TernaryMatrix) -> list[str]:
+        """Checks the headers of the tensors of a ternary projection, or of a ternary embedding or head.
 
         Args:
             files: where they lie.
@@ -127,7 +148,7 @@ class WeightReader:
         raise NotImplementedError
 
     def read_projection(
-        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+        self, files: TensorSource, name: str, layer: TernaryMatrix, memory: HugePages
     ) -> Projection:
         """Gets a projection that `check_projection` has passed, in ``memory`` where it is not used in files.
 
@@ -168,7 +189,7 @@ class WeightReader:
         return weight + offset if offset else weight
 
 
-def check_bias(files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+def check_bias(files: TensorSource, name: str, layer: TernaryMatrix) -> list[str]:
     """Checks the header of a projection's bias; its name, or nothing where it has none."""
     if layer.bias is None:
         return []
@@ -188,7 +209,7 @@ def read_bias(
     return bias
 
 
-def pack_rows(rows: Rows, layer: BitLinear, memory: HugePages) -> tuple[Tensor, str]:
+def pack_rows(rows: Rows, layer: TernaryMatrix, memory: HugePages) -> tuple[Tensor, str]:
     """Packs a matrix some rows at a time, so that it need not be there unpacked as a whole.
 
     Args:
@@ -199,7 +220,7 @@ def pack_rows(rows: Rows, layer: BitLinear, memory: HugePages) -> tuple[Tensor, 
     Returns:
         What `ops.pack_ternary` gives for all of it, and the layout: the best one here for such a layer.
     """
-    layout = "tile16" if layer.group_size else best_layout()
+    layout = best_layout() if best_layout() in layer.layouts else "tile16"
     packed = memory.empty(packing.packed_shape(layer.out_features, layer.in_features, layout), torch.uint8)
 
     def pack(begin: int) -> None:

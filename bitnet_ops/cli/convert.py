@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .errors import expected_errors
+from .options import ACTIVATION_BITS_OPTION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,7 @@ GGUF_SUFFIX = ".gguf"
     help="packed: UTF-8 text on which the use of the weights is measured.  "
     "[default: a short one in the package]",
 )
+@ACTIVATION_BITS_OPTION
 @click.option(
     "--layout",
     type=click.Choice(["tile16", "tile16_base3"]),
@@ -62,13 +64,14 @@ GGUF_SUFFIX = ".gguf"
 @click.option(
     "--head",
     type=click.Choice(["f16", "q8_0", "q6_k", "bf16", "f32"]),
-    help="gguf: type of embedding and head.  [default: f16]",
+    help="gguf: type of embedding and head.  [default: f16; of ternary ones as --type]",
 )
 def convert(
     source: str,
     target: Path,
     to: str | None,
     text: Path | None,
+    activation_bits: int | None,
     layout: str | None,
     type_: str | None,
     head: str | None,
@@ -94,7 +97,8 @@ def convert(
       q2_0   2.25  64 inputs, row   64 divides      llama.cpp since July 2026, bitnet-ops
 
     Only bitnet.cpp knows the architecture of BitNet b1.58 2B4T. --head is for embedding and head, which it
-    rounds: f16 hardly (bf16 and f32 keep what is stored so), q8_0 to 8.5 bits a weight, q6_k to 6.6.
+    rounds: f16 hardly (bf16 and f32 keep what is stored so), q8_0 to 8.5 bits a weight, q6_k to 6.6. Without
+    it, those of a model where they are ternary are written as the other ternary weights.
 
     --to safetensors makes a folder in the layout that is published on the Hugging Face hub, which
     transformers loads: packed weights and "bitnet" quantisation for models of 8-bit activations, otherwise
@@ -119,15 +123,19 @@ def convert(
     ):
         if value is not None and to != wanted:
             raise click.UsageError(f"{option} has no effect with --to {to}")
+    if activation_bits is not None and to == "safetensors":
+        raise click.UsageError(
+            "--activation-bits has no effect with --to safetensors, which has no field for it"
+        )
     if layout is not None and text is not None:
         raise click.UsageError("--text has no effect with --layout, which measures nothing")
     _check_place(target, to)
     from ..model import from_pretrained
 
     with expected_errors():
-        model = from_pretrained(source)
+        model = from_pretrained(source, activation_bits=activation_bits)
         if to == "gguf":
-            _to_gguf(model, target, type_, head or "f16", Path(source).name.removesuffix(GGUF_SUFFIX))
+            _to_gguf(model, target, type_, head, Path(source).name.removesuffix(GGUF_SUFFIX))
         elif to == "safetensors":
             _to_published(model, target)
         else:
@@ -142,11 +150,14 @@ def _check_place(target: Path, to: str) -> None:
         raise click.UsageError(f"--to {to} needs the name of a folder, and {target} is a file")
 
 
-def _to_gguf(model: BitNet, target: Path, type_: str | None, head: str, name: str) -> None:
+def _to_gguf(model: BitNet, target: Path, type_: str | None, head: str | None, name: str) -> None:
     from ..checkpoint import save_gguf
+    from ..checkpoint.gguf.export import DEFAULT_HEAD
 
     chosen = save_gguf(model, target, type=type_, head=head, name=name)
-    click.echo(f"{target}: {chosen}, head {head}; {target.stat().st_size / 1e6:,.0f} MB")
+    ternary = head is None and model.config.ternary_head
+    form = chosen if ternary else head or DEFAULT_HEAD
+    click.echo(f"{target}: {chosen}, head {form}; {target.stat().st_size / 1e6:,.0f} MB")
 
 
 def _to_published(model: BitNet, target: Path) -> None:

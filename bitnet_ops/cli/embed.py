@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .errors import expected_errors
-from .options import MODEL_OPTION, THREADS_OPTION, load_model
+from .options import ACTIVATION_BITS_OPTION, MODEL_OPTION, THREADS_OPTION, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +62,7 @@ FORMATS = (".safetensors", ".npy", ".jsonl")
     default="-",
     help='Where vectors go: .safetensors, .npy, or .jsonl; "-" is stdout.  [default: -]',
 )
+@ACTIVATION_BITS_OPTION
 @THREADS_OPTION
 def embed(
     texts: tuple[str, ...],
@@ -75,6 +76,7 @@ def embed(
     max_length: int | None,
     batch_size: int,
     out: str,
+    activation_bits: int | None,
     threads: int | None,
 ) -> None:
     """Make a vector of each TEXT, or of each line of a file.
@@ -102,7 +104,7 @@ def embed(
         raise click.UsageError(f"--out: expected a name in {', '.join(FORMATS)}, got {out!r}")
     with expected_errors():
         given = list(texts) if file is None else lines(file)
-        model = load_model(source, threads)
+        model = load_model(source, threads, activation_bits)
         try:
             vectors = model.embed(
                 given,

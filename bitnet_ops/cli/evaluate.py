@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .errors import expected_errors
-from .options import MODEL_OPTION, THREADS_OPTION, load_model
+from .options import ACTIVATION_BITS_OPTION, MODEL_OPTION, THREADS_OPTION, load_model
 
 
 @click.command("eval")
@@ -32,9 +32,15 @@ from .options import MODEL_OPTION, THREADS_OPTION, load_model
     type=click.IntRange(min=1),
     help="Tokens by which the window moves; smaller is slower and better.  [default: half the context]",
 )
+@ACTIVATION_BITS_OPTION
 @THREADS_OPTION
 def evaluate(
-    source: str | None, file: Path, context: int | None, stride: int | None, threads: int | None
+    source: str | None,
+    file: Path,
+    context: int | None,
+    stride: int | None,
+    activation_bits: int | None,
+    threads: int | None,
 ) -> None:
     """Measure how well a model predicts a text.
 
@@ -52,7 +58,7 @@ def evaluate(
 
     with expected_errors():
         text = read_text(file)
-        model = load_model(source, threads)
+        model = load_model(source, threads, activation_bits)
         try:
             loss = perplexity(model, text, context=context, stride=stride, progress=True)
         except KeyboardInterrupt:

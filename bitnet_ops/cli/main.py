@@ -6,8 +6,11 @@ Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 broken o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
+import io
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +23,15 @@ from .convert import convert
 from .embed import embed
 from .errors import expected_errors
 from .evaluate import evaluate
-from .options import MODEL_OPTION, THREADS_OPTION, load_model
+from .options import ACTIVATION_BITS_OPTION, MODEL_OPTION, THREADS_OPTION, load_model
+from .serve import serve
 from .train import train
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..checkpoint.memory_report import MemoryReport
+    from ..decoder.config import DecoderConfig
     from ..generation.chat import ChatSession, Continuation
     from ..generation.mixin import TextStream
     from ..generation.settings import GenerationArguments
@@ -124,6 +132,7 @@ def commands() -> None:
       bitnet-ops convert bitnet-b1.58-2B-4T bitnet-here
       bitnet-ops eval --model bitnet-here --text novel.txt
       bitnet-ops embed --model bitnet-embedding-0.6b --file lines.txt --out lines.safetensors
+      bitnet-ops serve --model microsoft/bitnet-b1.58-2B-4T
       bitnet-ops info
 
     `bitnet-ops COMMAND --help` says more.
@@ -143,6 +152,7 @@ def commands() -> None:
 @click.option(
     "--echo/--no-echo", default=True, help="Print the prompt before its continuation.", show_default=True
 )
+@ACTIVATION_BITS_OPTION
 @THREADS_OPTION
 def generate(
     prompt: str,
@@ -150,6 +160,7 @@ def generate(
     max_new_tokens: int | None,
     arguments: GenerationArguments,
     echo: bool,
+    activation_bits: int | None,
     threads: int | None,
 ) -> None:
     """Continue PROMPT; "-" reads it from stdin.
@@ -168,7 +179,7 @@ def generate(
         if prompt == "-":
             # The line break that an editor or `echo` puts at the end is not meant as part of the text.
             prompt = sys.stdin.buffer.read().decode().removesuffix("\n")
-        model = load_model(source, threads)
+        model = load_model(source, threads, activation_bits)
         ids = model.encode(prompt)["input_ids"]
         room = model.config.max_position_embeddings - ids.shape[1]
         arguments["max_new_tokens"] = max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
@@ -194,12 +205,14 @@ def generate(
     help=f"Longest answer.  [default: up to the end of the context; {DEFAULT_NEW_TOKENS} without a template]",
 )
 @generation_options
+@ACTIVATION_BITS_OPTION
 @THREADS_OPTION
 def chat(
     source: str | None,
     system: str | None,
     max_new_tokens: int | None,
     arguments: GenerationArguments,
+    activation_bits: int | None,
     threads: int | None,
 ) -> None:
     """Talk with a model.
@@ -218,7 +231,7 @@ def chat(
     from ..generation.chat import ChatSession, Continuation
 
     with expected_errors():
-        model = load_model(source, threads)
+        model = load_model(source, threads, activation_bits)
         session: ChatSession | Continuation
         if model.chat_template is not None:
             session = ChatSession(model, system)
@@ -246,21 +259,42 @@ def chat(
 
 @commands.command()
 @MODEL_OPTION
+@ACTIVATION_BITS_OPTION
+@click.option(
+    "--context",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Tokens of prompt and text, for the cache.  [default: 512, less where the model has less]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; memory is in bytes.")
 @THREADS_OPTION
-def info(source: str | None, threads: int | None) -> None:
-    """Show versions, instruction sets, threads, and facts about a model.
+def info(
+    source: str | None,
+    activation_bits: int | None,
+    context: int | None,
+    as_json: bool,
+    threads: int | None,
+) -> None:
+    """Show versions, instruction sets, threads, facts about a model, and what it takes in memory.
+
+    The memory is that of a process that generates text. It is computed from the headers of the files.
 
     \b
     Examples:
       bitnet-ops info
+      bitnet-ops info --model bitnet-b1.58-2B-4T --context 4096 --json
       BITNET_OPS_ISA=avx2 bitnet-ops info --model bitnet-b1.58-2B-4T
     """  # noqa: D301, click wants the character
     import torch
 
+    from ..checkpoint.memory_report import memory_report
     from ..isa import isa, supported_isas
 
     with expected_errors():
-        model = load_model(source, threads) if source is not None or DEFAULT_MODEL.is_dir() else None
+        there = source is not None or DEFAULT_MODEL.is_dir()
+        # Before the model is loaded, which would count as the program's own memory.
+        memory = memory_report(source or DEFAULT_MODEL, context) if there else None
+        model = load_model(source, threads, activation_bits) if there else None
         facts = {
             "bitnet-ops": importlib.metadata.version("bitnet_ops"),
             "torch": torch.__version__,
@@ -270,11 +304,18 @@ def info(source: str | None, threads: int | None) -> None:
         }
         if model is not None:
             facts |= {"model": str(source or DEFAULT_MODEL), **model_facts(model)}
+    if as_json:
+        bytes_ = None if memory is None else {**dataclasses.asdict(memory), "total": memory.total}
+        click.echo(json.dumps({**facts, "memory": bytes_}, indent=2))
+        return
+    if memory is not None:
+        facts |= memory_facts(memory)
     width = max(map(len, facts))
     for name, fact in facts.items():
         click.echo(f"{name:<{width}}  {fact}")
 
 
+commands.add_command(serve)
 commands.add_command(train)
 commands.add_command(convert)
 commands.add_command(embed)
@@ -283,12 +324,12 @@ commands.add_command(evaluate)
 
 def model_facts(model: BitNet) -> dict[str, str]:
     """Sizes of a model, in words."""
-    from ..layers.linear import BitLinear
+    from ..layers.matrix import TernaryMatrix
 
     config = model.config
-    projections = [module for module in model.modules() if isinstance(module, BitLinear)]
-    ternary = sum(layer.in_features * layer.out_features for layer in projections)
-    packed_bytes = sum(layer.packed_weight.nbytes for layer in projections)
+    matrices = [module for module in model.modules() if isinstance(module, TernaryMatrix)]
+    ternary = sum(matrix.in_features * matrix.out_features for matrix in matrices)
+    packed_bytes = sum(matrix.packed_weight.nbytes for matrix in matrices)
     others = sum(parameter.numel() for parameter in model.parameters())  # packed weights are buffers
     all_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     eos = ", ".join(map(str, config.eos_token_ids)) or "none"
@@ -301,12 +342,43 @@ def model_facts(model: BitNet) -> dict[str, str]:
         "vocabulary": f"{config.vocab_size} tokens; end of text: {eos}",
         "parameters": f"{ternary + others:,}, of these ternary {ternary:,}",
         "bits per ternary weight": f"{8 * packed_bytes / ternary:.2f}" if ternary else "no packed layer",
-        "embedding": f"{str(model.head_weight.dtype).removeprefix('torch.')}, "
+        "activations": f"{config.activation_bits} bits, a scale for each {_scaled_inputs(config)}",
+        "embedding": f"{_kind(model.model.embed_tokens)}, "
         + ("shared with the head" if config.tie_word_embeddings else "apart from the head"),
         "bytes in memory": f"{all_bytes:,}, of these ternary {packed_bytes:,}",
         "tokenizer": "none" if model.tokenizer is None else f"{model.tokenizer.get_vocab_size()} entries",
         "chat template": "no" if model.chat_template is None else "yes",
     }
+
+
+def _scaled_inputs(config: DecoderConfig) -> str:
+    """What shares a scale of activations."""
+    return f"{config.group_size} inputs" if config.group_size and config.activation_bits == 8 else "token"
+
+
+def _kind(matrix: nn.Module) -> str:
+    """What the numbers of an embedding are."""
+    weight = getattr(matrix, "weight", None)
+    return "ternary" if weight is None else str(weight.dtype).removeprefix("torch.")
+
+
+def memory_facts(memory: MemoryReport) -> dict[str, str]:
+    """What takes how much, in words."""
+    parts = {
+        "weights": memory.weights,
+        "copy of the head": memory.head_copy,
+        "embedding and head": memory.table,
+        f"cache, {memory.context} tokens": memory.cache,
+        "activations": memory.activations,
+        "tokenizer": memory.tokenizer,
+        "Python and torch": memory.program,
+        "at its peak": memory.total,
+    }
+    facts = {f"memory, {name}": f"{size / 2**20:,.0f} MiB" for name, size in parts.items()}
+    if memory.table_in_file:
+        in_file = f"rows are read from the file ({memory.table_in_file / 2**20:,.0f} MiB)"
+        facts["memory, embedding and head"] = f"0 MiB: {in_file}"
+    return facts
 
 
 def show(pieces: Iterator[str]) -> None:
@@ -365,6 +437,10 @@ def main() -> NoReturn:
     if hasattr(signal, "SIGPIPE"):
         # Like other tools: when `| head` has seen enough, end without a word.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        # A model may write letters that a code page of Windows has not: better "?" than an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = commands.main(prog_name="bitnet-ops", standalone_mode=False)
     except click.ClickException as error:

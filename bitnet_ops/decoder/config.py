@@ -51,6 +51,9 @@ class DecoderConfig:
         mlp_bias: a bias in ``gate_proj``, ``up_proj``, ``down_proj``.
         activation_bits: 8, or 16 for models that were not trained with 8-bit activations.
         group_size: 0 for one weight scale a row; 64, 128 or 256 inputs that share one.
+        ternary_embedding: whether the embedding is ternary, with scales of such groups.
+        ternary_head: likewise the head, which multiplies with ``activation_bits``; where it is the embedding,
+            None or the same.
         rope_theta: base of the rotary embedding's wavelengths.
         rope_scaling: how they are stretched, or None.
         local_rope_theta: base in local layers; None for ``rope_theta``. Not stretched.
@@ -88,6 +91,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     activation_bits: int = 8
     group_size: int = 0
+    ternary_embedding: bool = False
+    ternary_head: bool = None  # type: ignore[assignment]  # likewise
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None
@@ -138,6 +143,8 @@ class DecoderConfig:
             check_number(self, name, 0.0, 1e6, above=True)
         if self.attention_output_bias is None:
             self._set(attention_output_bias=self.attention_bias)
+        if self.ternary_head is None:
+            self._set(ternary_head=self.tie_word_embeddings and self.ternary_embedding)
         for field in dataclasses.fields(self):
             if field.type in (bool, bool | None) and not isinstance(getattr(self, field.name), bool):
                 self._refuse(field.name, "true or false")
@@ -148,6 +155,11 @@ class DecoderConfig:
             self._refuse("activation_bits", "8 or 16")
         if type(self.group_size) is not int or self.group_size not in (0, 64, 128, 256):
             self._refuse("group_size", "0, 64, 128 or 256")
+        if self.tie_word_embeddings and self.ternary_head != self.ternary_embedding:
+            self._refuse(
+                "ternary_head",
+                f"ternary_embedding = {self.ternary_embedding}, for tie_word_embeddings makes them one",
+            )
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             self._refuse("rope_scaling", "a RopeScaling or None")
         if self.rope_scaling is not None:
@@ -202,7 +214,7 @@ class DecoderConfig:
         """A copy with some fields changed.
 
         What None stands for follows the other fields where it did before: ``head_dim``,
-        ``attention_output_bias`` and ``projection_norm_eps``.
+        ``attention_output_bias``, ``projection_norm_eps`` and ``ternary_head``.
         """
         if self.head_dim * self.num_attention_heads == self.hidden_size:
             changes.setdefault("head_dim", None)
@@ -210,6 +222,8 @@ class DecoderConfig:
             changes.setdefault("attention_output_bias", None)
         if self.projection_norm_eps == self.rms_norm_eps:
             changes.setdefault("projection_norm_eps", None)
+        if self.ternary_head == (self.tie_word_embeddings and self.ternary_embedding):
+            changes.setdefault("ternary_head", None)
         return dataclasses.replace(self, **changes)
 
     def _check_scaling(self, scaling: RopeScaling) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..layers.memory import HugePages
+from ..locks import Lock
 from ..packing import TILE_ROWS
 
 LEAST_BYTES = 4 << 20
@@ -14,6 +15,9 @@ LEAST_BYTES = 4 << 20
 
 FORMAT = "6 bits, a factor for 64 inputs, bounds to be evaluated in float32"
 """Of the copy, as csrc/kernels/screen.h draws it: stored copies of another are not used."""
+
+copy_lock = Lock()
+"""Threads that share a model wait for one copy of its head instead of making one each."""
 
 PIECE_ROWS = 4096  # a multiple of 16, the tile of the copy; 8 MB of codes at 2B4T's width
 
@@ -76,7 +80,8 @@ class ScreenedHead:
 
 def copy_tensors(weight: Tensor) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes and dtypes of what `ops.screen_lm_head` gives for a table: codes and bounds."""
-    codes, bounds = ops.screen_lm_head(weight[:TILE_ROWS].detach())
+    # Of another tensor, because looking at rows of a mapped table brings them into memory.
+    codes, bounds = ops.screen_lm_head(torch.zeros(TILE_ROWS, weight.shape[1]))
     tiles = -(-weight.shape[0] // TILE_ROWS)
     return ((tiles, *codes.shape[1:]), codes.dtype), ((bounds.shape[0], tiles * TILE_ROWS), bounds.dtype)
 

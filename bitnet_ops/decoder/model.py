@@ -19,16 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops, reference
+from ..layers.embedding import Embedding, TernaryEmbedding
 from ..layers.linear import BitLinear, NormedLinear
 from ..layers.norm import RMSNorm
 from .cache import Context, KVCache, rotation_tables
 from .config import DecoderConfig
-from .head import LEAST_BYTES, ScreenedHead
+from .head import LEAST_BYTES, ScreenedHead, copy_lock
 from .plan import Known, Plan, collect, number_decoder, opaque_decoder, run, runs_in_operators
 from .pooling import EmbeddingSettings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
 
 LinearFactory = Callable[..., nn.Module]
 """Makes a projection from (in_features, out_features, bias=...): BitLinear, BitLinearQAT, or nn.Linear to
@@ -39,13 +41,16 @@ def projection(
     config: DecoderConfig, linear: LinearFactory, in_features: int, out_features: int, bias: bool
 ) -> nn.Module:
     """One projection, with a norm of its own where the model has these."""
-    options = {}
-    if linear is BitLinear:
-        options = {"activation_bits": config.activation_bits, "group_size": config.group_size}
+    options = ternary_options(config) if linear is BitLinear else {}
     made = linear(in_features, out_features, bias=bias, **options)
     if not config.projection_norms:
         return made
     return NormedLinear(RMSNorm(in_features, config.projection_norm_eps), made)
+
+
+def ternary_options(config: DecoderConfig) -> dict[str, Any]:
+    """What the configuration says about all ternary matrices."""
+    return {"activation_bits": config.activation_bits, "group_size": config.group_size}
 
 
 class Attention(nn.Module):
@@ -161,9 +166,15 @@ class Decoder(nn.Module):
         super().__init__()
         self._number = number_decoder(self)
         self.config = config
-        # Filled by LanguageModel, whose business initial values are.
-        table = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.embed_tokens: nn.Module
+        if config.ternary_embedding and linear is BitLinear:
+            self.embed_tokens = TernaryEmbedding(
+                config.hidden_size, config.vocab_size, **ternary_options(config)
+            )
+        else:
+            # Filled by LanguageModel, whose business initial values are.
+            table = torch.empty(config.vocab_size, config.hidden_size)
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, linear) for layer in range(config.num_hidden_layers)
@@ -272,16 +283,47 @@ class LanguageModel(nn.Module):
         self.embedding_settings: EmbeddingSettings | None = None
         self.model = Decoder(config, linear)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head: nn.Module
+            if config.ternary_head and linear is BitLinear:
+                self.lm_head = BitLinear(config.hidden_size, config.vocab_size, **ternary_options(config))
+            else:
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             # On the meta device there is nothing to fill, and trying to imports half of torch for seconds.
             if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
     @property
-    def head_weight(self) -> Tensor:
-        """[vocab_size, hidden_size], the embedding matrix where the model ties them."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+    def head(self) -> nn.Module:
+        """What has the weights of the head: the embedding where the model ties them."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """[vocab_size, hidden_size], float; None where the head is ternary."""
+        weight: Tensor | None = getattr(self.head, "weight", None)
+        return weight
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """The head: scores of every token of the vocabulary.
+
+        A dense head multiplies its stored numbers with float32 activations (`ops.lm_head`). A ternary one is
+        a `BitLinear`, whose activations have ``config.activation_bits`` as those of the projections.
+
+        Args:
+            hidden: float32 [..., hidden_size], from `hidden_states`.
+
+        Returns:
+            float32 [..., vocab_size].
+        """
+        head, weight = self.head, self.head_weight
+        if weight is None:
+            scores: Tensor = head.product(hidden) if isinstance(head, TernaryEmbedding) else head(hidden)
+            return scores
+        # What is trained is float32; a published table in bfloat16 is frozen, below adapters for instance.
+        if self.training and weight.dtype == hidden.dtype:
+            return F.linear(hidden, weight).float()
+        return ops.lm_head(hidden, weight)
 
     def screened_head(
         self,
@@ -295,17 +337,22 @@ class LanguageModel(nn.Module):
             done: called with rows of the table that have been read.
 
         Returns:
-            None where it does not apply: `certified_head` says so, in training mode, or on another device.
+            None where it does not apply: `certified_head` says so, the head is ternary (it takes fewer bits
+            than a copy would), in training mode, or on another device.
         """
         weight = self.head_weight
+        if weight is None:
+            return None
         wanted = self.certified_head
         if wanted is None:
             wanted = weight.nbytes >= LEAST_BYTES
         if not wanted or self.training or weight.device.type != "cpu":
             return None
-        if self._screened_head is None or not self._screened_head.is_current(weight):
-            self._screened_head = ScreenedHead(weight, copy, done)
-        return self._screened_head
+        with copy_lock:
+            head = self._screened_head
+            if head is None or not head.is_current(weight):
+                head = self._screened_head = ScreenedHead(weight, copy, done)
+            return head
 
     def forward(
         self,
@@ -330,10 +377,7 @@ class LanguageModel(nn.Module):
             ValueError: shapes that do not fit, or padding behind a token.
         """
         hidden = self.hidden_states(input_ids, attention_mask, cache)[:, -logits_to_keep:]
-        # What is trained is float32; a published table in bfloat16 is frozen, below adapters for instance.
-        if self.training and self.head_weight.dtype == hidden.dtype:
-            return F.linear(hidden, self.head_weight).float()
-        return ops.lm_head(hidden, self.head_weight)
+        return self.score(hidden)
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None

@@ -19,7 +19,7 @@ Norms of a projection come with it, in constants too; what a layer has not is le
 
 torch.compile and torch.export see one operator as well. There is nothing in the layers to compile, and before
 every token a compiled program would check what each of 540 tensors and 420 modules is, which takes far longer
-than `_Watch` does. So a program without gradients has an operator that knows the decoder by a number; an
+than `Watch` does. So a program without gradients has an operator that knows the decoder by a number; an
 exported one, which runs where this decoder is not, `ops.decoder_layers` with all its weights. Times are in
 bench/LOG.md.
 """
@@ -38,7 +38,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _C, ops, packing
-from ..layers.linear import BitLinear, NormedLinear, on_replacement
+from ..layers.linear import BitLinear, NormedLinear
+from ..layers.matrix import on_replacement
 from ..layers.norm import RMSNorm
 from ..ops._decoder import PreparedLayers
 from ..ops._registry import OPS, check_device, fake_kernel
@@ -178,7 +179,7 @@ def run_modules(layers: nn.ModuleList, first: int, number: int, x: Tensor, conte
 class _Collected(NamedTuple):
     """What a plan holds, in one piece: a thread that drops it takes nothing from one that runs it."""
 
-    watch: _Watch
+    watch: Watch
     runs: list[Run]
     prepared: dict[int, PreparedLayers]  # by Run.first, made at the first call
 
@@ -195,7 +196,7 @@ class Plan:
     def __init__(self, layers: nn.ModuleList, known: Known) -> None:
         """Collects them."""
         self._layers = weakref.ref(layers)
-        self._collected: _Collected | None = _Collected(_Watch(layers, known), collect(layers, known), {})
+        self._collected: _Collected | None = _Collected(Watch(layers, known), collect(layers, known), {})
         # Who stores the weights of a layer anew need not wait for the next token until the old ones go.
         for module in layers.modules():
             if isinstance(module, BitLinear):
@@ -254,7 +255,7 @@ def _attribute(layer: nn.Module, path: str) -> Any:
     return value
 
 
-class _Watch:
+class Watch:
     """Sees whether modules are touched, fast: it looks at their dictionaries, all at once."""
 
     TABLES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
@@ -309,10 +310,14 @@ def number_decoder(decoder: Decoder) -> int:
 
 # A constant, for the compiler's guards would have to watch every layer. They are not missed: a program
 # belongs to one number, that is to one decoder, and the operator is right for layers that do not fuse, too.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def runs_in_operators(number: int) -> bool:
     """Whether layers of a decoder run in operators at the time a program is compiled."""
     return any(lists is not None for _, _, lists in _decoder(number).plan().runs)
+
+
+# What torch.compiler.assume_constant_result does. Calling it would import torch._dynamo: 1.4 s and 70 MB of
+# every process, though few compile anything.
+runs_in_operators._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def opaque_decoder(input_ids: Tensor, number: int, context: Context) -> Tensor:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import ops
 from ..generation.prompts import encode_prompt
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def sum_of_losses(model: BitNet, ids: Tensor, context: int, stride: int, *, prog
         ends = torch.cat((ends, torch.tensor([len(ids) - 1])))
     fresh = torch.cat((torch.tensor([length]), ends.diff()))  # tokens that a window is the first to score
     windows_at_once = max(1, TOKENS_AT_ONCE // length)
-    device = model.head_weight.device
+    device = model.device
     training = model.training
     model.eval()
     nats = 0.0
@@ -173,7 +172,7 @@ def token_losses(model: BitNet, hidden: Tensor, targets: Tensor) -> tuple[Tensor
     losses, best = [], []
     rows = max(1, MOST_LOGITS // model.config.vocab_size)
     for some_hidden, some_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = ops.lm_head(some_hidden, model.head_weight)
+        logits = model.score(some_hidden)
         losses.append(F.cross_entropy(logits, some_targets, reduction="none").double())
         best.append(logits.argmax(-1))
     return torch.cat(losses), torch.cat(best)

@@ -91,7 +91,7 @@ def layouts_for(model: BitNet, sparsity: list[LayerSparsity]) -> dict[str, str]:
         sparsity: of its layers, from `measure_sparsity`.
 
     Returns:
-        A layout for the name of every `BitLinear`.
+        A layout for the name of every `BitLinear`, a ternary head included.
     """
     if model.config.group_size != 0:
         best = "tile16"  # the only one that has group scales

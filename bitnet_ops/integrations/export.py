@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..decoder.cache import CacheTensors, Context, KVCache
 from ..model import BitNet
 
@@ -55,7 +54,7 @@ class DecodeStep(nn.Module):
         """
         context = Context(cos, sin, start, CacheTensors(keys, values, key_scales, value_scales))
         hidden = self.model.model.step(input_ids, context)
-        return ops.lm_head(hidden[:, -1], self.model.head_weight)
+        return self.model.score(hidden[:, -1])
 
 
 def step_inputs(input_ids: Tensor, cache: KVCache) -> tuple[Tensor | None, ...]:

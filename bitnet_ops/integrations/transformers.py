@@ -1,48 +1,21 @@
-"""Loaded transformers models on the kernels of bitnet_ops: `accelerate` swaps their ternary layers in place.
-
-transformers has two of them (transformers/integrations/bitnet.py), which differ in more than their storage.
-With ``acc`` the sum of products of int8 activations and ternary weights, as in docs/numerics.md:
-
-    AutoBitLinear, offline   weight float [N, K] in {-1, 0, 1}     y = (acc * x_scale + bias) * weight_scale
-    AutoBitLinear, online    weight float [N, K], master weights   y = acc * x_scale * mean(|weight|) + bias
-    BitLinear                weight uint8 [N / 4, K], packed       y = acc * x_scale / weight_scale + bias
-
-Each may have an RMSNorm of its own in front (``use_rms_norm``).
-"""
+"""Loaded transformers models on the kernels of bitnet_ops: `accelerate` swaps their layers in place."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from .. import reference
-from ..checkpoint.hf import unpack_quarters
 from ..layers.linear import BitLinear, best_layout
 from ..layers.memory import HugePages, give_back_freed_memory
+from .transformers_weights import NormedBitLinear, ternary_weights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 LAYER_TYPES = ("AutoBitLinear", "BitLinear")
 THEIR_MODULE = "transformers.integrations.bitnet"
-
-
-class NormedBitLinear(BitLinear):
-    """A `BitLinear` behind the norm that transformers' layers have with ``use_rms_norm``.
-
-    Attributes:
-        rms_norm: their module, as it was.
-    """
-
-    rms_norm: nn.Module
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [..., in_features] to [..., out_features] in the dtype of ``x``."""
-        return super().forward(self.rms_norm(x))
 
 
 def accelerate(model: ModelT) -> ModelT:
@@ -94,8 +67,16 @@ def accelerate(model: ModelT) -> ModelT:
         for name in names:
             model.set_submodule(name, layer)
     give_back_freed_memory()
+    return finish(model)
+
+
+def finish(model: ModelT) -> ModelT:
+    """What is left to do when the layers of a model are ours."""
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+        from .transformers_decoder import install  # imports transformers, as the model did
+
+        install(model)
     return model
 
 
@@ -148,46 +129,23 @@ def _converted(name: str, module: Any, memory: HugePages) -> BitLinear:
     def error(expected: str, got: str) -> ValueError:
         return ValueError(f"accelerate: {name}: expected {expected}, got {got}")
 
-    read = _read_packed if type(module).__name__ == "BitLinear" else _read_float
-    w, weight_scale, bias = read(module, error)
-    if not bool(weight_scale.isfinite().all()):
-        raise error("a finite weight scale", f"{weight_scale.tolist()}")
+    if type(module).__name__ == "BitLinear":
+        kind = "bitlinear"
+    else:
+        kind = "online" if module.online_quant else "offline"
+    shape = (module.out_features, module.in_features)
+    scale = None if kind == "online" else module.weight_scale
+    weights = ternary_weights(kind, shape, module.weight, scale, module.bias, error)
     layer_type = BitLinear if module.rms_norm is None else NormedBitLinear
-    layer = layer_type.from_ternary(w, weight_scale, bias, layout=best_layout())
+    layer = layer_type.from_ternary(*weights, layout=best_layout())
     layer.packed_weight = memory.copy(layer.packed_weight)
     if isinstance(layer, NormedBitLinear):
         layer.rms_norm = module.rms_norm
     return layer.train(module.training)
 
 
-def _read_packed(
-    module: Any, error: Callable[[str, str], ValueError]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    w = unpack_quarters(module.weight)
-    if w.shape != (module.out_features, module.in_features):
-        raise error(f"weights [{module.out_features}, {module.in_features}]", f"{list(w.shape)}")
-    if w.numel() and w.max() > 1:
-        raise error("packed weights with 2-bit codes 0, 1 and 2", "a code 3")
-    return w, 1.0 / module.weight_scale.float(), module.bias
-
-
-def _read_float(module: Any, error: Callable[[str, str], ValueError]) -> tuple[Tensor, Tensor, Tensor | None]:
-    weight, bias = module.weight.detach(), module.bias
-    if not module.online_quant:
-        w = weight.to(torch.int8)
-        if not bool((w == weight).all()) or (w.numel() and w.abs().max() > 1):
-            raise error("weights in {-1, 0, 1}, because it has a weight_scale", "other numbers")
-        weight_scale = module.weight_scale.detach().float()
-        return w, weight_scale, None if bias is None else bias * weight_scale
-    # Like `reference.quantize_weight`, but by way of the reciprocal, as their layer does it: a weight next to
-    # half the mean may be rounded otherwise. And in their dtype, to which it rounds what it multiplies with.
-    reciprocal = 1.0 / weight.float().abs().mean().clamp(min=reference.ABSMAX_FLOOR)
-    w = (weight.float() * reciprocal).round().clamp(-1, 1).to(torch.int8)
-    return w, (1.0 / reciprocal).to(weight.dtype).float(), bias
-
-
 def _refuse_to_save(*arguments: Any, **options: Any) -> NoReturn:
     raise NotImplementedError(
-        "save_pretrained: expected a model as transformers loads it, got one that bitnet_ops.accelerate has "
-        "changed; save before, or make a packed folder: bitnet_ops.from_pretrained(folder).save_pretrained"
+        "save_pretrained: expected a model as transformers loads it, got one with the layers of bitnet_ops; "
+        "save before, or make a packed folder: bitnet_ops.from_pretrained(folder).save_pretrained"
     )

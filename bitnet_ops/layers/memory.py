@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import math
 import mmap
+import os
+import threading
 
 import torch
 from torch import Tensor
@@ -18,12 +20,16 @@ REGION_BYTES = 128 << 20  # pages that are never written cost nothing, so the la
 
 
 class HugePages:
-    """Cuts tensors from regions of memory. A region lives as long as one of its tensors does."""
+    """Cuts tensors from regions of memory. A region lives as long as one of its tensors does.
+
+    Several threads may cut at the same time.
+    """
 
     def __init__(self) -> None:
         """Reserves nothing yet."""
         self._region: mmap.mmap | bytearray = bytearray()
         self._used = 0
+        self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor with a storage of its own, so that pickling it does not take the whole region along."""
@@ -31,11 +37,12 @@ class HugePages:
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         room = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        if self._used + room > len(self._region):
-            self._region, self._used = _region(max(room, REGION_BYTES)), 0
-        offset = self._used
-        self._used += room
-        return torch.frombuffer(self._region, dtype=dtype, count=count, offset=offset).view(shape)
+        with self._lock:
+            if self._used + room > len(self._region):
+                self._region, self._used = _region(max(room, REGION_BYTES)), 0
+            region, offset = self._region, self._used
+            self._used += room
+        return torch.frombuffer(region, dtype=dtype, count=count, offset=offset).view(shape)
 
     def reuse(self) -> None:
         """Cuts from the beginning of the present region again: its tensors must not be in use any more."""
@@ -52,7 +59,9 @@ def give_back_freed_memory() -> None:
     Tensors of some megabytes come from the C library's heap once larger ones have been freed; what they leave
     there counts as the program's until then.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+    if os.name != "posix":  # Windows has no name for "what is loaded"
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl and macOS have not
     if trim is not None:
         trim(ctypes.c_size_t(0))
 

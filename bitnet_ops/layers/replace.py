@@ -101,6 +101,8 @@ def pack(model: nn.Module) -> nn.Module:
 def repack(model: nn.Module, layout: str | None = None) -> nn.Module:
     """Stores the weights of every `BitLinear` of a model in another layout, in place.
 
+    A `TernaryEmbedding` keeps its only layout.
+
     Args:
         model: any module.
         layout: one of `packing.LAYOUTS`; None for `best_layout`. Layers with group scales keep ``tile16``.

@@ -13,16 +13,19 @@ what was given.
 
 from ._attention import attention, cached_attention
 from ._decoder import decoder_layers
+from ._embedding import embedding
 from ._glu import glu
 from ._head import gumbel_noise, lm_head, lm_head_top_k, screen_lm_head
 from ._norm import rms_norm
-from ._packing import pack_ternary, repack_ternary, unpack_ternary
+from ._packing import find_bad_byte, pack_ternary, repack_ternary, unpack_ternary
 from ._ternary import quantize_activations, ternary_linear, ternary_matmul
 
 __all__ = [
     "attention",
     "cached_attention",
     "decoder_layers",
+    "embedding",
+    "find_bad_byte",
     "glu",
     "gumbel_noise",
     "lm_head",

@@ -93,3 +93,31 @@ def repack_ternary(packed: Tensor, out_features: int, in_features: int, layout: 
 @fake_kernel("repack_ternary")
 def _(packed: Tensor, out_features: int, in_features: int, layout: str, wanted: str) -> Tensor:
     return packed.new_empty(packing.packed_shape(out_features, in_features, wanted))
+
+
+def find_bad_byte(packed: Tensor, layout: str = "tile16") -> Tensor:
+    """The first byte that no packed weights have: in base 3 one above 242, else one with a 2-bit code 3.
+
+    Padding is not looked at as such.
+
+    Args:
+        packed: uint8 of any shape, on the CPU.
+        layout: as in ``pack_ternary``.
+
+    Returns:
+        int64 []: the place of the byte in ``packed.view(-1)``, -1 where there is none.
+
+    Raises:
+        RuntimeError: if ``packed`` is no such tensor, or for an unknown layout.
+
+    Example:
+        >>> find_bad_byte(torch.tensor([85, 3], dtype=torch.uint8))
+        tensor(1)
+    """
+    result: Tensor = OPS.find_bad_byte.default(packed, layout)
+    return result
+
+
+@fake_kernel("find_bad_byte")
+def _(packed: Tensor, layout: str = "tile16") -> Tensor:
+    return packed.new_empty((), dtype=torch.int64)

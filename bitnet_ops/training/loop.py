@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..decoder.config import DecoderConfig
+from ..decoder.model import LinearFactory
 from ..evaluation.perplexity import TextLoss, sum_of_losses
 from ..layers.linear import BitLinearQAT
 from ..model import BitNet
@@ -111,6 +112,7 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
+    linear: LinearFactory | None = None,
 ) -> TrainResult:
     """Trains a model and keeps the weights with the best validation loss.
 
@@ -121,6 +123,7 @@ def train(
         folder: gets ``checkpoint.pt`` and ``log.jsonl`` (one JSON object per evaluation).
         resume: go on from ``checkpoint.pt``; the result equals that of an uninterrupted run.
         progress: show a progress bar on stderr.
+        linear: makes the projections; None for `BitLinearQAT`, or nn.Linear with ``options.full_precision``.
 
     Raises:
         ValueError: sizes that do not fit, or a checkpoint of a run with other settings.
@@ -133,7 +136,8 @@ def train(
         )
     folder.mkdir(parents=True, exist_ok=True)
     seed_everything(options.seed)
-    linear = nn.Linear if options.full_precision else BitLinearQAT
+    if linear is None:
+        linear = nn.Linear if options.full_precision else BitLinearQAT
     model = BitNet(config, linear).to(options.device)
     state = _State(model, make_optimizers(model, options), _fingerprint(config, corpus, options))
     if resume:

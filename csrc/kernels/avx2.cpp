@@ -5,8 +5,9 @@
 // Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (docs/layouts.md).
 // Overflow:    a pair of valid codes (at most 2) lies in [-512, 508], so 64 pairs fit an int16 lane
 //              and 65 do not; with code 3 (a corrupt file) a pair lies in [-768, 762] and 42 fit.
-//              After 32 pairs |sum| <= 24576 for any byte, and the lanes are widened to int32. There
-//              |acc| <= 384 K <= 1.0e8 < 2^31.
+//              After 32 pairs |sum| <= 24576 for any byte, and the lanes are widened to int32; after 64 (256 inputs,
+//              the largest group) where codes are decoded first and seen to be valid: 64 pairs, and so all
+//              sums of fewer, lie in [-32768, 32512], which is all that fits below 0. In int32 |acc| <= 384 K <= 1.0e8 < 2^31.
 //
 // Half a block is one ymm; a row is one 32-bit group, two int16 sums, one int32 sum:
 //
@@ -59,31 +60,80 @@ struct Maddubs {
     return acc_i16x16;
   }
 
-  // 2 x 6 accumulators + 2 codes + 1 activation + 1 product = 16 of 16 registers: in assembly, because GCC and
-  // clang want one more, and then move accumulators to memory and back.
   static constexpr int kDecodedRows = 6;
 
-  static void two_dots(__m256i& low_i16x16, __m256i& high_i16x16, __m256i low_u8x32, __m256i high_u8x32,
-                       const int8_t* q) {
-#if defined(__SANITIZE_ADDRESS__)  // which sees what an intrinsic reads, not what assembly does
-    low_i16x16 = dot(low_i16x16, low_u8x32, broadcast4(q));
-    high_i16x16 = dot(high_i16x16, high_u8x32, broadcast4(q));
-#else
-    struct __attribute__((packed, may_alias)) Four {
-      int32_t bytes;
-    };
-    __m256i q_i8x32;
-    __m256i product_i16x16;
-    __asm__(
-        "vpbroadcastd %[four], %[q]\n\t"
-        "vpmaddubsw %[q], %[low_codes], %[product]\n\t"
-        "vpmaddubsw %[q], %[high_codes], %[q]\n\t"
-        "vpaddw %[product], %[low], %[low]\n\t"
-        "vpaddw %[q], %[high], %[high]"
-        : [low] "+x"(low_i16x16), [high] "+x"(high_i16x16), [q] "=&x"(q_i8x32), [product] "=&x"(product_i16x16)
-        : [low_codes] "x"(low_u8x32), [high_codes] "x"(high_u8x32), [four] "m"(*reinterpret_cast<const Four*>(q)));
+  template <int ROWS>
+  __attribute__((always_inline)) static void piece(const uint8_t* codes, int64_t blocks, const int8_t* q,
+                                                    int64_t q_stride, __m256i (&low_i16x16)[ROWS],
+                                                    __m256i (&high_i16x16)[ROWS]) {
+#if !defined(__SANITIZE_ADDRESS__)  // which sees what an intrinsic reads, not what assembly does
+    if constexpr (ROWS == kDecodedRows) return six_rows(codes, blocks, q, q_stride, low_i16x16, high_i16x16);
 #endif
+#pragma GCC unroll 8
+    for (int t = 0; t < ROWS; ++t) {
+      low_i16x16[t] = _mm256_setzero_si256();
+      high_i16x16[t] = _mm256_setzero_si256();
+    }
+    for (int64_t step = 0; step < 4 * blocks; ++step) {
+      const __m256i low_u8x32 = load32(codes + step * kBlockBytes);
+      const __m256i high_u8x32 = load32(codes + step * kBlockBytes + 32);
+#pragma GCC unroll 8
+      for (int t = 0; t < ROWS; ++t) {
+        const __m256i q_i8x32 = broadcast4(q + t * q_stride + 4 * step);
+        low_i16x16[t] = dot(low_i16x16[t], low_u8x32, q_i8x32);
+        high_i16x16[t] = dot(high_i16x16[t], high_u8x32, q_i8x32);
+      }
+    }
   }
+
+#define BITNET_OPS_ROW(four, t)                        \
+  "vpbroadcastd " four ", %%ymm14\n\t"                 \
+  "vpmaddubsw %%ymm14, %%ymm12, %%ymm15\n\t"           \
+  "vpmaddubsw %%ymm14, %%ymm13, %%ymm14\n\t"           \
+  "vpaddw %%ymm15, %[low" #t "], %[low" #t "]\n\t"     \
+  "vpaddw %%ymm14, %[high" #t "], %[high" #t "]\n\t"
+#define BITNET_OPS_STEP(p)                             \
+  "vmovdqa 64*" #p "(%[codes]), %%ymm12\n\t"           \
+  "vmovdqa 64*" #p "+32(%[codes]), %%ymm13\n\t"        \
+  BITNET_OPS_ROW("4*" #p "(%[q])", 0)                  \
+  BITNET_OPS_ROW("4*" #p "(%[q],%[stride])", 1)        \
+  BITNET_OPS_ROW("4*" #p "(%[q],%[stride],2)", 2)      \
+  BITNET_OPS_ROW("4*" #p "(%[q_3])", 3)                \
+  BITNET_OPS_ROW("4*" #p "(%[q_3],%[stride])", 4)      \
+  BITNET_OPS_ROW("4*" #p "(%[q_3],%[stride],2)", 5)
+#define BITNET_OPS_ZERO(t)                             \
+  "vpxor %[low" #t "], %[low" #t "], %[low" #t "]\n\t" \
+  "vpxor %[high" #t "], %[high" #t "], %[high" #t "]\n\t"
+#define BITNET_OPS_SUMS(t) [low##t] "=&x"(low_i16x16[t]), [high##t] "=&x"(high_i16x16[t])
+
+  // 2 x 6 accumulators + 2 codes + 1 activation + 1 product = 16 of 16 registers: in assembly, because GCC and
+  // clang want one more, and then move accumulators to memory and back. `codes` are aligned to 64, and not empty.
+  __attribute__((always_inline)) static void six_rows(const uint8_t* codes, int64_t blocks, const int8_t* q,
+                                                       int64_t q_stride, __m256i (&low_i16x16)[6],
+                                                       __m256i (&high_i16x16)[6]) {
+    const int8_t* q_3 = q + 3 * q_stride;
+    const uint8_t* end = codes + blocks * 4 * kBlockBytes;
+    __asm__ volatile(
+        BITNET_OPS_ZERO(0) BITNET_OPS_ZERO(1) BITNET_OPS_ZERO(2)
+        BITNET_OPS_ZERO(3) BITNET_OPS_ZERO(4) BITNET_OPS_ZERO(5)
+        ".p2align 6\n"
+        "1:\n\t"
+        BITNET_OPS_STEP(0) BITNET_OPS_STEP(1) BITNET_OPS_STEP(2) BITNET_OPS_STEP(3)
+        "add $256, %[codes]\n\t"
+        "add $16, %[q]\n\t"
+        "add $16, %[q_3]\n\t"
+        "cmp %[end], %[codes]\n\t"
+        "jne 1b"
+        : BITNET_OPS_SUMS(0), BITNET_OPS_SUMS(1), BITNET_OPS_SUMS(2), BITNET_OPS_SUMS(3), BITNET_OPS_SUMS(4),
+          BITNET_OPS_SUMS(5), [codes] "+r"(codes), [q] "+r"(q), [q_3] "+r"(q_3)
+        : [stride] "r"(q_stride), [end] "r"(end)
+        : "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory");
+  }
+#undef BITNET_OPS_ROW
+#undef BITNET_OPS_STEP
+#undef BITNET_OPS_ZERO
+#undef BITNET_OPS_SUMS
+
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
 };
 

@@ -83,6 +83,9 @@ struct Avx512 {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
   static F32 load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+  static F32 load_less(const int32_t* p, int32_t less) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(less)));
+  }
   static F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
   static float fold_max(F32 v) { return _mm512_reduce_max_ps(v); }
   static F32 power_of_two(F32 v) {
@@ -198,6 +201,7 @@ struct TileBlocks {
   // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md).
   static constexpr int kRowsStreamed = 4;
   static constexpr int kDecodedRows = 0;
+  static constexpr int kRowsOfGroups = 16 / kSteps;  // 16 accumulators
   static constexpr int64_t kQBytes = int64_t{512} << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
 
   template <int TILES, int ROWS>
@@ -220,22 +224,72 @@ struct TileBlocks {
 #pragma GCC unroll 5
       for (int p = 0; p < kSteps; ++p) acc_i32x16[t][p] = _mm512_setzero_si512();
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* address = tile + b * kBlockBytes;
-      prefetch_near(address + kPrefetchBytes);
-      const typename Codes::Block codes = Codes::load(address);
-      const int8_t* q_block = q + b * kInputs;
-#pragma GCC unroll 5
-      for (int p = 0; p < kSteps; ++p) {
-        const __m512i code_u8x64 = Codes::in_place(codes, p);
-#pragma GCC unroll 4
-        for (int t = 0; t < ROWS; ++t) {
-          dot(acc_i32x16[t][p], code_u8x64, q_block + t * q_stride + 4 * p);
-        }
-      }
-    }
+    for (int64_t b = 0; b < blocks; ++b) add_block<ROWS>(tile, q, q_stride, b, acc_i32x16);
 #pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) _mm512_storeu_si512(acc + t * kTileRows, add_steps(acc_i32x16[t]));
+  }
+
+  // block_in_place and add_group for one group after the other, the sums in registers all the while. A group is 8
+  // blocks or so; a call for each, and the way through memory, cost 1 to 3 % of a token (bench/LOG.md).
+  //
+  // All integers are exact (add_group says why), so they are put together before the conversion: the same bits.
+  template <int PLANES, int TOKENS, class Scale>
+  static void groups(const TernaryProduct& p, const uint8_t* tile, const int8_t* q, const Scale* scales, int64_t token,
+                     float* sums) {
+    constexpr int kRowsHere = PLANES * TOKENS;
+    __m512 sum_f32x16[TOKENS];
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) sum_f32x16[t] = _mm512_setzero_ps();
+    const int32_t* q_sum = p.q_sum + token * PLANES * p.groups;
+    const float* x_scale = p.x_scale + token * p.groups;  // read with one plane
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const int64_t first = group * p.group_blocks;
+      const int64_t end = p.blocks - first < p.group_blocks ? p.blocks : first + p.group_blocks;
+      // Scales of a group lie together for all rows: those of the next tiles are asked for while there is time.
+      prefetch_near(scales + kTileRows);
+      __m512i acc_i32x16[kRowsHere][kSteps];
+#pragma GCC unroll 4
+      for (int t = 0; t < kRowsHere; ++t) {
+#pragma GCC unroll 5
+        for (int step = 0; step < kSteps; ++step) acc_i32x16[t][step] = _mm512_setzero_si512();
+      }
+      for (int64_t b = first; b < end; ++b) add_block<kRowsHere>(tile, q, p.q_stride, b, acc_i32x16);
+      const __m512 scale_f32x16 = Avx512::load(scales);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) {
+        const int32_t* of_token = q_sum + t * PLANES * p.groups + group;
+        __m512i group_i32x16 =
+            _mm512_sub_epi32(add_steps(acc_i32x16[t * PLANES]), _mm512_set1_epi32(of_token[0]));
+        __m512 factor_f32x16 = scale_f32x16;
+        if constexpr (PLANES == 2) {
+          const __m512i low_i32x16 =
+              _mm512_sub_epi32(add_steps(acc_i32x16[t * PLANES + 1]), _mm512_set1_epi32(of_token[p.groups]));
+          group_i32x16 = _mm512_add_epi32(_mm512_slli_epi32(group_i32x16, 8), low_i32x16);
+        } else {
+          factor_f32x16 = _mm512_mul_ps(_mm512_set1_ps(x_scale[t * p.groups + group]), scale_f32x16);
+        }
+        sum_f32x16[t] =
+            _mm512_add_ps(sum_f32x16[t], _mm512_mul_ps(_mm512_cvtepi32_ps(group_i32x16), factor_f32x16));
+      }
+      scales += p.out_features;
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) _mm512_storeu_ps(sums + t * kTileRows, sum_f32x16[t]);
+  }
+
+  template <int ROWS>
+  static void add_block(const uint8_t* tile, const int8_t* q, int64_t q_stride, int64_t b,
+                        __m512i (&acc_i32x16)[ROWS][kSteps]) {
+    const uint8_t* address = tile + b * kBlockBytes;
+    ask_ahead<Avx512>(address);
+    const typename Codes::Block codes = Codes::load(address);
+    const int8_t* q_block = q + b * kInputs;
+#pragma GCC unroll 5
+    for (int p = 0; p < kSteps; ++p) {
+      const __m512i code_u8x64 = Codes::in_place(codes, p);
+#pragma GCC unroll 4
+      for (int t = 0; t < ROWS; ++t) dot(acc_i32x16[t][p], code_u8x64, q_block + t * q_stride + 4 * p);
+    }
   }
 
   static __m512i add_steps(const __m512i (&acc_i32x16)[kSteps]) {

@@ -53,7 +53,7 @@ struct Dpbusd {
   static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
     return _mm256_dpbusd_avx_epi32(acc_i32x8, code_u8x32, q_i8x32);
   }
-  static constexpr int kDecodedRows = 0;  // not measured: no such CPU was at hand
+  static constexpr int kDecodedRows = 0;  // slower (bench/LOG.md)
   static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }
 };
 
@@ -80,7 +80,7 @@ struct Inner : YmmLoops<Dpbusd> {
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
-      prefetch_near(address + kPrefetchBytes);
+      ask_ahead<Ymm>(address);
       const __m256i low_u8x32 = load32(address);
       const __m256i high_u8x32 = load32(address + 32);
 #pragma GCC unroll 4

@@ -63,6 +63,7 @@ struct Inner : NeonSparse<Smlal> {
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
+  static constexpr int kRowsOfGroups = 0;
   static constexpr int kDecodedRows = 0;
   static constexpr int64_t kQBytes = kQBytesInL2;
   // Half a tile: 6 x 4 accumulators + 2 codes + 1 activation + 1 mask = 28 of 32 registers. Every register

@@ -76,6 +76,9 @@ struct Neon {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(i16x8)));
   }
   static F32 load(const int32_t* p) { return vcvtq_f32_s32(vld1q_s32(p)); }
+  static F32 load_less(const int32_t* p, int32_t less) {
+    return vcvtq_f32_s32(vsubq_s32(vld1q_s32(p), vdupq_n_s32(less)));
+  }
   static F32 max(F32 a, F32 b) { return vmaxq_f32(a, b); }
   static float fold_max(F32 v) { return vmaxvq_f32(v); }
   static F32 power_of_two(F32 v) {

@@ -63,6 +63,7 @@ struct Scalar {
   }
   static F32 load(const int8_t* p) { return static_cast<float>(*p); }
   static F32 load(const int32_t* p) { return static_cast<float>(*p); }
+  static F32 load_less(const int32_t* p, int32_t less) { return static_cast<float>(*p - less); }
   static F32 max(F32 a, F32 b) { return a > b ? a : b; }
   static float fold_max(F32 v) { return v; }
   static F32 power_of_two(F32 v) { return bits_float((float_bits(v) << 23) + kOneBits); }
@@ -93,6 +94,7 @@ struct Inner {
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;                // nothing to choose: kTiles is 1
+  static constexpr int kRowsOfGroups = 0;
   static constexpr int kDecodedRows = 0;
   static constexpr int kRows = 4;                        // a decoded code then serves four products
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB

@@ -24,6 +24,7 @@ struct SdotLoops : NeonSparse<Sdot> {
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
+  static constexpr int kRowsOfGroups = 0;
   static constexpr int kDecodedRows = 0;
   static constexpr int64_t kQBytes = kQBytesInL2;
   // Half a tile: 10 x 2 accumulators + 8 codes + 1 activation = 29 of 32 registers. Decoding then costs 12

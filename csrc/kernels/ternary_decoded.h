@@ -3,117 +3,177 @@
 // Include this inside a kernel file's target region, after ternary_driver.h.
 //
 // Inner provides, besides what TernaryDriver asks for,
-//     kDecodedRows                                          rows of q in a register block; 0: not this way
+//     kDecodedRows                                          rows of q in a register block, even; 0: not this way
 //     kPieceBlocks, kPieceBytes                             most blocks of a piece, and the bytes of their codes
-//     decode(packed, blocks, codes)                         codes, a byte each
+//     decode(packed, blocks, codes)                         codes, a byte each; false where their sums might not fit
 //     piece<ROWS>(codes, blocks, q, q_stride, acc, first)   acc[ROWS][16], set if `first` or added to
+//     piece_of_group<PLANES, ROWS>(codes, blocks, q, q_stride, group)    the same of a group, scaled and added up
 
 namespace bitnet_ops {
 namespace {
 
+// A group of inputs, for some rows of q and one tile.
+struct DecodedGroup {
+  const int32_t* q_sum;  // of row t at t * stride
+  const float* x_scale;  // likewise; unused with two planes
+  int64_t stride;
+  const float* scale;  // [16]
+  float* sums;         // [tokens][16]
+};
+
 template <class Isa, class Inner>
 struct DecodedDriver {
-  // Rows of q at a time: their sums, 64 bytes each, and a piece of codes stay in L1.
+  // Rows of q that codes are decoded for. Their sums, 64 bytes each, stay in L2 with the activations of a piece.
   static constexpr int64_t kMostRows = 128;
   // From so many on it pays for decoding into memory (bench/LOG.md).
   static constexpr int64_t kLeastRows = 12;
+  // Side by side, so that the activations of a piece are in L1 for all but the first.
+  static constexpr int64_t kTiles = 2;
 
   static bool suits(const TernaryProduct& p) { return p.tokens * p.planes >= kLeastRows && p.blocks > 0; }
 
-  // Calls Inner::piece with `rows` as a compile-time number, 1 .. ROWS.
-  template <int ROWS>
-  static void piece_of(int64_t rows, const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride,
-                       int32_t* acc, bool first) {
-    if constexpr (ROWS > 1) {
-      if (rows < ROWS) return piece_of<ROWS - 1>(rows, codes, blocks, q, q_stride, acc, first);
-    }
-    Inner::template piece<ROWS>(codes, blocks, q, q_stride, acc, first);
-  }
+  // Some tiles and tokens.
+  struct Rectangle {
+    int64_t tile, tiles, token, tokens;
+  };
 
-  // acc[rows][16] of blocks [block, block + blocks) of a tile.
-  static void multiply(const TernaryProduct& p, const uint8_t* packed, int64_t block, int64_t blocks, int64_t first_row,
-                       int64_t rows, int32_t* acc, bool first) {
-    alignas(64) uint8_t codes[Inner::kPieceBytes];
-    const int64_t most = Inner::decode(packed + block * kBlockBytes, blocks, codes);
-    for (int64_t begin = 0; begin < blocks; begin += most) {
-      const int64_t count = blocks - begin < most ? blocks - begin : most;
-      multiply_piece(p, codes + begin * 4 * kBlockBytes, block + begin, count, first_row, rows, acc, first && begin == 0);
-    }
-  }
-
-  static void multiply_piece(const TernaryProduct& p, const uint8_t* codes, int64_t block, int64_t blocks, int64_t first_row,
-                       int64_t rows, int32_t* acc, bool first) {
-    const int8_t* q = p.q + first_row * p.q_stride + block * Inner::kInputs;
-    const int64_t parts = divide_up(rows, int64_t{Inner::kDecodedRows});
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = rows * part / parts;
-      const int64_t end = rows * (part + 1) / parts;
-      piece_of<Inner::kDecodedRows>(end - begin, codes, blocks, q + begin * p.q_stride, p.q_stride,
-                                    acc + begin * kTileRows, first);
-    }
-  }
-
-  static void whole_rows(const TernaryProduct& p, int64_t tile, int64_t token, int64_t tokens) {
-    alignas(64) int32_t acc[kMostRows * kTileRows];
-    const uint8_t* packed = p.packed + tile * p.blocks * kBlockBytes;
-    for (int64_t block = 0; block < p.blocks; block += Inner::kPieceBlocks) {
-      const int64_t blocks = p.blocks - block < Inner::kPieceBlocks ? p.blocks - block : Inner::kPieceBlocks;
-      multiply(p, packed, block, blocks, token * p.planes, tokens * p.planes, acc, block == 0);
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-      store_rows<Isa>(p, acc + t * p.planes * kTileRows, kTileRows, token + t, tile * kTileRows);
-    }
-  }
-
-  template <int PLANES, class Scale>
-  static void in_groups(const TernaryProduct& p, int64_t tile, int64_t token, int64_t tokens) {
-    alignas(64) int32_t acc[kMostRows * kTileRows];
-    alignas(64) float sums[kMostRows * kTileRows];
-    std::memset(sums, 0, static_cast<size_t>(tokens * kTileRows) * sizeof *sums);
-    const uint8_t* packed = p.packed + tile * p.blocks * kBlockBytes;
-    const int64_t left = p.out_features - tile * kTileRows;
-    const int64_t count = left < kTileRows ? left : kTileRows;
-    for (int64_t group = 0; group < p.groups; ++group) {
-      const int64_t begin = group * p.group_blocks;
-      const int64_t end = p.blocks - begin < p.group_blocks ? p.blocks : begin + p.group_blocks;
-      for (int64_t block = begin; block < end; block += Inner::kPieceBlocks) {
-        const int64_t blocks = end - block < Inner::kPieceBlocks ? end - block : Inner::kPieceBlocks;
-        multiply(p, packed, block, blocks, token * PLANES, tokens * PLANES, acc, block == begin);
-      }
-      Scale scale[kTileRows] = {};  // a copy: at the end of the matrix there are fewer
-      std::memcpy(scale, static_cast<const Scale*>(p.weight_scale) + group * p.out_features + tile * kTileRows,
-                  static_cast<size_t>(count) * sizeof *scale);
-      for (int64_t t = 0; t < tokens; ++t) {
-        add_group<Isa, PLANES>(p, acc + t * PLANES * kTileRows, kTileRows, token + t, group, scale,
-                               sums + t * kTileRows);
-      }
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-      store_sums<Isa>(p, sums + t * kTileRows, token + t, tile * kTileRows, count);
-    }
-  }
-
+  // One weight scale a row: sums are int32 until the last piece.
   template <int PLANES>
-  static void in_groups_of(const TernaryProduct& p, int64_t tile, int64_t token, int64_t tokens) {
-    if (p.scale_dtype == DType::kFloat16) return in_groups<PLANES, Float16>(p, tile, token, tokens);
-    return in_groups<PLANES, float>(p, tile, token, tokens);
+  struct WholeRows {
+    static constexpr int kPlanes = PLANES;
+    const TernaryProduct& p;
+    const Rectangle& area;
+    alignas(64) int32_t acc[kTiles][kMostRows * kTileRows];
+
+    WholeRows(const TernaryProduct& p, const Rectangle& area) : p(p), area(area) {}
+
+    int64_t piece_blocks() const { return Inner::kPieceBlocks; }
+    void begin_piece(int64_t) {}
+
+    template <int ROWS>
+    void add(int64_t block, const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t i, int64_t token) {
+      Inner::template piece<ROWS>(codes, blocks, q, p.q_stride, acc[i] + token * PLANES * kTileRows, block == 0);
+    }
+
+    void store(int64_t i, int64_t token) {
+      store_rows<Isa>(p, acc[i] + token * PLANES * kTileRows, kTileRows, area.token + token, (area.tile + i) * kTileRows);
+    }
+  };
+
+  // A weight scale for each group, which is a piece.
+  template <int PLANES, class Scale>
+  struct InGroups {
+    static_assert(Inner::kPieceBlocks * kBlockInputs >= kMaxGroupInputs, "a group is one piece");
+    static constexpr int kPlanes = PLANES;
+    const TernaryProduct& p;
+    const Rectangle& area;
+    int64_t group = -1;
+    alignas(64) float scale[kTiles][kTileRows];
+    alignas(64) float sums[kTiles][kMostRows / PLANES * kTileRows];
+
+    InGroups(const TernaryProduct& p, const Rectangle& area) : p(p), area(area) {
+      for (int64_t i = 0; i < area.tiles; ++i) {
+        std::memset(sums[i], 0, static_cast<size_t>(area.tokens * kTileRows) * sizeof(float));
+      }
+    }
+
+    int64_t piece_blocks() const { return p.group_blocks; }
+
+    void begin_piece(int64_t) {
+      ++group;
+      for (int64_t i = 0; i < area.tiles; ++i) {
+        const int64_t row = (area.tile + i) * kTileRows;
+        const Scale* from = static_cast<const Scale*>(p.weight_scale) + group * p.out_features + row;
+        Scale last[kTileRows] = {};
+        if (p.out_features - row < kTileRows) {  // the end of the matrix: no reading beyond it
+          std::memcpy(last, from, static_cast<size_t>(p.out_features - row) * sizeof *last);
+          from = last;
+        }
+        for (int64_t r = 0; r < kTileRows; r += Isa::kLanes) Isa::store(scale[i] + r, Isa::load(from + r));
+      }
+    }
+
+    template <int ROWS>
+    void add(int64_t, const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t i, int64_t token) {
+      const int64_t row = (area.token + token) * PLANES * p.groups + group;
+      const DecodedGroup terms{p.q_sum + row, p.x_scale + row, p.groups, scale[i], sums[i] + token * kTileRows};
+      Inner::template piece_of_group<PLANES, ROWS>(codes, blocks, q, p.q_stride, terms);
+    }
+
+    void store(int64_t i, int64_t token) {
+      const int64_t row = (area.tile + i) * kTileRows;
+      const int64_t left = p.out_features - row;
+      store_sums<Isa>(p, sums[i] + token * kTileRows, area.token + token, row, left < kTileRows ? left : kTileRows);
+    }
+  };
+
+  // Calls sums.add with the number of rows as a compile-time number, up to ROWS.
+  template <int ROWS, class Sums>
+  static void add_of(int64_t rows, Sums& sums, int64_t block, const uint8_t* codes, int64_t blocks, const int8_t* q,
+                     int64_t i, int64_t token) {
+    if constexpr (ROWS > Sums::kPlanes) {
+      if (rows < ROWS) return add_of<ROWS - Sums::kPlanes>(rows, sums, block, codes, blocks, q, i, token);
+    }
+    sums.template add<ROWS>(block, codes, blocks, q, i, token);
+  }
+
+  // False, and results are undefined, where a code is 3: the file is corrupt, and slower loops have to take it.
+  template <class Sums>
+  static bool multiply(const TernaryProduct& p, const Rectangle& area) {
+    constexpr int64_t kMostTokens = Inner::kDecodedRows / Sums::kPlanes;
+    alignas(64) uint8_t codes[kTiles][Inner::kPieceBytes];
+    Sums sums(p, area);
+    // Equal parts, the first `more` of them one token longer.
+    const int64_t parts = divide_up(area.tokens, kMostTokens);
+    const int64_t least = area.tokens / parts;
+    const int64_t more = area.tokens % parts;
+    for (int64_t block = 0; block < p.blocks; block += sums.piece_blocks()) {
+      const int64_t left = p.blocks - block;
+      const bool last = left <= sums.piece_blocks();
+      const int64_t blocks = last ? left : sums.piece_blocks();
+      for (int64_t i = 0; i < area.tiles; ++i) {
+        const uint8_t* packed = p.packed + ((area.tile + i) * p.blocks + block) * kBlockBytes;
+        if (!Inner::decode(packed, blocks, codes[i])) return false;
+      }
+      sums.begin_piece(block);
+      const int8_t* q = p.q + area.token * Sums::kPlanes * p.q_stride + block * Inner::kInputs;
+      for (int64_t part = 0, token = 0; part < parts; ++part) {
+        const int64_t count = part < more ? least + 1 : least;
+        const int8_t* q_part = q + token * Sums::kPlanes * p.q_stride;
+        for (int64_t i = 0; i < area.tiles; ++i) {
+          add_of<Inner::kDecodedRows>(count * Sums::kPlanes, sums, block, codes[i], blocks, q_part, i, token);
+        }
+        if (last) {  // one after another: stores of all tokens at once would wait for memory
+          for (int64_t t = token; t < token + count; ++t) {
+            for (int64_t i = 0; i < area.tiles; ++i) sums.store(i, t);
+          }
+        }
+        token += count;
+      }
+    }
+    return true;
+  }
+
+  static bool multiply_any(const TernaryProduct& p, const Rectangle& area) {
+    const bool two = p.planes == 2;
+    if (p.group_blocks == 0) return two ? multiply<WholeRows<2>>(p, area) : multiply<WholeRows<1>>(p, area);
+    if (p.scale_dtype == DType::kFloat16) {
+      return two ? multiply<InGroups<2, Float16>>(p, area) : multiply<InGroups<1, Float16>>(p, area);
+    }
+    return two ? multiply<InGroups<2, float>>(p, area) : multiply<InGroups<1, float>>(p, area);
   }
 
   static void ternary_product(const TernaryProduct& p, int64_t tile_begin, int64_t tile_end) {
-    // As many rows of q as L2 keeps, in equal parts; all tiles pass over one part, then over the next.
-    const int64_t kept = Inner::kQBytes / p.q_stride + 1;
-    const int64_t tokens = (kept < kMostRows ? kept : kMostRows) / p.planes;
-    const int64_t parts = divide_up(p.tokens, tokens < 1 ? 1 : tokens);
+    // All tiles pass over one part of the tokens, then over the next.
+    const int64_t parts = divide_up(p.tokens, kMostRows / p.planes);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = p.tokens * part / parts;
-      const int64_t count = p.tokens * (part + 1) / parts - begin;
-      for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-        if (p.group_blocks == 0) {
-          whole_rows(p, tile, begin, count);
-        } else if (p.planes == 1) {
-          in_groups_of<1>(p, tile, begin, count);
-        } else {
-          in_groups_of<2>(p, tile, begin, count);
+      const int64_t end = p.tokens * (part + 1) / parts;
+      for (int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
+        const int64_t tiles = tile_end - tile < kTiles ? tile_end - tile : kTiles;
+        if (multiply_any(p, {tile, tiles, begin, end - begin})) continue;
+        for (int64_t i = 0; i < tiles; ++i) {
+          TernaryDriver<Isa, Inner>::template tiles<1>(p, tile + i, begin, end);
         }
       }
     }

@@ -10,51 +10,43 @@
 //     kTiles, kRows                           largest register block, in tiles and rows of q; kRows is even
 //     kRowsStreamed                           up to so many rows, tiles come one at a time
 //     kQBytes                                 of q that stay in L2 while weights pass
+//     kRowsOfGroups                           0, or up to so many rows a tile with scales of groups has a loop of its own:
+//     groups<PLANES, TOKENS>(p, tile, q, scales, token, sums)          sums[TOKENS][16] as `add_group` adds them up
 //     block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc)   acc[ROWS][TILES * 16]
 
 namespace bitnet_ops {
 namespace {
 
-// sums[i] = float(acc of row i), rounded once, for `count` rows of a token, one scale a row. Planes are `plane_stride` apart.
-template <int COUNT>
-inline void float_sums(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, float* sums) {
-  const int32_t q_sum = p.q_sum[token * p.planes];
-  if (p.planes == 1) {
-    for (int64_t i = 0; i < COUNT; ++i) sums[i] = static_cast<float>(acc[i] - q_sum);
-    return;
-  }
-  const int32_t lo_sum = p.q_sum[token * p.planes + 1];
-  for (int64_t i = 0; i < COUNT; ++i) {
-    // Exact: |256 * hi + lo| < 2^53. The only rounding is that to float.
-    const double hi = acc[i] - q_sum;
-    const double lo = acc[plane_stride + i] - lo_sum;
-    sums[i] = static_cast<float>(256.0 * hi + lo);
-  }
+// float(256 * hi + lo) of two planes less their sums, rounded once: exact before that, for |256 * hi + lo| < 2^53.
+inline float float_sum(const TernaryProduct& p, int32_t hi, int32_t lo, int64_t token) {
+  const int32_t* q_sum = p.q_sum + 2 * token;
+  return static_cast<float>(256.0 * static_cast<double>(hi - q_sum[0]) + static_cast<double>(lo - q_sum[1]));
 }
 
-// 16 results of a token, or fewer at the end: y = sums * factor (+ bias), where factor[i] = x_scale * weight_scale[i],
-// or what `in_groups` left out if the sums have their weight scales already.
+// 16 results of a token, or `count` of them at the end: y = sums * factor (+ bias), where factor[i] = x_scale *
+// weight_scale[i], or what `in_groups` left out if the sums have their weight scales already.
+//
+// Vectors by hand: GCC 12 unrolls loops of 16 before it would make vectors of them.
 template <class Isa, class T>
 void store_scaled(const TernaryProduct& p, const float* sums, int64_t token, int64_t row, int64_t count) {
   T* out = static_cast<T*>(p.out) + token * p.out_features + row;
   const bool grouped = p.group_blocks != 0;
   const float x_scale = grouped && p.planes == 1 ? 1.0f : p.x_scale[token];
   const float* row_scale = grouped ? nullptr : static_cast<const float*>(p.weight_scale) + row;
-  alignas(64) float y[kTileRows];
   if (count == kTileRows) {
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      y[i] = sums[i] * (grouped ? x_scale : x_scale * row_scale[i]);
+    for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) {
+      auto factor = Isa::set1(x_scale);
+      if (!grouped) factor = Isa::mul(factor, Isa::load(row_scale + i));
+      auto y = Isa::mul(Isa::load(sums + i), factor);
+      if (p.bias != nullptr) y = Isa::add(y, Isa::load(p.bias + row + i));
+      Isa::store(out + i, y);
     }
-    if (p.bias != nullptr) {
-      for (int64_t i = 0; i < kTileRows; ++i) y[i] = y[i] + p.bias[row + i];
-    }
-    for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) Isa::store(out + i, Isa::load(y + i));
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    y[i] = sums[i] * (grouped ? x_scale : x_scale * row_scale[i]);
-    if (p.bias != nullptr) y[i] = y[i] + p.bias[row + i];
-    from_float(y[i], out + i);
+    float y = sums[i] * (grouped ? x_scale : x_scale * row_scale[i]);
+    if (p.bias != nullptr) y = y + p.bias[row + i];
+    from_float(y, out + i);
   }
 }
 
@@ -70,31 +62,23 @@ void store_sums(const TernaryProduct& p, const float* sums, int64_t token, int64
   }
 }
 
-// The usual case, 16 rows of 8-bit activations to float32, as one loop that compiles to a few vector
-// instructions: with K = 2560 the general path below costs prefill 5 %.
-inline void store_sixteen(const TernaryProduct& p, const int32_t* __restrict acc, int64_t token, int64_t row) {
-  float* __restrict out = static_cast<float*>(p.out) + token * p.out_features + row;
-  const float* __restrict weight_scale = static_cast<const float*>(p.weight_scale) + row;
-  const int32_t q_sum = p.q_sum[token];
-  const float x_scale = p.x_scale[token];
-  for (int64_t i = 0; i < kTileRows; ++i) out[i] = static_cast<float>(acc[i] - q_sum) * (x_scale * weight_scale[i]);
-}
-
 // Results of 16 neighbouring rows, acc[planes][plane_stride], or fewer at the end of the matrix.
 template <class Isa>
 void store_rows(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t row) {
   const int64_t left = p.out_features - row;
   const int64_t count = left < kTileRows ? left : kTileRows;
-  if (count == kTileRows && p.out_dtype == DType::kFloat32 && p.planes == 1 && p.bias == nullptr) {
-    return store_sixteen(p, acc, token, row);
-  }
   if (p.out_dtype == DType::kInt32) {
     int32_t* out = static_cast<int32_t*>(p.out) + token * p.out_features + row;
     for (int64_t i = 0; i < count; ++i) out[i] = acc[i] - p.q_sum[token];
     return;
   }
   alignas(64) float sums[kTileRows];
-  float_sums<kTileRows>(p, acc, plane_stride, token, sums);
+  if (p.planes == 1) {
+    const int32_t q_sum = p.q_sum[token];
+    for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) Isa::store(sums + i, Isa::load_less(acc + i, q_sum));
+  } else {
+    for (int64_t i = 0; i < kTileRows; ++i) sums[i] = float_sum(p, acc[i], acc[plane_stride + i], token);
+  }
   store_sums<Isa>(p, sums, token, row, count);
 }
 
@@ -105,9 +89,8 @@ inline void store_row(const TernaryProduct& p, const int32_t* acc, int64_t plane
     static_cast<int32_t*>(p.out)[place] = *acc - p.q_sum[token];
     return;
   }
-  float y;
-  float_sums<1>(p, acc, plane_stride, token, &y);
-  y = y * (p.x_scale[token] * static_cast<const float*>(p.weight_scale)[row]);
+  const float sum = p.planes == 1 ? static_cast<float>(*acc - p.q_sum[token]) : float_sum(p, *acc, acc[plane_stride], token);
+  float y = sum * (p.x_scale[token] * static_cast<const float*>(p.weight_scale)[row]);
   if (p.bias != nullptr) y = y + p.bias[row];
   switch (p.out_dtype) {
     case DType::kBFloat16:
@@ -181,6 +164,15 @@ struct TernaryDriver {
     const uint8_t* packed = p.packed + tile * tile_bytes;
     const int8_t* q = p.q + token * PLANES * p.q_stride;
     const int64_t rows_left = p.out_features - tile * kTileRows;
+    if constexpr (TILES == 1 && TOKENS * PLANES <= Inner::kRowsOfGroups) {
+      if (rows_left >= kTileRows) {  // it reads the scales of a whole tile
+        Inner::template groups<PLANES, TOKENS>(p, packed, q, scales, token, sums);
+        for (int64_t t = 0; t < TOKENS; ++t) {
+          store_sums<Isa>(p, sums + t * kPlaneStride, token + t, tile * kTileRows, kTileRows);
+        }
+        return;
+      }
+    }
     for (int64_t group = 0; group < p.groups; ++group) {
       const int64_t block = group * p.group_blocks;
       const int64_t blocks = p.blocks - block < p.group_blocks ? p.blocks - block : p.group_blocks;

@@ -63,6 +63,10 @@ struct Ymm {
   static F32 load(const int32_t* p) {
     return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  static F32 load_less(const int32_t* p, int32_t less) {
+    const __m256i i32x8 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(i32x8, _mm256_set1_epi32(less)));
+  }
   static F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
   static float fold_max(F32 v) {
     const __m128 f32x4 = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -160,14 +164,15 @@ inline __m256i code_of(Codes codes, const uint8_t* half) {
 //     widen(acc)                       acc as int32 x 8
 //     kDotsPerWidening                 how many times dot may add to acc before that
 //     kRows                            rows of q in a register block, two accumulators each
-//     kDecodedRows                     likewise where codes are decoded already; 0: they never are
-//     two_dots(low, high, low_u8x32, high_u8x32, q)    dot for both halves of a tile and four activations in memory
+//     kDecodedRows                     likewise where codes are decoded already
+//     piece(codes, blocks, q, q_stride, low, high)    if kDecodedRows: sums of up to 64 dots of decoded codes below 3
 template <class Dot>
 struct YmmLoops {
   // One tile is two ymm, rows 0-7 and rows 8-15.
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
+  static constexpr int kRowsOfGroups = 0;
   static constexpr int kRows = Dot::kRows;
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
 
@@ -186,7 +191,7 @@ struct YmmLoops {
       }
       for (int64_t b = begin; b < end; ++b) {
         const uint8_t* address = tile + b * kBlockBytes;
-        prefetch_near(address + kPrefetchBytes);
+        ask_ahead<Ymm>(address);
         const int8_t* q_block = q + b * kBlockInputs;
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
@@ -208,15 +213,14 @@ struct YmmLoops {
     } while (begin < blocks);
   }
 
-  // Many tokens: a piece of a tile is decoded once, into L1, for all of them. With few rows of q decoding hides
-  // behind products; with many it takes ports from them.
-  static constexpr int64_t kPieceBlocks = Dot::kDotsPerWidening / 2;
+  // Many tokens (ternary_decoded.h): a piece of a tile is decoded once, into L1, for all of them. With few rows of q
+  // decoding hides behind products; with many it takes ports from them.
   static constexpr int kDecodedRows = Dot::kDecodedRows;
+  static constexpr int64_t kPieceBlocks = kMaxGroupInputs / kBlockInputs;
   static constexpr int64_t kPieceBytes = kPieceBlocks * 4 * kBlockBytes;
 
-  // Codes of `blocks` blocks, a byte each: [blocks][step p][64]. Returns how many blocks `piece` may take at once:
-  // twice as many where no code is 3.
-  static int64_t decode(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
+  // Codes of `blocks` blocks, a byte each: [blocks][step p][64]. Returns whether none is 3.
+  static bool decode(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
     __m256i threes_u8x32 = _mm256_setzero_si256();
     for (int64_t b = 0; b < blocks; ++b) {
       prefetch_near(packed + b * kBlockBytes + kPrefetchBytes);
@@ -230,32 +234,51 @@ struct YmmLoops {
         }
       }
     }
-    const bool valid = _mm256_testz_si256(threes_u8x32, _mm256_set1_epi8(0x55));
-    return valid ? kPieceBlocks : kPieceBlocks / 2;
+    return _mm256_testz_si256(threes_u8x32, _mm256_set1_epi8(0x55));
   }
 
-  // acc[ROWS][16], set or added to, of a piece.
+  // acc[ROWS][16], set or added to.
   template <int ROWS>
   static void piece(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc, bool first) {
-    __m256i acc_low[ROWS];
-    __m256i acc_high[ROWS];
+    __m256i low[ROWS];
+    __m256i high[ROWS];
+    Dot::piece(codes, blocks, q, q_stride, low, high);
 #pragma GCC unroll 8
     for (int t = 0; t < ROWS; ++t) {
-      acc_low[t] = _mm256_setzero_si256();
-      acc_high[t] = _mm256_setzero_si256();
+      put(acc + t * kTileRows, Dot::widen(low[t]), first);
+      put(acc + t * kTileRows + 8, Dot::widen(high[t]), first);
     }
-    for (int64_t step = 0; step < 4 * blocks; ++step) {
-      const __m256i low_u8x32 = load32(codes + step * kBlockBytes);
-      const __m256i high_u8x32 = load32(codes + step * kBlockBytes + 32);
+  }
+
+  // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group, has
+  // the order, and why int32 and float32 are exact.
+  template <int PLANES, int ROWS>
+  static void piece_of_group(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride,
+                             const DecodedGroup& group) {
+    __m256i low[ROWS];
+    __m256i high[ROWS];
+    Dot::piece(codes, blocks, q, q_stride, low, high);
 #pragma GCC unroll 8
-      for (int t = 0; t < ROWS; ++t) {
-        Dot::two_dots(acc_low[t], acc_high[t], low_u8x32, high_u8x32, q + t * q_stride + 4 * step);
+    for (int t = 0; t < ROWS; t += PLANES) {
+      const int32_t* q_sum = group.q_sum + t * group.stride;
+      float* out = group.sums + t / PLANES * kTileRows;
+      __m256i low_i32x8 = _mm256_sub_epi32(Dot::widen(low[t]), _mm256_set1_epi32(q_sum[0]));
+      __m256i high_i32x8 = _mm256_sub_epi32(Dot::widen(high[t]), _mm256_set1_epi32(q_sum[0]));
+      __m256 low_factor_f32x8 = Ymm::load(group.scale);
+      __m256 high_factor_f32x8 = Ymm::load(group.scale + 8);
+      if constexpr (PLANES == 2) {
+        const __m256i lo_sum_i32x8 = _mm256_set1_epi32(q_sum[group.stride]);
+        const __m256i low_of_lo_i32x8 = _mm256_sub_epi32(Dot::widen(low[t + 1]), lo_sum_i32x8);
+        const __m256i high_of_lo_i32x8 = _mm256_sub_epi32(Dot::widen(high[t + 1]), lo_sum_i32x8);
+        low_i32x8 = _mm256_add_epi32(_mm256_slli_epi32(low_i32x8, 8), low_of_lo_i32x8);
+        high_i32x8 = _mm256_add_epi32(_mm256_slli_epi32(high_i32x8, 8), high_of_lo_i32x8);
+      } else {
+        const __m256 x_scale_f32x8 = Ymm::set1(group.x_scale[t * group.stride]);
+        low_factor_f32x8 = Ymm::mul(x_scale_f32x8, low_factor_f32x8);
+        high_factor_f32x8 = Ymm::mul(x_scale_f32x8, high_factor_f32x8);
       }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < ROWS; ++t) {
-      put(acc + t * kTileRows, Dot::widen(acc_low[t]), first);
-      put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), first);
+      Ymm::store(out, Ymm::add(Ymm::load(out), Ymm::mul(_mm256_cvtepi32_ps(low_i32x8), low_factor_f32x8)));
+      Ymm::store(out + 8, Ymm::add(Ymm::load(out + 8), Ymm::mul(_mm256_cvtepi32_ps(high_i32x8), high_factor_f32x8)));
     }
   }
 

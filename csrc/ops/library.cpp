@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "ops/attention.h"
+#include "ops/boxed.h"
 #include "ops/decoder.h"
 #include "ops/glu.h"
 #include "ops/gumbel.h"
@@ -35,10 +36,12 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
   m.def("unpack_ternary(Tensor packed, int out_features, int in_features, str layout=\"tile16\") -> Tensor");
   m.def(
       "repack_ternary(Tensor packed, int out_features, int in_features, str layout, str wanted) -> Tensor");
+  m.def("find_bad_byte(Tensor packed, str layout=\"tile16\") -> Tensor");
   m.def("ternary_matmul(Tensor q, Tensor packed, int out_features, str layout=\"tile16\") -> Tensor");
   m.def(
       "ternary_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features, "
       "str layout=\"tile16\", int activation_bits=8, int group_size=0, Tensor? active=None) -> Tensor");
+  m.def("embedding(Tensor ids, Tensor weight) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("glu(Tensor gate, Tensor up, str activation) -> Tensor");
   m.def("lm_head(Tensor x, Tensor weight) -> Tensor");
@@ -67,25 +70,27 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
-  m.impl("quantize_activations", TORCH_BOX(&bitnet_ops::quantize_activations));
-  m.impl("pack_ternary", TORCH_BOX(&bitnet_ops::pack_ternary));
-  m.impl("unpack_ternary", TORCH_BOX(&bitnet_ops::unpack_ternary));
-  m.impl("repack_ternary", TORCH_BOX(&bitnet_ops::repack_ternary));
-  m.impl("ternary_matmul", TORCH_BOX(&bitnet_ops::ternary_matmul));
-  m.impl("ternary_linear", TORCH_BOX(&bitnet_ops::ternary_linear));
-  m.impl("rms_norm", TORCH_BOX(&bitnet_ops::rms_norm));
-  m.impl("glu", TORCH_BOX(&bitnet_ops::glu));
-  m.impl("lm_head", TORCH_BOX(&bitnet_ops::lm_head));
-  m.impl("screen_lm_head", TORCH_BOX(&bitnet_ops::screen_lm_head));
-  m.impl("lm_head_top_k", TORCH_BOX(&bitnet_ops::lm_head_top_k));
-  m.impl("gumbel_noise", TORCH_BOX(&bitnet_ops::gumbel_noise));
-  m.impl("attention", TORCH_BOX(&bitnet_ops::attention));
-  m.impl("cached_attention", TORCH_BOX(&bitnet_ops::cached_attention));
-  m.impl("decoder_layers", TORCH_BOX(&bitnet_ops::decoder_layers));
-  m.impl("prepare_layers", TORCH_BOX(&bitnet_ops::prepare_layers));
-  m.impl("run_prepared_layers", TORCH_BOX(&bitnet_ops::run_prepared_layers));
+  m.impl("quantize_activations", BITNET_BOX(&bitnet_ops::quantize_activations));
+  m.impl("pack_ternary", BITNET_BOX(&bitnet_ops::pack_ternary));
+  m.impl("unpack_ternary", BITNET_BOX(&bitnet_ops::unpack_ternary));
+  m.impl("repack_ternary", BITNET_BOX(&bitnet_ops::repack_ternary));
+  m.impl("find_bad_byte", BITNET_BOX(&bitnet_ops::find_bad_byte));
+  m.impl("ternary_matmul", BITNET_BOX(&bitnet_ops::ternary_matmul));
+  m.impl("ternary_linear", BITNET_BOX(&bitnet_ops::ternary_linear));
+  m.impl("embedding", BITNET_BOX(&bitnet_ops::embedding));
+  m.impl("rms_norm", BITNET_BOX(&bitnet_ops::rms_norm));
+  m.impl("glu", BITNET_BOX(&bitnet_ops::glu));
+  m.impl("lm_head", BITNET_BOX(&bitnet_ops::lm_head));
+  m.impl("screen_lm_head", BITNET_BOX(&bitnet_ops::screen_lm_head));
+  m.impl("lm_head_top_k", BITNET_BOX(&bitnet_ops::lm_head_top_k));
+  m.impl("gumbel_noise", BITNET_BOX(&bitnet_ops::gumbel_noise));
+  m.impl("attention", BITNET_BOX(&bitnet_ops::attention));
+  m.impl("cached_attention", BITNET_BOX(&bitnet_ops::cached_attention));
+  m.impl("decoder_layers", BITNET_BOX(&bitnet_ops::decoder_layers));
+  m.impl("prepare_layers", BITNET_BOX(&bitnet_ops::prepare_layers));
+  m.impl("run_prepared_layers", BITNET_BOX(&bitnet_ops::run_prepared_layers));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CompositeExplicitAutograd, m) {
-  m.impl("release_layers", TORCH_BOX(&bitnet_ops::release_layers));
+  m.impl("release_layers", BITNET_BOX(&bitnet_ops::release_layers));
 }

@@ -71,4 +71,16 @@ Tensor repack_ternary(const Tensor& packed_any, int64_t out_features, int64_t in
   return result;
 }
 
+Tensor find_bad_byte(const Tensor& packed_any, const std::string& layout_name) {
+  constexpr const char* kOp = "find_bad_byte";
+  const Layout layout = check_layout(kOp, layout_name);
+  if (!packed_any.is_cpu() || dtype_code(packed_any) != dtypes().uint8) {
+    refuse(kOp, "packed", "a CPU tensor uint8", describe(packed_any));
+  }
+  const Tensor packed = as_contiguous(packed_any);
+  const Tensor place = empty({}, dtypes().int64);
+  *mutable_data<int64_t>(place) = run_find_bad_byte(data<uint8_t>(packed), packed.numel(), layout);
+  return place;
+}
+
 }  // namespace bitnet_ops

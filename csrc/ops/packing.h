@@ -15,4 +15,6 @@ Tensor unpack_ternary(const Tensor& packed, int64_t out_features, int64_t in_fea
 Tensor repack_ternary(const Tensor& packed, int64_t out_features, int64_t in_features, const std::string& layout,
                       const std::string& wanted);
 
+Tensor find_bad_byte(const Tensor& packed, const std::string& layout);
+
 }  // namespace bitnet_ops

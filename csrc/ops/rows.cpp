@@ -28,6 +28,30 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x_any, int64_t bit
   return {q, x_scale};
 }
 
+Tensor embedding(const Tensor& ids_any, const Tensor& weight_any) {
+  constexpr const char* kOp = "embedding";
+  if (!ids_any.is_cpu() || dtype_code(ids_any) != dtypes().int64) {
+    refuse(kOp, "ids", "a CPU tensor int64", describe(ids_any));
+  }
+  const DType dtype = check_float(kOp, "weight", weight_any);
+  if (weight_any.dim() != 2) refuse(kOp, "weight", "shape [vocabulary, features]", describe(weight_any));
+  const Tensor ids = as_contiguous(ids_any);
+  const Tensor weight = as_contiguous(weight_any);
+  const Rows rows{data<void>(weight), dtype, weight.size(0), weight.size(1)};
+  const int64_t* id = data<int64_t>(ids);
+  const int64_t count = ids.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    if (id[i] >= 0 && id[i] < rows.count) continue;
+    refuse(kOp, "ids", "ids from 0 to " + std::to_string(rows.count - 1) + " (weight has " +
+                           std::to_string(rows.count) + " rows)", std::to_string(id[i]));
+  }
+  std::vector<int64_t> sizes = shape_of(ids);
+  sizes.push_back(rows.elements);
+  const Tensor out = empty(sizes, dtype_code(weight));
+  if (out.numel() != 0) run_gather(rows, id, count, mutable_data<void>(out));
+  return out;
+}
+
 Tensor rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps) {
   constexpr const char* kOp = "rms_norm";
   const DType dtype = check_float(kOp, "x", x_any);

@@ -9,6 +9,12 @@ namespace {
 // So far ahead that memory answers before a dictionary's turn comes.
 constexpr Py_ssize_t kAhead = 16;
 
+// Without a global lock other threads may change a dictionary meanwhile. The limited API has no name for this, nor any need.
+#if !defined(Py_BEGIN_CRITICAL_SECTION)
+#define Py_BEGIN_CRITICAL_SECTION(object) {
+#define Py_END_CRITICAL_SECTION() }
+#endif
+
 // The dictionary at `index`, borrowed; nullptr and a TypeError where there is none.
 PyObject* dict_at(PyObject* dicts, Py_ssize_t index) {
   const Py_ssize_t ahead = index + kAhead;
@@ -44,10 +50,14 @@ PyObject* same_values(PyObject*, PyObject* args) {
     if (count > PyList_Size(values) - next) {
       return PyErr_Format(PyExc_ValueError, "values: expected as many as counts add up to, got %zd", PyList_Size(values));
     }
+    bool same = true;
+    Py_BEGIN_CRITICAL_SECTION(dict);
     Py_ssize_t position = 0;
-    for (PyObject* value; PyDict_Next(dict, &position, nullptr, &value);) {
-      if (value != PyList_GetItem(values, next++)) Py_RETURN_FALSE;
+    for (PyObject* value; same && PyDict_Next(dict, &position, nullptr, &value);) {
+      same = value == PyList_GetItem(values, next++);
     }
+    Py_END_CRITICAL_SECTION();
+    if (!same) Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
 }
@@ -65,11 +75,16 @@ PyObject* same_items(PyObject*, PyObject* args) {
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* dict = dict_at(dicts, i);
     if (dict == nullptr) return nullptr;
-    for (Py_ssize_t k = 0; k < n_keys; ++k) {
+    bool same = true;
+    Py_BEGIN_CRITICAL_SECTION(dict);
+    for (Py_ssize_t k = 0; same && k < n_keys; ++k) {
       PyObject* value = PyDict_GetItemWithError(dict, PyTuple_GetItem(keys, k));
-      if (value == nullptr && PyErr_Occurred()) return nullptr;
-      if ((value == nullptr ? Py_None : value) != PyList_GetItem(values, i * n_keys + k)) Py_RETURN_FALSE;
+      same = (value == nullptr ? Py_None : value) == PyList_GetItem(values, i * n_keys + k);
+      if (value == nullptr && PyErr_Occurred()) same = false;
     }
+    Py_END_CRITICAL_SECTION();
+    if (PyErr_Occurred()) return nullptr;
+    if (!same) Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
 }

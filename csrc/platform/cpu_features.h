@@ -5,7 +5,7 @@
 
 namespace bitnet_ops {
 
-// One bit per feature that some kernel's target string names.
+// One bit per feature that some kernel's target string names, or that decides between kernels.
 enum CpuFeature : uint32_t {
   kAvx2 = 1u << 0,
   kFma = 1u << 1,
@@ -17,10 +17,13 @@ enum CpuFeature : uint32_t {
   kAvx512Vl = 1u << 7,
   kAvx512Vnni = 1u << 8,
   kAvx512Vbmi = 1u << 9,
+  kAmxTile = 1u << 10,
+  kAmxInt8 = 1u << 11,
 
   kArmV82 = 1u << 16,  // what armv8.2-a lets a compiler use: atomics (LSE), CRC32, rounding multiplies (RDM)
   kDotprod = 1u << 17,
   kI8mm = 1u << 18,
+  kFastI8mm = 1u << 19,  // i8mm multiplies faster than dotprod: decides an order, not what is possible
 };
 
 // The set of features that are safe to use, as a sum of CpuFeature bits. Never throws.

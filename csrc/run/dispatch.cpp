@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <utility>
 
 #include "platform/cpu_features.h"
 
@@ -13,6 +14,7 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512VnniKernels;
 extern const KernelTable kAvx512VbmiKernels;
+extern const KernelTable kAmxInt8Kernels;
 #elif defined(__aarch64__)
 extern const KernelTable kNeonKernels;
 extern const KernelTable kNeonDotprodKernels;
@@ -26,9 +28,11 @@ struct Requirement {
   uint32_t features;  // equals the target string of the kernel file, feature for feature
 };
 
-// Best first.
+// Best first, on most CPUs.
 constexpr Requirement kRequirements[] = {
 #if defined(__x86_64__)
+    {&kAmxInt8Kernels, kAvx2 | kFma | kF16c | kAvx512F | kAvx512Bw | kAvx512Dq | kAvx512Vl | kAvx512Vnni | kAvx512Vbmi |
+                           kAmxTile | kAmxInt8},
     {&kAvx512VbmiKernels,
      kAvx2 | kFma | kF16c | kAvx512F | kAvx512Bw | kAvx512Dq | kAvx512Vl | kAvx512Vnni | kAvx512Vbmi},
     {&kAvx512VnniKernels, kAvx2 | kFma | kF16c | kAvx512F | kAvx512Bw | kAvx512Dq | kAvx512Vl | kAvx512Vnni},
@@ -51,6 +55,9 @@ struct Candidates {
     for (size_t i = 0; i < kCount; ++i) {
       list[i] = {kRequirements[i].table, (kRequirements[i].features & ~features) == 0};
     }
+#if defined(__aarch64__)
+    if (!(features & kFastI8mm)) std::swap(list[0], list[1]);  // dotprod before i8mm
+#endif
   }
 };
 

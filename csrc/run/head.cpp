@@ -10,6 +10,7 @@
 #include "platform/system.h"
 #include "run/best_scores.h"
 #include "run/dispatch.h"
+#include "run/file_memory.h"
 #include "run/parallel.h"
 #include "run/rows.h"
 #include "run/scratch.h"
@@ -66,6 +67,10 @@ constexpr int64_t kLooks = 16;
 // after 64 k rows. For a large k a quarter of the table has to do.
 constexpr int64_t kRowsPerPlace = 64;
 constexpr int64_t kFewestLooks = 4;
+
+// Rows that are read from a file together: 160 KB of bfloat16 with 2560 inputs, which stay in a core's second-level
+// cache until they are multiplied.
+constexpr int64_t kRowsFromFile = 32;
 
 // Tokens that share a pass over the table: their bounds are 1 MB each for 128256 rows.
 constexpr int64_t kTokensAtOnce = 16;
@@ -203,6 +208,7 @@ struct Search {
       chosen.first.push_back(static_cast<int64_t>(chosen.rows.size()));
     }
     chosen.logits.resize(chosen.rows.size());
+    const FileRows file(logits.weight, logits.vocabulary, row_bytes(), chosen.first.back());
     parallel(chosen.first.back(), ns_per_row(logits, 1), [&](int64_t begin, int64_t end) {
       for (int64_t token = 0; token < logits.tokens; ++token) {
         const int64_t from = std::max(begin, chosen.first[static_cast<size_t>(token)]);
@@ -211,11 +217,28 @@ struct Search {
         Logits one = logits;
         one.x += token * one.x_stride;
         one.tokens = 1;
-        table.logits_of_rows(one, chosen.rows.data() + from, to - from, chosen.logits.data() + from,
-                             logits_scratch(one));
+        compute_rows(one, file, chosen.rows.data() + from, to - from, chosen.logits.data() + from);
       }
     });
     return chosen;
+  }
+
+  size_t row_bytes() const { return static_cast<size_t>(logits.in_features) * element_bytes(logits.weight_dtype); }
+
+  // The logits of some rows for one token.
+  void compute_rows(const Logits& one, const FileRows& file, const int32_t* rows, int64_t count, float* out) const {
+    if (!file.in_file()) return table.logits_of_rows(one, rows, count, out, logits_scratch(one));
+    static thread_local Scratch scratch;
+    char* copied = static_cast<char*>(scratch.reserve(static_cast<size_t>(kRowsFromFile) * row_bytes()));
+    int32_t places[kRowsFromFile];
+    for (int32_t i = 0; i < kRowsFromFile; ++i) places[i] = i;
+    Logits some = one;
+    some.weight = copied;
+    for (int64_t begin = 0; begin < count; begin += kRowsFromFile) {
+      const int64_t length = std::min(count - begin, kRowsFromFile);
+      for (int64_t i = 0; i < length; ++i) file.copy(rows[begin + i], copied + i * static_cast<int64_t>(row_bytes()));
+      table.logits_of_rows(some, places, length, out + begin, logits_scratch(some));
+    }
   }
 
   // Calls work(id, logit) for the chosen rows of one token.

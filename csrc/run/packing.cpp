@@ -1,5 +1,6 @@
 #include "run/packing.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "run/parallel.h"
@@ -41,6 +42,18 @@ void from_tile16(const uint8_t* tile16, MatrixSize size, Layout layout, uint8_t*
   });
 }
 
+constexpr uint8_t kMostBase3 = 242;  // 3^5 - 1: five codes 2
+
+bool is_bad(uint8_t byte, bool base3) { return base3 ? byte > kMostBase3 : (byte & (byte >> 1) & 0x55) != 0; }
+
+// Whether one of the bytes is bad, in vectors.
+template <bool BASE3>
+bool any_bad(const uint8_t* bytes, int64_t count) {
+  uint8_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad = static_cast<uint8_t>(bad | is_bad(bytes[i], BASE3));
+  return bad != 0;
+}
+
 }  // namespace
 
 bool run_pack(const int8_t* w, MatrixSize size, Layout layout, uint8_t* out) {
@@ -65,6 +78,28 @@ bool run_unpack(Layout layout, const uint8_t* packed, MatrixSize size, int8_t* o
 void run_repack(Layout layout, const uint8_t* packed, MatrixSize size, Layout wanted, uint8_t* out) {
   if (wanted == Layout::kTile16) return fill_tile16(layout, packed, size, out);
   from_tile16(as_tile16(layout, packed, size), size, wanted, out);
+}
+
+int64_t run_find_bad_byte(const uint8_t* packed, int64_t count, Layout layout) {
+  const bool base3 = layout == Layout::kTile16Base3;
+  constexpr int64_t kChunk = 16384;
+  constexpr double kNsPerByte = 0.1;
+  std::atomic<int64_t> first{count};
+  parallel(divide_up(count, kChunk), kNsPerByte * kChunk, [&](int64_t chunk_begin, int64_t chunk_end) {
+    for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+      const int64_t begin = chunk * kChunk;
+      const int64_t end = std::min(begin + kChunk, count);
+      if (begin >= first.load(std::memory_order_relaxed)) return;
+      if (!(base3 ? any_bad<true> : any_bad<false>)(packed + begin, end - begin)) continue;
+      int64_t at = begin;
+      while (!is_bad(packed[at], base3)) ++at;
+      int64_t before = first.load();
+      while (at < before && !first.compare_exchange_weak(before, at)) {
+      }
+      return;
+    }
+  });
+  return first == count ? -1 : first.load();
 }
 
 }  // namespace bitnet_ops

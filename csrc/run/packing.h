@@ -19,4 +19,8 @@ bool run_unpack(Layout layout, const uint8_t* packed, MatrixSize size, int8_t* o
 // From one layout to another one.
 void run_repack(Layout layout, const uint8_t* packed, MatrixSize size, Layout wanted, uint8_t* out);
 
+// The place of the first of `count` bytes that is none of packed weights: in base 3 one above 242, else one with a code
+// 3. -1 where all are.
+int64_t run_find_bad_byte(const uint8_t* packed, int64_t count, Layout layout);
+
 }  // namespace bitnet_ops

@@ -15,8 +15,10 @@ inline int64_t (*thread_count)() = [] { return int64_t{1}; };
 constexpr double kNanosecondsPerThread = 8000.0;
 
 // Parts for each thread: one that starts late, or that loses its processor for a while, leaves the others to the
-// rest. Each is worth waking a thread for, so that many of them cost no more than few (bench/LOG.md).
+// rest. At the end of the work threads wait for each other for half a part on average, and taking one costs some 20 ns
+// (bench/LOG.md).
 constexpr int64_t kPartsPerThread = 64;
+constexpr double kNanosecondsPerPart = 2000.0;
 
 // Runs work(begin, end) over [0, count) in about equal parts; ns_per_item is a rough cost, which only
 // decides how many threads are worth waking.
@@ -35,7 +37,8 @@ void parallel(int64_t count, double ns_per_item, const Work& work) {
     int64_t count, parts;
   };
   int64_t parts = threads * kPartsPerThread;
-  if (static_cast<double>(parts) > worth) parts = static_cast<int64_t>(worth);
+  const double most_parts = static_cast<double>(count) * ns_per_item / kNanosecondsPerPart;
+  if (static_cast<double>(parts) > most_parts) parts = static_cast<int64_t>(most_parts);
   if (parts > count) parts = count;
   if (parts > kMostParts) parts = kMostParts;
   const Context context{work, count, parts};

@@ -1,6 +1,9 @@
 #include "run/rows.h"
 
+#include <cstring>
+
 #include "run/dispatch.h"
+#include "run/file_memory.h"
 #include "run/parallel.h"
 #include "run/scratch.h"
 
@@ -35,6 +38,21 @@ void run_quantize_16(const Rows& rows, int16_t* q, float* x_scale) {
       q[row * rows.elements + k] = static_cast<int16_t>(256 * hi[k] + lo[k]);
     }
   }
+}
+
+void run_gather(const Rows& all, const int64_t* ids, int64_t count, void* out) {
+  const size_t row_bytes = static_cast<size_t>(all.elements) * element_bytes(all.dtype);
+  const FileRows file(all.x, all.count, row_bytes, count);
+  parallel(count, ns_per_row(all), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      char* place = row_at(out, i, all.elements, all.dtype);
+      if (file.in_file()) {
+        file.copy(ids[i], place);
+      } else {
+        std::memcpy(place, row_at(all.x, ids[i], all.elements, all.dtype), row_bytes);
+      }
+    }
+  });
 }
 
 void run_rms_norm(const Rows& rows, const void* weight, DType weight_dtype, float eps, void* out) {

@@ -30,6 +30,9 @@ struct Rows {
 void run_quantize(const Rows& rows, int8_t* q, float* x_scale);
 void run_quantize_16(const Rows& rows, int16_t* q, float* x_scale);
 
+// Rows ids[0 .. count) of a matrix with `all.count` rows, all ids among them; `out` has their dtype.
+void run_gather(const Rows& all, const int64_t* ids, int64_t count, void* out);
+
 // `out` has the dtype of the rows.
 void run_rms_norm(const Rows& rows, const void* weight, DType weight_dtype, float eps, void* out);
 

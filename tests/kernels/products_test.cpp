@@ -39,7 +39,7 @@ void test_narrowing() {
   }
 }
 
-enum Weights { kAnyByte, kAllMinus, kAllZero, kAllPlus, kAllThree, kWeightKinds };
+enum Weights { kAnyByte, kAllMinus, kAllZero, kAllPlus, kAllThree, kAnyTernary, kWeightKinds };
 enum Activations { kAnyInt8, kMostlyZero, kAll127, kAllMinus128, kActivationKinds };
 
 struct ProductCase {
@@ -128,7 +128,12 @@ TernaryProduct product_of(const ProductCase& c, const Operands& operands, const 
 
 void fill_weights(Buffer<uint8_t>& packed, Weights weights, Random& random) {
   constexpr uint8_t kPatterns[] = {0, 0x00, 0x55, 0xaa, 0xff};
-  for (size_t i = 0; i < packed.count; ++i) packed.data[i] = weights == kAnyByte ? random.byte() : kPatterns[weights];
+  for (size_t i = 0; i < packed.count; ++i) {
+    const uint8_t any = random.byte();
+    // Without code 3: its lower bit where the upper one is set.
+    const uint8_t ternary = static_cast<uint8_t>(any & ~((any & 0xaa) >> 1));
+    packed.data[i] = weights == kAnyByte ? any : weights == kAnyTernary ? ternary : kPatterns[weights];
+  }
 }
 
 // Units [begin, end) of `count`.
@@ -320,6 +325,56 @@ void test_planes_and_groups() {
   }
 }
 
+// Prompts: so many tokens that kernels decode weights into memory first, a piece of the inputs at a time, and take the
+// rows of q in blocks of 16 or 32, and in parts that fit into a cache.
+template <class T>
+void test_prompts() {
+  Random random;
+  // Few sizes, because emulators are slow: rows of q around 16 and 32, and inputs around 64 and three pieces.
+  for (const int64_t tokens : {16, 17, 31, 33, 300}) {
+    for (const int64_t in_features : {63, 64, 65, 320, 1281}) {
+      if (tokens == 300 && in_features > 65) continue;
+      // A code 3 anywhere in a tile makes avx2 take other loops.
+      for (const Weights weights : {kAnyByte, kAnyTernary}) {
+        test_tile16<T>({in_features == 64 ? 16 : 33, in_features, tokens, weights}, random);
+      }
+      test_base3<T>({in_features == 64 ? 16 : 33, in_features, tokens}, random);
+    }
+  }
+  for (int weights = 0; weights < kWeightKinds; ++weights) {
+    for (int activations = 0; activations < kActivationKinds; ++activations) {
+      test_tile16<T>({33, 600, 20, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
+      test_base3<T>({33, 130, 20, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
+    }
+  }
+}
+
+// Likewise with two planes and groups. The longest rows have more groups than are decoded at a time.
+template <class T>
+void test_prompts_in_groups() {
+  Random random;
+  for (const int64_t tokens : {9, 17, 33}) {
+    for (const int64_t group_blocks : {0, 4, 8, 16}) {
+      for (const int64_t planes : {1, 2}) {
+        if (planes == 1 && group_blocks == 0) continue;
+        for (const Weights weights : {kAnyByte, kAnyTernary}) {
+          ProductCase c{40, tokens == 17 ? 1210 : 300, tokens, weights, kAnyInt8, true, planes, group_blocks};
+          test_tile16<T>(c, random);
+          if (group_blocks == 0) continue;
+          c.half_scales = true;
+          test_tile16<T>(c, random);
+        }
+      }
+    }
+  }
+  // Sums of the largest group at the edge of the lanes that avx2 keeps them in.
+  for (const Weights weights : {kAllMinus, kAllPlus, kAllThree}) {
+    for (const Activations activations : {kAll127, kAllMinus128}) {
+      for (const int64_t planes : {1, 2}) test_tile16<T>({33, 512, 20, weights, activations, false, planes, 16}, random);
+    }
+  }
+}
+
 }  // namespace
 
 void test_products() {
@@ -330,6 +385,8 @@ void test_products() {
   test_results<float>();
   test_results<BFloat16>();
   test_results<Float16>();
+  test_prompts<int32_t>();
+  test_prompts_in_groups<float>();
   test_planes_and_groups<float>();
   test_planes_and_groups<BFloat16>();
   test_planes_and_groups<Float16>();

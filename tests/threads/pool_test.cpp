@@ -1,9 +1,12 @@
 // The pool of threads without Python or torch: counts what it ran, from several callers at once, while other threads
 // keep every CPU busy. Prints one line for each check that passed and exits with 1 at the first that did not.
+// Elsewhere than on Linux there are fewer: affinity and forks are looked at there only.
 
+#if defined(__linux__)
 #include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cfenv>
@@ -20,6 +23,8 @@
 using bitnet_ops::kMostParts;
 using bitnet_ops::run_parts;
 
+#if defined(__linux__)
+
 namespace {
 
 // What this thread may still allocate before memory is short; without end where it is negative.
@@ -34,8 +39,20 @@ void* operator new(size_t bytes) {
   return memory;
 }
 
+void* operator new(size_t bytes, std::align_val_t alignment) {
+  const size_t unit = static_cast<size_t>(alignment);
+  void* memory = allocations_left == 0 ? nullptr : std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
+  if (memory == nullptr) throw std::bad_alloc();
+  if (allocations_left > 0) --allocations_left;
+  return memory;
+}
+
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t /*bytes*/) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t /*alignment*/) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t /*bytes*/, std::align_val_t /*alignment*/) noexcept { std::free(memory); }
+
+#endif
 
 namespace {
 
@@ -103,30 +120,40 @@ void check_many_calls(unsigned seed, int calls) {
 struct Meeting {
   std::atomic<int> there{0};
   const std::thread::id caller = std::this_thread::get_id();
+#if defined(__linux__)
   cpu_set_t worker_cpus;
+#endif
 };
 
 void meet(const void* context, int64_t /*part*/) {
   Meeting& meeting = *const_cast<Meeting*>(static_cast<const Meeting*>(context));
+#if defined(__linux__)
   if (std::this_thread::get_id() != meeting.caller) {
     expect(sched_getaffinity(0, sizeof meeting.worker_cpus, &meeting.worker_cpus) == 0, "sched_getaffinity");
   }
+#endif
   meeting.there.fetch_add(1);
   while (meeting.there.load() < 2) std::this_thread::yield();
 }
 
 void check_meeting() {
+#if defined(__linux__)
   cpu_set_t cpus;
   expect(sched_getaffinity(0, sizeof cpus, &cpus) == 0, "sched_getaffinity");
+#endif
   for (const int rest_ms : {0, 0, 5, 5, 5}) {  // the first time it begins its life, later it is awake or asleep
     std::this_thread::sleep_for(std::chrono::milliseconds(rest_ms));
     Meeting meeting;
+#if defined(__linux__)
     const int cpu = sched_getcpu();
+#endif
     run_parts(2, 2, meet, &meeting);
+#if defined(__linux__)
     if (rest_ms == 0 || sched_getcpu() != cpu) continue;
     if (CPU_COUNT(&cpus) > 1) CPU_CLR(cpu, &cpus);
     expect(CPU_EQUAL(&meeting.worker_cpus, &cpus) != 0, "a worker may run where its caller may, but for its own CPU");
     CPU_SET(cpu, &cpus);
+#endif
   }
 }
 
@@ -161,24 +188,45 @@ void check_callers(int callers, int calls) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// More threads than ever before, each time, so that workers are wanted; their number stays even.
-void check_short_memory() {
-  int64_t threads = 8;
-  for (int allocations = 0; allocations < 8; ++allocations) {
-    threads += 2;
-    Account account(100);
-    allocations_left = allocations;
-    bool threw = false;
-    try {
-      run_parts(threads, 100, work, &account);
-    } catch (const std::bad_alloc&) {
-      threw = true;
-    }
-    allocations_left = -1;
-    expect(!threw, "fewer workers where memory is short, and no error");
-    for (const std::atomic<int>& runs : account.runs) expect(runs.load() == 1, "every part runs once");
-    check_meeting();
+// The part that waits for all others: its thread has a share, and those parts must find another one.
+struct Waiting {
+  int64_t parts, waiting_part;
+  std::atomic<int64_t> ended{0};
+};
+
+void wait_for_others(const void* context, int64_t part) {
+  Waiting& waiting = *const_cast<Waiting*>(static_cast<const Waiting*>(context));
+  if (part == waiting.waiting_part) {
+    while (waiting.ended.load() != waiting.parts - 1) std::this_thread::yield();
   }
+  waiting.ended.fetch_add(1);
+}
+
+void check_stealing() {
+  for (const int64_t parts : {2, 3, 8, 100}) {
+    for (int64_t part = 0; part < parts; part += parts / 2) {  // the first of each share, and others
+      Waiting waiting{parts, part};
+      run_parts(2, parts, wait_for_others, &waiting);
+      expect(waiting.ended.load() == parts, "a thread without parts takes those of one who is late");
+    }
+  }
+}
+
+void throw_nested(const void* /*context*/, int64_t /*part*/) {
+  Account account(4);
+  account.throwing_part = 2;
+  run_parts(2, 4, work, &account);
+}
+
+void check_nested_exception() {
+  bool threw = false;
+  try {
+    run_parts(2, 4, throw_nested, nullptr);
+  } catch (const std::runtime_error&) {
+    threw = true;
+  }
+  expect(threw, "an exception passes through nested calls");
+  check_meeting();
 }
 
 // A meeting where each finds out how its processor rounds.
@@ -205,21 +253,49 @@ void check_rounding() {
   }
 }
 
-void expect_good_child() {
+#if defined(__linux__)
+
+template <class Checks>
+void expect_good_child(const Checks& checks) {
   const pid_t child = fork();
   if (child == 0) {
     alarm(100);  // a child that hangs dies
-    check_meeting();
-    check_many_calls(7, 50);
+    checks();
     _exit(0);
   }
   int status = 0;
   expect(waitpid(child, &status, 0) == child && status == 0, "a forked child");
 }
 
+void check_some_calls() {
+  check_meeting();
+  check_many_calls(7, 50);
+}
+
 void check_fork() {
-  expect_good_child();
+  expect_good_child(check_some_calls);
   check_many_calls(8, 50);
+}
+
+// A child has no workers yet, and wants one. Its pool itself is there already.
+void check_short_memory() {
+  for (int allocations = 0; allocations < 4; ++allocations) {
+    expect_good_child([=] {
+      check_call(1, 1);
+      Account account(100);
+      allocations_left = allocations;
+      bool threw = false;
+      try {
+        run_parts(2, 100, work, &account);
+      } catch (const std::bad_alloc&) {
+        threw = true;
+      }
+      allocations_left = -1;
+      expect(!threw, "fewer workers where memory is short, and no error");
+      for (const std::atomic<int>& runs : account.runs) expect(runs.load() == 1, "every part runs once");
+      check_meeting();
+    });
+  }
 }
 
 // GCC's thread sanitizer takes new threads of a child for running ones of the parent.
@@ -243,7 +319,7 @@ void check_fork_during_work() {
   });
   while (began.load() == 0) std::this_thread::yield();
   part_rounds = 20000;  // nearly all the time is within parts
-  for (int i = 0; i < 10; ++i) expect_good_child();
+  for (int i = 0; i < 10; ++i) expect_good_child(check_some_calls);
   part_rounds = 200;
   over = true;
   other.join();
@@ -261,6 +337,8 @@ void check_one_cpu() {
   expect(sched_setaffinity(0, sizeof all, &all) == 0, "sched_setaffinity");
 }
 
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -276,26 +354,35 @@ int main(int argc, char** argv) {
   check_callers(4, calls / 4);
   passed("four callers");
   run_parts(3, 6, nested, nullptr);
+  check_nested_exception();
   passed("nested calls");
+  check_stealing();
+  passed("stealing");
+#if defined(__linux__)
   check_one_cpu();
   passed("one CPU");
+#endif
   {
     const OtherWork other_work;
     part_rounds = 100000;
     check_callers(1, calls / 20);
     check_callers(3, calls / 40);
     part_rounds = 200;
+#if defined(__linux__)
     check_one_cpu();
+#endif
   }
   passed("busy CPUs");
-  check_short_memory();
-  passed("short memory");
   check_rounding();
   passed("rounding");
+#if defined(__linux__)
   check_fork();
   passed("fork");
+  check_short_memory();
+  passed("short memory");
   if (!kFindsRaces) {
     check_fork_during_work();
     passed("fork during work");
   }
+#endif
 }

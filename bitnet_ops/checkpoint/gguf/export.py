@@ -1,6 +1,7 @@
 """Writes a model as a GGUF file: its metadata and its tensors.
 
-Projections are written in one of four types. What is in a block of each is drawn in ternary/.
+Projections, and a ternary embedding and head, are written in one of four types. What is in a block of each is
+drawn in ternary/.
 
     type     bits    scales                     K              read by
     i2_s     2       one float32 a matrix       any [1]        bitnet.cpp, bitnet_ops
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...layers.linear import BitLinear
+from ...layers.matrix import TernaryMatrix
 from ...layers.norm import RMSNorm
 from ..pieces import one_thread
 from ..saveable import check_saveable
+from ..weights import may_have_ternary_tables, tables
 from .architectures import ARCHITECTURE_KEY, Architecture
 from .dense import quantize
 from .matrix import WEIGHT_SCALE_PREFIX
@@ -51,10 +53,12 @@ if TYPE_CHECKING:
 _TYPE = {type_.name: type_ for type_ in TYPES}
 
 GGUF_TYPES = {name.lower(): _TYPE[name] for name in ("I2_S", "TQ1_0", "TQ2_0", "Q2_0")}
-"""Of projections, by the names that users give."""
+"""Of ternary matrices, by the names that users give."""
 
 GGUF_HEADS = {name.lower(): _TYPE[name] for name in ("F16", "Q8_0", "Q6_K", "BF16", "F32")}
 """Of embedding and head, likewise."""
+
+DEFAULT_HEAD = "f16"
 
 FILE_TYPES = {"I2_S": 40, "TQ1_0": 36, "TQ2_0": 37, "Q2_0": 41}
 """Values of "general.file_type" in bitnet.cpp (the first) and llama.cpp."""
@@ -68,7 +72,7 @@ def save_gguf(
     file: str | os.PathLike[str],
     *,
     type: str | None = None,
-    head: str = "f16",
+    head: str | None = None,
     name: str | None = None,
 ) -> str:
     """Writes a packed model as a GGUF file, with its tokenizer and its chat template.
@@ -84,7 +88,8 @@ def save_gguf(
             2026, has a scale for each 64 inputs. None takes the first that holds the model: for BitNet
             architectures in the order i2_s, tq2_0, q2_0; for others tq2_0, q2_0, i2_s.
         head: of embedding and head: "f16", "q8_0" (inner size a multiple of 32), "q6_k" (256), "bf16" or
-            "f32". All but a wider float format round.
+            "f32". All but a wider float format round. None is "f16" for dense ones; ternary ones have the
+            type of the projections then.
         name: the model's, for people; None for that of the file.
 
     Returns:
@@ -100,7 +105,7 @@ def save_gguf(
         'tq2_0'
     """
     for option, value, known in (("type", type, GGUF_TYPES), ("head", head, GGUF_HEADS)):
-        if value not in known and (option, value) != ("type", None):
+        if value is not None and value not in known:
             raise ValueError(
                 f"save_gguf: {option}: expected {' or '.join(map(repr, known))}, got {value!r:.80}"
             )
@@ -108,7 +113,18 @@ def save_gguf(
     projections = check_saveable(model, "save_gguf")
     try:
         architecture = architecture_for(model.config)
-        chosen = _choose_type(projections, architecture, type)
+        packed_tables = set() if head is not None else projections.keys() & set(tables(model.config).values())
+        if packed_tables and not may_have_ternary_tables(model.config):
+            raise ValueError(
+                "a ternary embedding or head beside 8-bit activations of one scale a token would be read as "
+                "floats"
+            )
+        written = {
+            name: layer
+            for name, layer in projections.items()
+            if name in packed_tables or name not in tables(model.config).values()
+        }
+        chosen = _choose_type(written, architecture, type)
         metadata = {
             ARCHITECTURE_KEY: architecture.name,
             "general.type": "model",
@@ -119,7 +135,8 @@ def save_gguf(
             **_text_metadata(model),
             **embedding_metadata(model.embedding_settings, architecture),
         }
-        tensors = list(_tensors(model, architecture, chosen, GGUF_HEADS[head], metadata))
+        dense = GGUF_HEADS[head or DEFAULT_HEAD]
+        tensors = list(_tensors(model, architecture, chosen, dense, packed_tables, metadata))
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         check_expressible(model.config, architecture, metadata, shapes)
     except ValueError as error:
@@ -130,7 +147,7 @@ def save_gguf(
 
 
 def _choose_type(
-    projections: dict[str, BitLinear], architecture: Architecture, wanted: str | None
+    projections: dict[str, TernaryMatrix], architecture: Architecture, wanted: str | None
 ) -> TensorType:
     reasons = {name: _misfit(projections, type_) for name, type_ in GGUF_TYPES.items()}
     fitting = [name for name, reason in reasons.items() if not reason]
@@ -143,7 +160,7 @@ def _choose_type(
     raise ValueError("no type holds this model: " + ". ".join(reasons[name] for name in usual))
 
 
-def _misfit(projections: dict[str, BitLinear], type_: TensorType) -> str:
+def _misfit(projections: dict[str, TernaryMatrix], type_: TensorType) -> str:
     """Why a type does not hold the projections; empty where it does."""
     for name, layer in projections.items():
         try:
@@ -171,9 +188,13 @@ def _tensors(
     architecture: Architecture,
     chosen: TensorType,
     head: TensorType,
+    packed_tables: set[str],
     metadata: dict[str, Any],
 ) -> Iterator[TensorToWrite]:
-    """All tensors; scales that the type does not hold exactly go into ``metadata``."""
+    """All tensors; scales that the type does not hold exactly go into ``metadata``.
+
+    Embedding and head have the type ``head``, but for those that ``packed_tables`` names.
+    """
     config = model.config
     factors = rope_factors(config)
     if factors is not None:
@@ -182,7 +203,13 @@ def _tensors(
         stored = gguf_name(name, config.post_norms)
         part = attention_part(stored) if architecture.permuted else None
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(part or "", 0)
-        if isinstance(module, BitLinear):
+        if (
+            isinstance(module, TernaryMatrix)
+            and name in tables(config).values()
+            and name not in packed_tables
+        ):
+            yield _matrix(f"{stored}.weight", module.dense(), head)
+        elif isinstance(module, TernaryMatrix):
             order = _file_order(heads, module.out_features) if heads else None
             scales = scales_for(chosen, module)
             scales = scales if order is None else scales[:, order]
@@ -217,7 +244,7 @@ def _floats(name: str, values: Tensor) -> TensorToWrite:
     return TensorToWrite(name, _TYPE["F32"], tuple(values.shape), values.view(torch.uint8))
 
 
-def _encoded(type_: TensorType, layer: BitLinear, scales: Tensor, order: Tensor | None) -> Tensor:
+def _encoded(type_: TensorType, layer: TernaryMatrix, scales: Tensor, order: Tensor | None) -> Tensor:
     w = layer.unpack().cpu()
     return encode(type_, w if order is None else w[order], scales.contiguous())
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ...layers.linear import BitLinear
+from ...layers.matrix import TernaryMatrix
 from .ternary import group_size
 from .types import TensorType
 
 
-def scales_for(type: TensorType, layer: BitLinear) -> Tensor:
+def scales_for(type: TensorType, layer: TernaryMatrix) -> Tensor:
     """The scales of a layer, in the groups of a type.
 
     Args:

@@ -31,7 +31,13 @@ from .text import BOS_KEY, END_KEYS, PAD_KEY, POOLINGS
 
 ADD_EOS_KEY = "tokenizer.ggml.add_eos_token"
 
-FOUND = ("group_size", "initializer_range", "dropout")
+FOUND = (
+    "group_size",
+    "ternary_embedding",
+    "ternary_head",
+    "initializer_range",
+    "dropout",
+)
 """Fields that weights say, or that only training needs."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,9 +1,9 @@
 """A model's weights in a GGUF file.
 
 Projections are ternary in one of the types of ternary/, a scale for each group of inputs, for each row or
-for the matrix; or they are floats that are ternary in value. Embedding and head are of any type; what is not
-float is multiplied out. Norms are float, and stored as what they multiply by, whatever the family publishes
-(Gemma's 1 + w).
+for the matrix; or they are floats that are ternary in value. Embedding and head are of any type. Ternary ones
+stay so in models of float activations; what else is not float is multiplied out. Norms are float, and stored
+as what they multiply by, whatever the family publishes (Gemma's 1 + w).
 
 Architecture "llama" has the rows of q and k in another order, because its programs turn neighbouring numbers
 by one angle, where Hugging Face's turn numbers that are head_dim / 2 apart. Within a head::
@@ -17,13 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from ...decoder.config import DecoderConfig
-from ...layers.linear import BitLinear
+from ...layers.matrix import TernaryMatrix
 from ...layers.memory import HugePages
 from ...layers.norm import RMSNorm
 from ..group_sizes import FittingSizes, merge_scales
 from ..tensor_source import FLOAT_DTYPES, TensorSource
 from ..ternary_floats import NOT_TERNARY_HINT, NotTernary, group_scales, not_ternary, to_ternary
-from ..weights import CHUNK_ROWS, Projection, Rows, WeightReader, check_bias, pack_rows, read_bias
+from ..weights import (
+    CHUNK_ROWS,
+    Projection,
+    Rows,
+    WeightReader,
+    check_bias,
+    may_have_ternary_tables,
+    pack_rows,
+    read_bias,
+    tables,
+)
 from .architectures import Architecture
 from .header import GgufFile
 from .matrix import SCALE, GgufMatrix
@@ -66,6 +76,8 @@ class GgufWeights(WeightReader):
     def complete(self, config: DecoderConfig, files: TensorSource) -> DecoderConfig:
         """Finds out how many inputs share a scale: 0 where all groups of each row have the same one.
 
+        And whether embedding and head are ternary.
+
         Groups may be larger than a type's, for a type may be all that a writer had.
         """
         sizes: set[int] = set()
@@ -75,13 +87,35 @@ class GgufWeights(WeightReader):
                 continue  # for `check_projection` to refuse
             matrix = self._matrix(files, name)
             if not matrix.type.ternary:
-                sizes.add(_group_size_of_floats(files, matrix))
+                try:
+                    sizes.add(_group_size_of_floats(matrix))
+                except NotTernary as error:
+                    raise not_ternary(files, matrix.weight, 0, error) from None
             elif group_size(matrix.type) not in sizes:
                 sizes.add(_group_size(matrix.scales(), group_size(matrix.type)))
             matrix.forget()
-        return config.replace(group_size=min(sizes - {0}, default=0))
+        config = config.replace(group_size=min(sizes - {0}, default=0))
+        if self.dense or not may_have_ternary_tables(config):
+            return config
+        fields = {}
+        for field, module in tables(config).items():
+            name = self.stored_name(module)
+            files.expect(f"{name}.weight", READABLE, (config.vocab_size, config.hidden_size))
+            if files.tensors[f"{name}.weight"].dtype not in PACKABLE:
+                continue
+            matrix = self._matrix(files, name)
+            try:
+                if matrix.type.ternary:
+                    sizes.add(_group_size(matrix.scales(), group_size(matrix.type)))
+                else:
+                    sizes.add(_group_size_of_floats(matrix))
+                fields[field] = True
+            except NotTernary:
+                pass
+            matrix.forget()
+        return config.replace(group_size=min(sizes - {0}, default=0), **fields)
 
-    def check_projection(self, files: TensorSource, name: str, layer: BitLinear) -> list[str]:
+    def check_projection(self, files: TensorSource, name: str, layer: TernaryMatrix) -> list[str]:
         """Checks the headers of a projection's tensors; see `WeightReader`."""
         weight = f"{name}.weight"
         stored = files.tensors.get(weight)
@@ -96,7 +130,7 @@ class GgufWeights(WeightReader):
         return [weight, *self._check_scale(files, name), *check_bias(files, name, layer)]
 
     def read_projection(
-        self, files: TensorSource, name: str, layer: BitLinear, memory: HugePages
+        self, files: TensorSource, name: str, layer: TernaryMatrix, memory: HugePages
     ) -> Projection:
         """Packs a projection that `check_projection` has passed, some rows at a time."""
         matrix = self._matrix(files, name, layer.out_features)
@@ -200,18 +234,22 @@ def _chunks(rows: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + CHUNK_ROWS, rows)
 
 
-def _group_size_of_floats(files: TensorSource, matrix: GgufMatrix) -> int:
-    """How many inputs share a scale in a float matrix with ternary values; 0 for whole rows."""
+def _group_size_of_floats(matrix: GgufMatrix) -> int:
+    """How many inputs share a scale in a float matrix with ternary values; 0 for whole rows.
+
+    Raises:
+        NotTernary: it has others; with the row of the matrix.
+    """
     sizes = FittingSizes()
     for begin, end in _chunks(matrix.shape[0]):
         try:
             sizes.see(group_scales(matrix.floats(begin, end)))
         except NotTernary as error:
-            raise not_ternary(files, matrix.weight, begin, error) from None
+            raise NotTernary(begin + error.row, error.given) from None
     return sizes.coarsest
 
 
-def _ternary_floats(matrix: GgufMatrix, layer: BitLinear, scale: Tensor) -> Rows:
+def _ternary_floats(matrix: GgufMatrix, layer: TernaryMatrix, scale: Tensor) -> Rows:
     """The weights of a float matrix that `_group_size_of_floats` has seen; fills in their scales."""
 
     def rows(begin: int, end: int) -> Tensor:
@@ -231,7 +269,7 @@ def _group_size(scales: Tensor, size: int) -> int:
     return sizes.coarsest
 
 
-def _for_layer(scales: Tensor, layer: BitLinear) -> Tensor:
+def _for_layer(scales: Tensor, layer: TernaryMatrix) -> Tensor:
     """Scales [G, N] as the layer has them."""
     size = layer.in_features // len(scales)
     if 0 < layer.group_size < size:  # another projection has smaller groups
