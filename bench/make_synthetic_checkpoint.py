@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from comparison.shapes import SHAPES
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,13 +46,18 @@ DTYPE_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "U32": 4}
 GROUP = 128
 """Inputs with one scale in the MLX form."""
 
-MODELS = {
-    "bitnet-2b4t": {"layers": 30, "hidden": 2560, "intermediate": 6912, "heads": 20, "kv_heads": 5,
-                    "head_dim": 128, "vocab": 128256},
-    "qwen3-1.7b": {"layers": 28, "hidden": 2048, "intermediate": 6144, "heads": 16, "kv_heads": 8,
-                   "head_dim": 128, "vocab": 151936},
-}  # fmt: skip
-"""The sizes by default."""
+MODELS = {name: SHAPES[name] for name in ("bitnet-2b4t", "qwen3-1.7b")}
+"""Whose sizes are the defaults."""
+
+SIZE_OPTIONS = (
+    ("--layers", "num_hidden_layers", "decoder layers"),
+    ("--hidden", "hidden_size", "width of the residual stream"),
+    ("--intermediate", "intermediate_size", "width inside the feed-forward block"),
+    ("--heads", "num_attention_heads", "query heads"),
+    ("--kv-heads", "num_key_value_heads", "key and value heads"),
+    ("--vocab", "vocab_size", "token ids"),
+)
+"""Option, the field that it sets, and its help."""
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
 
@@ -337,16 +343,11 @@ def main() -> None:
     parser.add_argument(
         "--model", choices=MODELS, default="bitnet-2b4t", help="what it has (default bitnet-2b4t)"
     )
-    for option, what in (
-        ("layers", "decoder layers"),
-        ("hidden", "width of the residual stream"),
-        ("intermediate", "width inside the feed-forward block"),
-        ("heads", "query heads"),
-        ("kv-heads", "key and value heads"),
-        ("vocab", "token ids"),
-    ):
-        sizes = " or ".join(str(model[option.replace("-", "_")]) for model in MODELS.values())
-        parser.add_argument(f"--{option}", type=_positive, metavar="N", help=f"{what} (default {sizes})")
+    for option, name, what in SIZE_OPTIONS:
+        default = " or ".join(str(getattr(model, name)) for model in MODELS.values())
+        parser.add_argument(
+            option, dest=name, type=_positive, metavar="N", help=f"{what} (default {default})"
+        )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default 0)")
     parser.add_argument(
         "--open-gates",
@@ -360,21 +361,13 @@ def main() -> None:
         "--tokenizer", action="store_true", help="write a trivial tokenizer and chat template too"
     )
     arguments = parser.parse_args()
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    sizes = MODELS[arguments.model] | given
+    model = MODELS[arguments.model]
     in_groups = arguments.model == "qwen3-1.7b"
     if in_groups and arguments.open_gates != 0.5:
         parser.error("--open-gates: expected bitnet-2b4t, the model with squared ReLU")
-    shape = Shape(
-        sizes["vocab"],
-        sizes["hidden"],
-        sizes["intermediate"],
-        sizes["layers"],
-        sizes["heads"],
-        sizes["kv_heads"],
-        sizes["head_dim"] if in_groups else sizes["hidden"] // sizes["heads"],
-        in_groups,
-    )
+    sizes = {name: getattr(arguments, name) or getattr(model, name) for _, name, _ in SIZE_OPTIONS}
+    head_dim = model.head_dim if in_groups else sizes["hidden_size"] // sizes["num_attention_heads"]
+    shape = Shape(**sizes, head_dim=head_dim, in_groups=in_groups)
     shape.check()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_json_files(arguments.folder, shape)

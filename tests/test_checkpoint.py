@@ -648,8 +648,12 @@ def test_chat_template_of_the_tokenizer_config(tmp_path: Path, field: object, ex
 
 
 def make_synthetic(folder: Path, options: str) -> None:
-    script = str(Path(__file__).parents[1] / "bench" / "make_synthetic_checkpoint.py")
-    with patch.object(sys, "argv", [script, str(folder), *options.split()]):
+    bench = Path(__file__).parents[1] / "bench"
+    script = str(bench / "make_synthetic_checkpoint.py")
+    with (
+        patch.object(sys, "argv", [script, str(folder), *options.split()]),
+        patch.object(sys, "path", [str(bench), *sys.path]),
+    ):
         runpy.run_path(
             script, run_name="__main__"
         )  # in this process: another one takes seconds to import torch
