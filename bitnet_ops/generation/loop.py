@@ -93,8 +93,8 @@ def prepare(
 def decode(model: GenerationMixin, request: Request, watch_stop_strings: bool = True) -> Iterator[Tensor]:
     """The loop: yields int64 [B] per step, until every row has ended.
 
-    Whenever it does, the cache holds all tokens but the ones it yields. No mode of PyTorch (no_grad) is on then: a
-    generator that is alive when the program ends would leave it after PyTorch is gone.
+    Whenever it does, the cache holds all tokens but the ones it yields. No mode of PyTorch (no_grad) is on
+    then: a generator that is alive when the program ends would leave it after PyTorch is gone.
     """
     settings, cache, input_ids = request.settings, request.cache, request.input_ids
     batch, vocab_size = input_ids.shape[0], model.config.vocab_size
