@@ -2,10 +2,10 @@
 
     python bench/through_transformers.py FOLDER [--new-tokens 48] [--repeats 3] [--ways registered ours ...]
 
-Each way is a process of its own, which loads the model, measures a prompt of 128 tokens and decoding, in ``generate``
-(greedy) and in a loop of forward passes, which compute all scores, and reports the peak of its resident memory after
-loading, after ``generate`` and at the end. "plain" is transformers alone, without torch.compile, which takes minutes to
-begin with. Ratios are to "ours".
+Each way is a process of its own, which loads the model, measures a prompt of 128 tokens and decoding, in
+``generate`` (greedy) and in a loop of forward passes, which compute all scores, and reports the peak of its
+resident memory after loading, after ``generate`` and at the end. "plain" is transformers alone, without
+torch.compile, which takes minutes to begin with. Ratios are to "ours".
 """
 
 import argparse

@@ -124,6 +124,11 @@ def test_our_folders_of_llamas(tmp_path: Path, norms: bool) -> None:
     assert torch.equal(model(IDS).logits, load(tmp_path / "published")(IDS).logits)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.Gemma3TextConfig(), "rope_parameters")
+    or "full_attention" not in transformers.Gemma3TextConfig().to_dict()["rope_parameters"],
+    reason="this transformers writes settings of Gemma 3 in another form",
+)
 def test_our_folders_of_gemma(tmp_path: Path) -> None:
     """Ours hold the factors 1 + w of norms, transformers' class wants w."""
     fields = LLAMA | {"query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 3}
@@ -378,7 +383,18 @@ def test_importing_changes_nothing() -> None:
 def test_a_version_without_the_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     bitnet_ops.unregister_transformers()
     monkeypatch.delattr("transformers.quantizers.base.HfQuantizer.get_weight_conversions")
-    with pytest.raises(ImportError, match=r"expected transformers 5.0 or later.*got \d"):
+    with pytest.raises(ImportError, match=r"expected transformers 5.6 or later.*got \d"):
+        bitnet_ops.register_transformers()
+
+
+@pytest.mark.parametrize(("version", "works"), [("5.3.2", False), ("5.6.0", True), ("6.0.0.dev0", True)])
+def test_the_oldest_version(monkeypatch: pytest.MonkeyPatch, version: str, works: bool) -> None:
+    bitnet_ops.unregister_transformers()
+    monkeypatch.setattr(transformers, "__version__", version)
+    if works:
+        bitnet_ops.register_transformers()
+        return
+    with pytest.raises(ImportError, match=r"expected transformers 5.6 or later.*got 5.3.2"):
         bitnet_ops.register_transformers()
 
 
