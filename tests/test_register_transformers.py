@@ -390,7 +390,7 @@ def test_a_version_without_the_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("version", "works"), [("5.3.2", False), ("5.6.0", True), ("6.0.0.dev0", True)])
 def test_the_oldest_version(monkeypatch: pytest.MonkeyPatch, version: str, works: bool) -> None:
     bitnet_ops.unregister_transformers()
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     if works:
         bitnet_ops.register_transformers()
         return

@@ -151,6 +151,7 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             decoder = fast_decoder()
             if decoder is not None:
                 decoder.prepare_heads(model, tables.forget)
+            tables.forget_all()
         return model
 
 

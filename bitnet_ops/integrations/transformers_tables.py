@@ -49,10 +49,12 @@ class Tables:
 
     Attributes:
         files: the mappings of ours, by path.
+        mapped: the tables in them.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, MappedFile] = {}
+        self.mapped: list[Tensor] = []
 
     def map_anew(self, model: Any) -> None:
         """Has embedding and head of a model lie in mappings of ours, where safetensors has mapped them.
@@ -67,12 +69,18 @@ class Tables:
                 mapped = self._mapped(weight.detach())
                 if mapped is not None:
                     weight.data = mapped
+                    self.mapped.append(mapped)
 
     def forget(self, rows: Tensor) -> None:
         """Takes rows of a table that `map_anew` has mapped out of this process' memory."""
         for file in self.files.values():
             if file.holds(rows):
                 file.forget(rows)
+
+    def forget_all(self) -> None:
+        """The same for all of them: looking at one page may have brought many before it, up to 2 MB."""
+        for table in self.mapped:
+            self.forget(table)
 
     def _mapped(self, table: Tensor) -> Tensor | None:
         """The same numbers in a mapping of ours; None where they are not in a file."""
