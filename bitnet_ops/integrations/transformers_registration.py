@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint.config_json import QUANT_METHOD
 
 OLDEST = (5, 6)
-"""The oldest version of transformers that is tested. Older ones have the hooks, too, but with them 5.0 and 5.1
+"""The oldest version of transformers that is tested. Older ones have the hooks, too, but with them 5.0, 5.1
 give another model than that of the file, and 5.3 does so for a state_dict of the caller."""
 
 _originals: dict[str, Any] | None = None  # entries of their tables before ours; None while not registered
