@@ -155,8 +155,10 @@ struct DecodedDriver {
         for (; i + Inner::kDecodedTiles <= area.tiles; i += Inner::kDecodedTiles) {
           add_of<Inner::kDecodedTiles, Inner::kDecodedRows>(rows, sums, block, codes[i], blocks, q_part, i, token);
         }
-        for (; i < area.tiles; ++i) {
-          add_of<1, Inner::kDecodedRows>(rows, sums, block, codes[i], blocks, q_part, i, token);
+        if constexpr (Inner::kDecodedTiles > 1) {
+          for (; i < area.tiles; ++i) {
+            add_of<1, Inner::kDecodedRows>(rows, sums, block, codes[i], blocks, q_part, i, token);
+          }
         }
         if (last) {  // one after another: stores of all tokens at once would wait for memory
           for (int64_t t = token; t < token + count; ++t) {
