@@ -46,6 +46,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         assert bitnet_ops.isa() == name, "the test switched the instruction set under itself"
 
 
+@pytest.fixture(scope="module")
+def eager() -> Iterator[None]:
+    """The quantisers of transformers are compiled, which takes minutes here and changes the order of sums."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Restores the number of threads that a test sets."""

@@ -9,7 +9,6 @@ End to end no such bound exists, because a last bit can flip an int8 rounding an
 from the formulas: our mean error is at most twice that of transformers in float32.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +35,8 @@ from their_models import (
 )
 from transformers.integrations.bitnet import pack_weights, unpack_weights
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SIZES = (
     Sizes(vocab=97, hidden=24, intermediate=36, heads=3, kv_heads=3),
     Sizes(
@@ -48,13 +49,6 @@ SIZES = (
 )
 
 LENGTH = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    """Their quantisers are compiled, which takes minutes here and changes the order of sums."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(params=FORMATS)
