@@ -381,7 +381,7 @@ struct TileBlocks {
   template <int TILES, int ROWS>
   __attribute__((always_inline)) static void add_piece(const uint8_t* codes, int64_t blocks, const int8_t* q,
                                                         int64_t q_stride, __m512i (&acc_i32x16)[ROWS][TILES]) {
-    // An address is that of every third row and 0, 1 or 2 times the distance of rows: they all fit the registers.
+    // An address is that of every third row and 0, 1 or 2 times the distance of rows: so pointers fit the registers.
     constexpr int kPointers = (ROWS + 2) / 3;
     const int8_t* rows[kPointers];
 #pragma GCC unroll 4
@@ -456,7 +456,8 @@ struct TileBlocks {
         } else {
           factor_f32x16 = _mm512_mul_ps(_mm512_set1_ps(group.x_scale[t * group.stride]), factor_f32x16);
         }
-        Avx512::store(out, _mm512_add_ps(Avx512::load(out), _mm512_mul_ps(_mm512_cvtepi32_ps(sum_i32x16), factor_f32x16)));
+        const __m512 scaled_f32x16 = _mm512_mul_ps(_mm512_cvtepi32_ps(sum_i32x16), factor_f32x16);
+        Avx512::store(out, _mm512_add_ps(Avx512::load(out), scaled_f32x16));
       }
     }
   }
