@@ -141,6 +141,12 @@ def kernel(folder: Path) -> Any:
     return get_local_kernel(folder)
 
 
+@pytest.fixture(autouse=True)
+def forget_programs() -> None:
+    """Those of other tests count towards the limit of programs for `nn.Sequential.forward`."""
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def kernelized(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts forward passes of the kernel into layers of these classes, in place."""
@@ -334,23 +340,29 @@ def test_packed_copies_go_with_the_weights(kernel: Any, kernelized: Any) -> None
 
 
 @pytest.mark.slow
-def test_no_gradient_is_an_error(kernelized: Any) -> None:
-    """And for training, `kernels` refuses these layers, or keeps their own forward passes."""
+@each_kind
+def test_gradient_of_the_input(kernelized: Any, kind: str) -> None:
+    """The only one: for training, `kernels` refuses these layers, or keeps their own forward passes."""
     pytest.importorskip("transformers")
     from kernels import Mode
 
-    layer = nn.Sequential(their_layers()["online"])
+    model = nn.Sequential(their_layers()[kind])
     with pytest.raises(ValueError, match="does not support"):
-        kernelized(layer, their_names(), Mode.TRAINING)
-    kernelized(layer.eval(), their_names())
-    with pytest.raises(RuntimeError, match="has no gradient"):
-        layer(torch.randn(2, 80).requires_grad_()).sum().backward()
+        kernelized(model, their_names(), Mode.TRAINING)
+    expected = bitnet_ops.accelerate(copy.deepcopy(model.eval()))
+    kernelized(model, their_names())
+    x = torch.randn(3, 80)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    model(a).square().sum().backward()
+    expected(b).square().sum().backward()
+    assert torch.equal(a.grad, b.grad)
+    assert model[0].weight.grad is None
 
 
 @pytest.mark.slow
 def test_errors_name_what_is_wrong(kernel: Any, kernelized: Any) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(RuntimeError, match=r"bitnet_ops::ternary_linear: argument 'x': expected"):
+    with pytest.raises(RuntimeError, match=r"bitnet_ops::ternary_linear: argument 'packed'.*in_features=81"):
         kernel.BitLinear(80, 48)(torch.randn(2, 81))
     layers = their_layers()
     with torch.no_grad():

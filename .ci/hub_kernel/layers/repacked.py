@@ -18,17 +18,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .._ops import add_op_namespace_prefix
 from ..integrations.transformers_weights import KINDS, ternary_weights
 from ..locks import Lock
-from ..ops._registry import OPS, check_device, fake_kernel, without_gradient
+from ..ops._registry import OPS, check_device, fake_kernel
 from .linear import BitLinear, best_layout
 from .memory import HugePages
 
-NAME = "repacked_linear"
+NAME, BACKWARD = "repacked_linear", "repacked_linear_backward"
 
-torch.library.define(
-    add_op_namespace_prefix(NAME),
-    "(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, str kind, int out_features) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+for operator, first in ((NAME, "x"), (BACKWARD, "grad_y")):
+    torch.library.define(
+        add_op_namespace_prefix(operator),
+        f"(Tensor {first}, Tensor weight, Tensor? weight_scale, Tensor? bias, str kind, int out_features) "
+        "-> Tensor",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
 
 
 def repacked_linear(
@@ -39,7 +41,9 @@ def repacked_linear(
     kind: str,
     out_features: int,
 ) -> Tensor:
-    """A ternary linear layer, from the tensors of one of transformers'. Has no gradients.
+    """A ternary linear layer, from the tensors of one of transformers'.
+
+    The gradient with respect to ``x`` is straight-through, as in `ternary_linear`; the others get none.
 
     Args:
         x: float32, bfloat16 or float16 [..., in_features], on the CPU.
@@ -56,7 +60,8 @@ def repacked_linear(
         RuntimeError: shapes do not fit together, or the weights are not ternary.
     """
     tensors = (None if tensor is None else tensor.detach() for tensor in (weight, weight_scale, bias))
-    return without_gradient(getattr(OPS, NAME).default, x, *tensors, kind, out_features)
+    y: Tensor = getattr(OPS, NAME).default(x, *tensors, kind, out_features)
+    return y
 
 
 class _Kept(NamedTuple):
@@ -80,6 +85,39 @@ def _(
     kind: str,
     out_features: int,
 ) -> Tensor:
+    return _layer(weight, weight_scale, bias, kind, out_features)(x)
+
+
+@torch.library.impl(add_op_namespace_prefix(BACKWARD), "CPU")
+def _(
+    grad_y: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    out_features: int,
+) -> Tensor:
+    layer = _layer(weight, weight_scale, bias, kind, out_features)
+    return ((grad_y.float() * layer.weight_scale) @ layer.unpack().float()).to(grad_y.dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tensors, ctx.kind, ctx.out_features = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = getattr(OPS, BACKWARD).default(grad_y, *ctx.saved_tensors, ctx.kind, ctx.out_features)
+    return grad_x, None, None, None, None, None
+
+
+torch.library.register_autograd(add_op_namespace_prefix(NAME), _backward, setup_context=_setup)
+
+
+def _layer(
+    weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, kind: str, out_features: int
+) -> BitLinear:
+    """The packed copy, made where there is none of these tensors as they are."""
     key = _place(weight)
     state = (kind, out_features, *(_state(tensor) for tensor in (weight, weight_scale, bias)))
     kept = _kept.get(key)
@@ -89,7 +127,7 @@ def _(
             for old in [old for old in _kept if old[0].expired()]:
                 del _kept[old]
             _kept[key] = kept
-    return kept.layer(x)
+    return kept.layer
 
 
 def _place(tensor: Tensor) -> tuple[StorageWeakRef, int]:
@@ -133,3 +171,15 @@ def _(
 ) -> Tensor:
     check_device(NAME, x, weight=weight, weight_scale=weight_scale, bias=bias)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@fake_kernel(BACKWARD)
+def _(
+    grad_y: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    out_features: int,
+) -> Tensor:
+    return grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1]))
