@@ -38,6 +38,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _C, ops, packing
+from .._ops import add_op_namespace_prefix
 from ..layers.linear import BitLinear, NormedLinear
 from ..layers.matrix import on_replacement
 from ..layers.norm import RMSNorm
@@ -294,7 +295,7 @@ _decoders: weakref.WeakValueDictionary[int, Decoder] = weakref.WeakValueDictiona
 _numbers: Iterator[int] = count()
 
 torch.library.define(
-    "bitnet_ops::opaque_decoder",
+    add_op_namespace_prefix("opaque_decoder"),
     "(Tensor input_ids, int decoder, Tensor cos, Tensor sin, Tensor? start=None, Tensor(a!)? keys=None, "
     "Tensor(b!)? values=None, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
@@ -326,7 +327,7 @@ def opaque_decoder(input_ids: Tensor, number: int, context: Context) -> Tensor:
     return hidden
 
 
-@torch.library.impl("bitnet_ops::opaque_decoder", "CPU")
+@torch.library.impl(add_op_namespace_prefix("opaque_decoder"), "CPU")
 def _(
     input_ids: Tensor,
     number: int,
