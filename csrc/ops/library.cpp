@@ -33,6 +33,8 @@ const bool uses_threads_of_torch = [] {
 STABLE_TORCH_LIBRARY(bitnet_ops, m) {
   m.def("quantize_activations(Tensor x, int bits=8) -> (Tensor q, Tensor x_scale)");
   m.def("pack_ternary(Tensor w, str layout=\"tile16\") -> Tensor");
+  m.def(
+      "pack_two_bits(Tensor codes, int width, bool high_first=False, str layout=\"tile16\") -> Tensor");
   m.def("unpack_ternary(Tensor packed, int out_features, int in_features, str layout=\"tile16\") -> Tensor");
   m.def(
       "repack_ternary(Tensor packed, int out_features, int in_features, str layout, str wanted) -> Tensor");
@@ -72,6 +74,7 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("quantize_activations", BITNET_BOX(&bitnet_ops::quantize_activations));
   m.impl("pack_ternary", BITNET_BOX(&bitnet_ops::pack_ternary));
+  m.impl("pack_two_bits", BITNET_BOX(&bitnet_ops::pack_two_bits));
   m.impl("unpack_ternary", BITNET_BOX(&bitnet_ops::unpack_ternary));
   m.impl("repack_ternary", BITNET_BOX(&bitnet_ops::repack_ternary));
   m.impl("find_bad_byte", BITNET_BOX(&bitnet_ops::find_bad_byte));
