@@ -43,6 +43,8 @@ const bool uses_threads_of_torch = [] {
 BITNET_LIBRARY(BITNET_OPS_NAMESPACE, m) {
   m.def("quantize_activations(Tensor x, int bits=8) -> (Tensor q, Tensor x_scale)");
   m.def("pack_ternary(Tensor w, str layout=\"tile16\") -> Tensor");
+  m.def(
+      "pack_two_bits(Tensor codes, int width, bool high_first=False, str layout=\"tile16\") -> Tensor");
   m.def("unpack_ternary(Tensor packed, int out_features, int in_features, str layout=\"tile16\") -> Tensor");
   m.def(
       "repack_ternary(Tensor packed, int out_features, int in_features, str layout, str wanted) -> Tensor");
@@ -82,6 +84,7 @@ BITNET_LIBRARY(BITNET_OPS_NAMESPACE, m) {
 BITNET_LIBRARY_IMPL(BITNET_OPS_NAMESPACE, CPU, m) {
   m.impl("quantize_activations", BITNET_BOX(&bitnet_ops::quantize_activations));
   m.impl("pack_ternary", BITNET_BOX(&bitnet_ops::pack_ternary));
+  m.impl("pack_two_bits", BITNET_BOX(&bitnet_ops::pack_two_bits));
   m.impl("unpack_ternary", BITNET_BOX(&bitnet_ops::unpack_ternary));
   m.impl("repack_ternary", BITNET_BOX(&bitnet_ops::repack_ternary));
   m.impl("find_bad_byte", BITNET_BOX(&bitnet_ops::find_bad_byte));
