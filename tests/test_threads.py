@@ -142,7 +142,7 @@ def test_the_pool_alone(build: str, tmp_path: Path) -> None:
     need(compiler, package="clang" if compiler == "clang++" else compiler)
     program = tmp_path / "pool_test"
     sleep = "sleep_by_condition" if "conditions" in build else "sleep_by_futex"
-    parts = ["run/thread_pool.cpp", "platform/linux.cpp", f"platform/{sleep}.cpp"]
+    parts = ["run/thread_pool.cpp", *(f"platform/{part}.cpp" for part in ("posix", "linux", sleep))]
     sources = [ROOT / "tests/threads/pool_test.cpp", *(ROOT / "csrc" / part for part in parts)]
     warnings = ["-Wall", "-Wextra", "-Werror"]
     flags += ["-std=c++17", *warnings, "-pthread", f"-I{ROOT / 'csrc'}"]
