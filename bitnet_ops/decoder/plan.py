@@ -42,6 +42,7 @@ from .._ops import add_op_namespace_prefix
 from ..layers.linear import BitLinear, NormedLinear
 from ..layers.matrix import on_replacement
 from ..layers.norm import RMSNorm
+from ..locks import Lock
 from ..ops._decoder import PreparedLayers
 from ..ops._registry import OPS, check_device, fake_kernel
 from .cache import CacheTensors, Context
@@ -293,6 +294,7 @@ class Watch:
 
 _decoders: weakref.WeakValueDictionary[int, Decoder] = weakref.WeakValueDictionary()
 _numbers: Iterator[int] = count()
+_numbers_lock = Lock()  # two threads may get the same where Python has no global lock
 
 torch.library.define(
     add_op_namespace_prefix("opaque_decoder"),
@@ -304,7 +306,8 @@ torch.library.define(
 
 def number_decoder(decoder: Decoder) -> int:
     """A number that this decoder alone has in this process, by which the operator finds it."""
-    number = next(_numbers)
+    with _numbers_lock:
+        number = next(_numbers)
     _decoders[number] = decoder
     return number
 
