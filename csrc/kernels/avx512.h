@@ -219,18 +219,36 @@ struct TileBlocks {
   }
 
   // Few rows: codes are multiplied where they stand in the byte, each step into its own accumulator.
-  // No shift inside the loop, and four chains for every row; the shifts at the end are exact.
+  // No shift inside the loop, and four chains for every row; the shifts at the end are exact. One row has two sets of
+  // them, for even and odd blocks: with one, a block cannot take less time than a vpdpbusd.
   template <int ROWS>
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
-    __m512i acc_i32x16[ROWS][kSteps];
+    constexpr int kSets = ROWS == 1 ? 2 : 1;
+    __m512i acc_i32x16[kSets][ROWS][kSteps];
+#pragma GCC unroll 2
+    for (int set = 0; set < kSets; ++set) {
+#pragma GCC unroll 4
+      for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 5
+        for (int p = 0; p < kSteps; ++p) acc_i32x16[set][t][p] = _mm512_setzero_si512();
+      }
+    }
+    int64_t b = 0;
+    for (; b + kSets <= blocks; b += kSets) {
+#pragma GCC unroll 2
+      for (int set = 0; set < kSets; ++set) add_block<ROWS>(tile, q, q_stride, b + set, acc_i32x16[set]);
+    }
+    if (b < blocks) add_block<ROWS>(tile, q, q_stride, b, acc_i32x16[0]);
 #pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
+      if constexpr (kSets == 2) {
 #pragma GCC unroll 5
-      for (int p = 0; p < kSteps; ++p) acc_i32x16[t][p] = _mm512_setzero_si512();
+        for (int p = 0; p < kSteps; ++p) {
+          acc_i32x16[0][t][p] = _mm512_add_epi32(acc_i32x16[0][t][p], acc_i32x16[1][t][p]);
+        }
+      }
+      _mm512_storeu_si512(acc + t * kTileRows, add_steps(acc_i32x16[0][t]));
     }
-    for (int64_t b = 0; b < blocks; ++b) add_block<ROWS>(tile, q, q_stride, b, acc_i32x16);
-#pragma GCC unroll 4
-    for (int t = 0; t < ROWS; ++t) _mm512_storeu_si512(acc + t * kTileRows, add_steps(acc_i32x16[t]));
   }
 
   // block_in_place and add_group for one group after the other, the sums in registers all the while. A group is 8
