@@ -136,10 +136,10 @@ class GgufWeights(WeightReader):
         """Packs a projection that `check_projection` has passed, some rows at a time."""
         matrix = self._matrix(files, name, layer.out_features)
         if matrix.type.ternary:
-            scale = memory.copy(_for_layer(matrix.scales(), layer))
+            scale = _for_layer(matrix.scales(), layer)
             packed, layout = gather_packed(matrix.packed, layer, memory)
         else:
-            scale = memory.empty(tuple(layer.weight_scale.shape), torch.float32)
+            scale = torch.empty(layer.scale_shape)
             packed, layout = pack_rows(_ternary_floats(matrix, layer, scale), layer, memory)
         matrix.forget()
         return Projection(packed, layout, scale, self.read_bias(files, name, layer))
