@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,14 +35,9 @@ from their_models import (  # noqa: E402
 from transformers import BitNetQuantConfig  # noqa: E402
 from transformers.integrations import bitnet as theirs  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SIZES = Sizes(vocab=97, hidden=60, intermediate=100, heads=5, kv_heads=1, layers=3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    """Their quantisers are compiled, which takes minutes here and changes the order of sums."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def is_theirs(module: nn.Module) -> bool:

@@ -35,7 +35,6 @@ def make(speed, peak=1000, fail=""):
     return Fake(speed, peak, fail)
 
 class Fake(Engine):
-    vocab_size = 10
     def __init__(self, speed, peak, fail):
         self.speed, self.peak, self.fail = speed, peak, fail
     def set_threads(self, count):

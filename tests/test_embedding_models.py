@@ -5,7 +5,7 @@ that microsoft/BitNet's converters read (utils/convert-bitnet-embedding-to-gguf.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from transformers.integrations.bitnet import AutoBitLinear, replace_with_bitnet_
 import bitnet_ops
 from bitnet_ops import BitLinear, BitNet, CheckpointError, EmbeddingSettings, KVCache, from_pretrained
 from bitnet_ops.checkpoint.pooling import BITNET_EMBEDDING, load_embedding_settings, save_embedding_settings
+
+pytestmark = pytest.mark.usefixtures("eager")
 
 SIZES = {
     "vocab_size": 400,
@@ -57,13 +59,6 @@ class Body:
     kind: str
     ours: BitNet
     theirs: nn.Module
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    """Their quantisers are compiled, which takes minutes here and changes the order of sums."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def make_body(

@@ -5,12 +5,12 @@ bound on what rounding can do (u = 2^-24); end to end our mean error against flo
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contracts import assert_plan_is_the_modules, assert_same_bits_everywhere, assert_same_model
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
@@ -20,7 +20,6 @@ from transformers import Gemma3TextConfig
 from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-import bitnet_ops
 from bitnet_ops import (
     BitLinear,
     BitNet,
@@ -32,6 +31,8 @@ from bitnet_ops import (
 )
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import Context, rotation_tables
+
+pytestmark = pytest.mark.usefixtures("eager")
 
 BOTH_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -77,13 +78,6 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 LENGTH = 40  # longer than every window
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    """Their quantisers are compiled, which takes minutes here and changes the order of sums."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(params=CASES)
@@ -415,44 +409,18 @@ def test_dense_end_to_end(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_the_modules(gemma: GemmaPair) -> None:
-    """What C++ runs in one operator equals the modules, which a hook makes run one by one."""
-    model, ids = gemma.ours, prompts(2, 20)
-    fused = model(ids)
-    assert [run.lists is not None for run in model.model.plan().runs] == [True]
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, inputs, output: None)
-    assert torch.equal(model(ids), fused)
+    assert_plan_is_the_modules(gemma.ours, prompts(2, 20))
 
 
 def test_the_same_bits_everywhere(tmp_path: Path, isa: str, threads: None, case: dict[str, Any]) -> None:
-    """Instruction sets, threads, batches, and tokens that came by prefill, in pieces or one by one."""
-    model = make_gemma(tmp_path / "a", "bitlinear", **case).ours
-    ids = prompts(3, 20)
-    logits = model(ids)
-    with bitnet_ops.use_isa("scalar"):
-        assert torch.equal(model(ids), logits)
-    torch.set_num_threads(1)
-    assert torch.equal(model(ids), logits)
-    assert torch.equal(torch.cat([model(row[None]) for row in ids]), logits)
-    for pieces in (ids.split(1, dim=1), ids.split([7, 12, 1], dim=1)):
-        cache = KVCache(model.config, 3, 20)
-        assert torch.equal(torch.cat([model(piece, cache=cache) for piece in pieces], dim=1), logits)
-
-
-def state(model: BitNet) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert_same_bits_everywhere(make_gemma(tmp_path / "a", "bitlinear", **case).ours, prompts(3, 20))
 
 
 def test_a_packed_folder(gemma: GemmaPair, tmp_path: Path, case: dict[str, Any]) -> None:
     """Bit for bit the same, with the family's fields; norms are stored as they multiply."""
     model = gemma.ours
     model.save_pretrained(tmp_path / "packed")
-    again = from_pretrained(tmp_path / "packed")
-    assert again.config == model.config
-    assert state(again).keys() == state(model).keys()
-    for name, tensor in state(model).items():
-        assert torch.equal(tensor, state(again)[name]), name
-    assert torch.equal(again(prompts(2, 20)), model(prompts(2, 20)))
+    assert_same_model(from_pretrained(tmp_path / "packed"), model, prompts(2, 20))
     data = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert data["model_type"] == "gemma3_text"
     assert data["hidden_activation"] == "gelu_pytorch_tanh"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from contracts import assert_plan_is_the_modules, assert_same_bits_everywhere, assert_same_model
 from text_models import assert_greedy, byte_level_tokenizer
 from tiny_checkpoints import LLAMA3_ROPE, Sizes, Weights, published_tensors, untied, write_folder
 from torch import Tensor
@@ -47,6 +48,8 @@ from bitnet_ops import (
 from bitnet_ops.checkpoint.config_json import parse_config
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.evaluation.sparsity import LayerSparsity, layouts_for, measure_sparsity
+
+pytestmark = pytest.mark.usefixtures("eager")
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = LLAMA3_ROPE | {"rope_theta": 10000.0}
@@ -85,13 +88,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 LENGTH = 40  # beyond the 16 positions that LLAMA3_ROPE keeps as they are
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    """Their quantisers are compiled, which takes minutes here and changes the order of sums."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(params=CASES)
@@ -319,50 +315,19 @@ def test_end_to_end_without_flips(pair: LlamaPair) -> None:
 
 
 def test_the_plan_is_the_modules(llama: LlamaPair) -> None:
-    """What C++ runs in one operator equals the modules, which a hook makes run one by one."""
-    model, ids = llama.ours, prompts(2, 20)
-    fused = model(ids)
-    assert [run.lists is not None for run in model.model.plan().runs] == [True]
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, inputs, output: None)
-    assert torch.equal(model(ids), fused)
-    assert [run.lists is not None for run in model.model.plan().runs] == [False] * 2
+    assert_plan_is_the_modules(llama.ours, prompts(2, 20))
 
 
 def test_the_same_bits_everywhere(tmp_path: Path, isa: str, threads: None, case: dict[str, Any]) -> None:
-    """Instruction sets, threads, batches, and tokens that came by prefill, in pieces or one by one."""
-    model = make_llama(tmp_path / "a", "bitlinear", **case).ours
-    ids = prompts(3, 20)
-    logits = model(ids)
-    with bitnet_ops.use_isa("scalar"):
-        assert torch.equal(model(ids), logits)
-    torch.set_num_threads(1)
-    assert torch.equal(model(ids), logits)
-    assert torch.equal(torch.cat([model(row[None]) for row in ids]), logits)
-    for pieces in (ids.split(1, dim=1), ids.split([7, 12, 1], dim=1)):
-        cache = KVCache(model.config, 3, 20)
-        assert torch.equal(torch.cat([model(piece, cache=cache) for piece in pieces], dim=1), logits)
-
-
-def state(model: BitNet) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def assert_same_model(one: BitNet, other: BitNet) -> None:
-    assert one.config == other.config
-    assert state(one).keys() == state(other).keys()
-    for name, tensor in state(one).items():
-        assert tensor.dtype == state(other)[name].dtype, name
-        assert torch.equal(tensor, state(other)[name]), name
-    assert torch.equal(one(prompts(2, 20)), other(prompts(2, 20)))
+    assert_same_bits_everywhere(make_llama(tmp_path / "a", "bitlinear", **case).ours, prompts(3, 20))
 
 
 def test_a_packed_folder(llama: LlamaPair, tmp_path: Path, case: dict[str, Any]) -> None:
     """Bit for bit the same, and config.json in the published fields."""
     model = llama.ours
     model.save_pretrained(tmp_path / "packed")
-    assert_same_model(from_pretrained(tmp_path / "packed"), model)
-    assert_same_model(from_pretrained(tmp_path / "packed", mmap=False), model)
+    assert_same_model(from_pretrained(tmp_path / "packed"), model, prompts(2, 20))
+    assert_same_model(from_pretrained(tmp_path / "packed", mmap=False), model, prompts(2, 20))
     fields = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert fields["model_type"] == "llama"
     assert fields["hidden_act"] == "silu"
@@ -462,11 +427,7 @@ def test_group_scales_and_wide_activations(tmp_path: Path) -> None:
                 layer.weight_scale = layer.weight_scale.half()
         model.save_pretrained(tmp_path)
         again = from_pretrained(tmp_path)
-        assert again.config == model.config
-        for name, tensor in state(model).items():
-            assert torch.equal(tensor, state(again)[name]), name
-        ids = torch.randint(61, (1, 9))
-        assert torch.equal(again(ids), model(ids))
+        assert_same_model(again, model, torch.randint(61, (1, 9)))
         layouts = layouts_for(model, [LayerSparsity(0.1, 0.1)] * 2)
         if model.config.group_size:
             assert set(layouts.values()) == {"tile16"}
@@ -502,7 +463,7 @@ def test_train_and_pack(llama: LlamaPair, tmp_path: Path) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     trained = model.eval().requires_grad_(False)(ids)
     bitnet_ops.pack(model).save_pretrained(tmp_path / "packed")
-    assert_same_model(from_pretrained(tmp_path / "packed"), model)
+    assert_same_model(from_pretrained(tmp_path / "packed"), model, prompts(2, 20))
     # A last bit can flip an int8 rounding; the median of the differences is that of rounding alone.
     assert (model(ids) - trained).abs().median() < 1000 * U * trained.abs().max()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from contracts import assert_plan_is_the_modules, assert_same_bits_everywhere, assert_same_model
 from public_models import PublicModel
 from tiny_checkpoints import write_folder
 from torch import Tensor, nn
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")  # for the helpers' module
 from their_models import ternary_floats
 
-import bitnet_ops
-from bitnet_ops import BitLinear, BitNet, DecoderConfig, KVCache, RopeScaling, from_pretrained, reference
+from bitnet_ops import BitLinear, BitNet, DecoderConfig, RopeScaling, from_pretrained, reference
 from bitnet_ops.checkpoint import CheckpointError
 
 HALF = 8  # pairs of a head
@@ -252,29 +252,15 @@ def test_end_to_end(tmp_path: Path, case: str) -> None:
 def test_a_packed_folder(tmp_path: Path, case: str) -> None:
     ours, ids = load(tmp_path / "published", random_model(**CASES[case])), prompts(2)
     ours.save_pretrained(tmp_path / "packed")
-    again = from_pretrained(tmp_path / "packed")
-    assert again.config == ours.config
-    assert torch.equal(again(ids), ours(ids))
+    assert_same_model(from_pretrained(tmp_path / "packed"), ours, ids)
     if case != "plain":
         extras = json.loads((tmp_path / "packed" / "config.json").read_text())["decoder_config"]
         assert extras["embedding_scale"] == 12.0
 
 
 def test_the_same_bits_everywhere(tmp_path: Path, isa: str, threads: None) -> None:
-    ours, ids = load(tmp_path, random_model(**LONGER)), prompts(3)
-    logits = ours(ids)
-    with bitnet_ops.use_isa("scalar"):
-        assert torch.equal(ours(ids), logits)
-    torch.set_num_threads(1)
-    assert torch.equal(torch.cat([ours(row[None]) for row in ids]), logits)
-    cache = KVCache(ours.config, 3, LENGTH)
-    assert torch.equal(torch.cat([ours(piece, cache=cache) for piece in ids.split(1, 1)], dim=1), logits)
+    assert_same_bits_everywhere(load(tmp_path, random_model(**LONGER)), prompts(3))
 
 
 def test_the_plan_is_the_modules(tmp_path: Path) -> None:
-    ours, ids = load(tmp_path, random_model()), prompts(2)
-    fused = ours(ids)
-    assert [run.lists is not None for run in ours.model.plan().runs] == [True]
-    for layer in ours.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, inputs, output: None)
-    assert torch.equal(ours(ids), fused)
+    assert_plan_is_the_modules(load(tmp_path, random_model()), prompts(2))

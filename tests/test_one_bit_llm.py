@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from contracts import assert_plan_is_the_modules, assert_same_bits_everywhere, assert_same_model
 from public_models import PublicModel
 from tiny_checkpoints import Sizes, Weights, published_tensors, write_folder
 from torch import Tensor
@@ -18,7 +19,6 @@ from torch import Tensor
 pytest.importorskip("transformers")  # for the bounds' module
 from their_models import assert_within, linear_bound, median_error
 
-import bitnet_ops
 from bitnet_ops import BitLinear, BitNet, DecoderConfig, KVCache, from_pretrained
 from bitnet_ops.checkpoint import CheckpointError
 
@@ -228,22 +228,17 @@ def test_end_to_end(tmp_path: Path, shape: str) -> None:
 
 def test_a_packed_folder(ours: BitNet, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "packed")
-    again, ids = from_pretrained(tmp_path / "packed"), prompts(2)
-    assert again.config == ours.config
-    assert torch.equal(again(ids), ours(ids))
+    assert_same_model(from_pretrained(tmp_path / "packed"), ours, prompts(2))
     fields = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert fields["decoder_config"] == {"sub_norms": True}
 
 
 def test_the_same_bits_everywhere(ours: BitNet, isa: str, threads: None) -> None:
-    ids = prompts(3)
-    logits = ours(ids)
-    with bitnet_ops.use_isa("scalar"):
-        assert torch.equal(ours(ids), logits)
-    torch.set_num_threads(1)
-    assert torch.equal(torch.cat([ours(row[None]) for row in ids]), logits)
-    cache = KVCache(ours.config, 3, LENGTH)
-    assert torch.equal(torch.cat([ours(piece, cache=cache) for piece in ids.split(1, 1)], dim=1), logits)
+    assert_same_bits_everywhere(ours, prompts(3))
+
+
+def test_the_plan_is_the_modules(ours: BitNet) -> None:
+    assert_plan_is_the_modules(ours, prompts(2))
 
 
 def test_dense_projections_are_the_masters(tmp_path: Path, theirs: PublicModel) -> None:

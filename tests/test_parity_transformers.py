@@ -9,7 +9,6 @@ End to end no such bound exists, because a last bit can flip an int8 rounding an
 from the formulas: our mean error is at most twice that of transformers in float32.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tiny_checkpoints import Sizes, Weights, pack_rows, published_tensors, write
 from torch import Tensor, nn
 
 from bitnet_ops import BitLinear, KVCache, from_pretrained, reference
-from bitnet_ops.checkpoint import hf
+from bitnet_ops.checkpoint.quarters import unpack_quarters
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.reference import rotary_embedding
 
@@ -36,6 +35,8 @@ from their_models import (
 )
 from transformers.integrations.bitnet import pack_weights, unpack_weights
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SIZES = (
     Sizes(vocab=97, hidden=24, intermediate=36, heads=3, kv_heads=3),
     Sizes(
@@ -48,13 +49,6 @@ SIZES = (
 )
 
 LENGTH = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    """Their quantisers are compiled, which takes minutes here and changes the order of sums."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(params=FORMATS)
@@ -74,7 +68,7 @@ def test_their_packing_is_what_we_unpack() -> None:
     w = torch.randint(-1, 2, (28, 23), dtype=torch.int8)
     theirs = pack_weights(w.clone())
     assert torch.equal(theirs, pack_rows(w))
-    assert torch.equal(hf.unpack_quarters(theirs), w)
+    assert torch.equal(unpack_quarters(theirs), w)
     assert torch.equal(unpack_weights(theirs, dtype=torch.int8), w)
 
 

@@ -5,7 +5,7 @@ compared with float64, as in tests/test_llama.py: our mean error is at most twic
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,7 @@ from bitnet_ops import BitLinear, BitNet, BitNetConfig, DecoderConfig, from_pret
 from bitnet_ops.checkpoint import published_out
 from bitnet_ops.layers.norm import RMSNorm
 
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    """Their quantisers are compiled, which takes minutes here and changes the order of sums."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,13 @@ only (u = 2^-24; see test_parity_transformers.py).
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_llama import assert_same_model, captured, prompts
+from contracts import assert_plan_is_the_modules, assert_same_bits_everywhere, assert_same_model
+from test_llama import captured, prompts
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
@@ -32,11 +32,9 @@ from their_models import (
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-import bitnet_ops
 from bitnet_ops import (
     BitNet,
     DecoderConfig,
-    KVCache,
     RopeScaling,
     from_pretrained,
     packing,
@@ -45,6 +43,8 @@ from bitnet_ops import (
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.families.qwen3 import QWEN3
 from bitnet_ops.layers.matrix import TernaryMatrix
+
+pytestmark = pytest.mark.usefixtures("eager")
 
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
@@ -69,13 +69,6 @@ CASES: dict[str, dict[str, Any]] = {
 LENGTH = 40
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    """Their quantisers are compiled, which takes minutes here and changes the order of sums."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(params=CASES)
@@ -341,34 +334,17 @@ def test_norms_inside_projections(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_the_modules(pair: LlamaPair) -> None:
-    """What C++ runs in one operator equals the modules, which a hook makes run one by one."""
-    model, ids = pair.ours, prompts(2, 20)
-    fused = model(ids)
-    assert [run.lists is not None for run in model.model.plan().runs] == [True]
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, inputs, output: None)
-    assert torch.equal(model(ids), fused)
-    assert [run.lists is not None for run in model.model.plan().runs] == [False] * 2
+    assert_plan_is_the_modules(pair.ours, prompts(2, 20))
 
 
 def test_the_same_bits_everywhere(pair: LlamaPair, isa: str, threads: None) -> None:
-    """Instruction sets, threads, batches, and tokens that came by prefill, in pieces or one by one."""
-    model, ids = pair.ours, prompts(3, 12)
-    logits = model(ids)
-    with bitnet_ops.use_isa("scalar"):
-        assert torch.equal(model(ids), logits)
-    torch.set_num_threads(1)
-    assert torch.equal(model(ids), logits)
-    assert torch.equal(torch.cat([model(row[None]) for row in ids]), logits)
-    for pieces in (ids.split(1, dim=1), ids.split([7, 4, 1], dim=1)):
-        cache = KVCache(model.config, 3, 12)
-        assert torch.equal(torch.cat([model(piece, cache=cache) for piece in pieces], dim=1), logits)
+    assert_same_bits_everywhere(pair.ours, prompts(3, 12))
 
 
 def test_a_packed_folder(pair: LlamaPair, tmp_path: Path, case: dict[str, Any]) -> None:
     """Bit for bit the same, and config.json in the published fields."""
     pair.ours.save_pretrained(tmp_path / "packed")
-    assert_same_model(from_pretrained(tmp_path / "packed"), pair.ours)
+    assert_same_model(from_pretrained(tmp_path / "packed"), pair.ours, prompts(2, 20))
     fields = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert fields["model_type"] == "qwen3"
     assert fields["architectures"] == ["Qwen3ForCausalLM"]

@@ -7,7 +7,6 @@ to transformers' own forward pass with that pass. tests/test_accelerate.py has t
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +23,8 @@ from transformers import DynamicCache, Qwen3Config, StaticCache  # noqa: E402
 from bitnet_ops.integrations import transformers_decoder as decoder  # noqa: E402
 from bitnet_ops.integrations.transformers_cache import SharedLayer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 CACHE = decoder.CACHE
 IDS = torch.randint(4000, (3, 14), generator=torch.Generator().manual_seed(2))
 LLAMA = {
@@ -34,12 +35,6 @@ LLAMA = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(scope="module")

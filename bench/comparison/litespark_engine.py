@@ -8,7 +8,7 @@ from litespark_inference.torchless import kernel
 from litespark_inference.torchless.model import BitNetConfig, PackedBitNetModel, PackedLayer, PackedProjection
 from litespark_inference.torchless.runtime import forward_one, forward_prefill, init_state
 
-from .engine import Engine
+from .engine import SteppedEngine
 
 CONTEXT = 1024
 
@@ -33,7 +33,7 @@ def make(sizes: dict[str, float]) -> "Litespark":
     return Litespark(config)
 
 
-class Litespark(Engine):
+class Litespark(SteppedEngine):
     """Its Python loop over layers, which calls its kernels."""
 
     def __init__(self, config: BitNetConfig) -> None:

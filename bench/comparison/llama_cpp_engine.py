@@ -5,7 +5,7 @@ import ctypes
 import llama_cpp
 import numpy as np
 
-from .engine import Engine
+from .engine import SteppedEngine
 
 CONTEXT = 1024
 
@@ -15,7 +15,7 @@ def make(file: str, vocab_size: int) -> "LlamaCpp":
     return LlamaCpp(file, vocab_size)
 
 
-class LlamaCpp(Engine):
+class LlamaCpp(SteppedEngine):
     """llama.cpp, called as its own programs call it: only the last token of a prompt has scores."""
 
     def __init__(self, file: str, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 import bitnet_ops
 from bitnet_ops.layers.memory import give_back_freed_memory
 
-from .engine import Engine
+from .engine import SteppedEngine
 
 CONTEXT = 1024
 
@@ -33,7 +33,7 @@ def make(
     return made
 
 
-class _Torch(Engine):
+class _Torch(SteppedEngine):
     def set_threads(self, count: int) -> None:
         torch.set_num_threads(count)
 

@@ -145,32 +145,36 @@ def build_kernel_test(target: Target, folder: Path) -> Path:
     return build_program(target, sources, folder, "kernel_test")
 
 
-def build_extension(target: Target, folder: Path, downloads: Path) -> Path:
+def build_extension(
+    target: Target, folder: Path, downloads: Path, module: str = "_C", defines: tuple[str, ...] = ()
+) -> Path:
     """Builds the extension for a target.
 
     Args:
         target: the system.
         folder: for what is made.
         downloads: keeps PyTorch's wheels.
+        module: what Python calls it.
+        defines: more flags for the files that know torch.
 
     Returns:
         The extension. What it leaves unresolved is for the system to find: see `unresolved`.
     """
     python, torch = python_headers(folder), torch_headers()
     headers = [f"-isystem{torch}", f"-isystem{torch / 'torch/csrc/api/include'}", f"-I{python}"]
-    defines = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_EXTENSION_NAME=_C"]
+    defines = ("-DPy_LIMITED_API=0x030A0000", f"-DTORCH_EXTENSION_NAME={module}", *defines)
     setup = setup_py()
     objects = [
         *compile_all(target, setup.files("ops/*.cpp"), [*headers, *defines], folder / "objects"),
         *compile_all(target, setup.torch_free_sources(target.system, target.machine), [], folder / "objects"),
     ]
-    extension = folder / target.extension
+    extension = folder / target.extension.replace("_C", module, 1)
     libraries = torch_libraries(target, folder, downloads)
     link = ["-shared", *objects, *libraries, *system_libraries(target), *python_library(target, folder)]
     strip = ["-s"]
     if target.system == "Darwin":
         strip = []  # it would take the names of what is imported, too, which tests read
-        link += ["-Wl,-undefined,dynamic_lookup", f"-Wl,-install_name,@rpath/{target.extension}"]
+        link += ["-Wl,-undefined,dynamic_lookup", f"-Wl,-install_name,@rpath/{extension.name}"]
     zig("c++", "-target", target.zig, *strip, *link, "-o", extension)
     if target.system == "Darwin":
         keep_names_local(extension)
