@@ -454,7 +454,8 @@ def _only(tensors: Any) -> Tensor | None:
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, other in model.named_modules() if other is module)
+    names: Iterator[str] = (name for name, other in model.named_modules() if other is module)
+    return next(names)
 
 
 def _on_cpu(device_map: Any) -> bool:
