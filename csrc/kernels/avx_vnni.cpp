@@ -4,8 +4,8 @@
 // Instruction: vpdpbusd ymm, acc_i32x8[i] += sum over j of code_u8x32[4i+j] * q_i8x32[4i+j].
 // Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (docs/layouts.md).
 // Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
-//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (one
-//              row of q) |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
+//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with odd steps in place (one or two
+//              rows of q) |acc| <= K/2 * (3 << 2) * 128 = 768 K <= 2.0e8 < 2^31 at K = 2^18, for any byte.
 //
 // Half a block is one ymm; lane i is row i (or 8 + i):
 //
@@ -50,53 +50,73 @@ struct Dpbusd {
   // 2 x 6 accumulators + 2 codes + 1 mask + 1 activation = 16 registers.
   static constexpr int kRows = 6;
 
+  // In assembly, so that nothing is moved across it: GCC 12 would decode all four steps of a block first, and then lacks
+  // registers for six rows of q (bench/LOG.md).
   static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
-    return _mm256_dpbusd_avx_epi32(acc_i32x8, code_u8x32, q_i8x32);
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc_i32x8) : "x"(code_u8x32), "x"(q_i8x32));
+    return acc_i32x8;
   }
   static constexpr int kDecodedRows = 0;  // slower (bench/LOG.md)
   static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }
-};
 
-struct Inner : YmmLoops<Dpbusd> {
-  template <int TILES, int ROWS>
-  static void block(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
-                    int32_t* acc) {
-    if constexpr (ROWS == 1) {
-      block_in_place(tile, blocks, q, acc);
-    } else {
-      YmmLoops<Dpbusd>::block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc);
+  // One or two rows of q: odd steps are multiplied where they stand in the byte, four times too large, into accumulators
+  // of their own, and shifted back at the end, which is exact. So there are eight chains, which cover the latency of
+  // vpdpbusd (4 or 5 cycles), one shift for two steps, and two masks: with four GCC ran out of registers.
+  static constexpr int kRowsInPlace = 2;
+
+  template <int ROWS>
+  __attribute__((always_inline)) static void in_place(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
+                                                      int64_t q_stride, __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
+    constexpr int kChains = 4 / ROWS;  // of half a tile, of a row of q; the odd ones are of odd steps
+    __m256i low_i32x8[ROWS][kChains];
+    __m256i high_i32x8[ROWS][kChains];
+#pragma GCC unroll 2
+    for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) {
+        low_i32x8[t][chain] = _mm256_setzero_si256();
+        high_i32x8[t][chain] = _mm256_setzero_si256();
+      }
+    }
+    for (int64_t b = begin; b < end; ++b) {
+      const uint8_t* address = tile + b * kBlockBytes;
+      ask_ahead<Ymm>(address);
+      __m256i low_u8x32 = load32(address);
+      __m256i high_u8x32 = load32(address + 32);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        if (p == 2) {  // moves bits across bytes, but only into places that the masks clear
+          low_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
+          high_u8x32 = _mm256_srli_epi16(high_u8x32, 4);
+        }
+        const __m256i mask_u8x32 = _mm256_set1_epi8(p % 2 == 0 ? 0x03 : 0x0c);
+#pragma GCC unroll 2
+        for (int t = 0; t < ROWS; ++t) {
+          const __m256i q_i8x32 = broadcast4(q + t * q_stride + b * kBlockInputs + 4 * p);
+          __m256i& low_sum = low_i32x8[t][p % kChains];
+          __m256i& high_sum = high_i32x8[t][p % kChains];
+          low_sum = dot(low_sum, _mm256_and_si256(low_u8x32, mask_u8x32), q_i8x32);
+          high_sum = dot(high_sum, _mm256_and_si256(high_u8x32, mask_u8x32), q_i8x32);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < ROWS; ++t) {
+      low[t] = add_chains(low_i32x8[t]);
+      high[t] = add_chains(high_i32x8[t]);
     }
   }
 
-  // One row of q: codes are multiplied where they stand in the byte, 4^p times too large, each p into its
-  // own accumulator: no shift inside the loop, and eight independent chains to cover the latency of
-  // vpdpbusd (5 cycles). The shifts at the end are exact.
-  static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    __m256i low_i32x8[4];
-    __m256i high_i32x8[4];
-    for (int p = 0; p < 4; ++p) {
-      low_i32x8[p] = _mm256_setzero_si256();
-      high_i32x8[p] = _mm256_setzero_si256();
+ private:
+  template <int CHAINS>
+  __attribute__((always_inline)) static __m256i add_chains(const __m256i (&sum_i32x8)[CHAINS]) {
+    __m256i even = sum_i32x8[0];
+    __m256i odd = sum_i32x8[1];
+    if constexpr (CHAINS == 4) {
+      even = _mm256_add_epi32(even, sum_i32x8[2]);
+      odd = _mm256_add_epi32(odd, sum_i32x8[3]);
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* address = tile + b * kBlockBytes;
-      ask_ahead<Ymm>(address);
-      const __m256i low_u8x32 = load32(address);
-      const __m256i high_u8x32 = load32(address + 32);
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p) {
-        const __m256i mask_u8x32 = _mm256_set1_epi8(static_cast<char>(0x03 << (2 * p)));
-        const __m256i q_i8x32 = broadcast4(q + b * kBlockInputs + 4 * p);
-        low_i32x8[p] = Dpbusd::dot(low_i32x8[p], _mm256_and_si256(low_u8x32, mask_u8x32), q_i8x32);
-        high_i32x8[p] = Dpbusd::dot(high_i32x8[p], _mm256_and_si256(high_u8x32, mask_u8x32), q_i8x32);
-      }
-    }
-    for (int p = 1; p < 4; ++p) {
-      low_i32x8[0] = _mm256_add_epi32(low_i32x8[0], _mm256_srai_epi32(low_i32x8[p], 2 * p));
-      high_i32x8[0] = _mm256_add_epi32(high_i32x8[0], _mm256_srai_epi32(high_i32x8[p], 2 * p));
-    }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), low_i32x8[0]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), high_i32x8[0]);
+    return _mm256_add_epi32(even, _mm256_srai_epi32(odd, 2));
   }
 };
 
@@ -143,7 +163,7 @@ struct DpbusdSums {
 }  // namespace
 
 extern const KernelTable kAvxVnniKernels;
-constexpr KernelTable kAvxVnniKernels = make_table<Ymm, Inner, Inner, DpbusdSums>("avx_vnni");
+constexpr KernelTable kAvxVnniKernels = make_table<Ymm, YmmLoops<Dpbusd>, YmmLoops<Dpbusd>, DpbusdSums>("avx_vnni");
 
 }  // namespace bitnet_ops
 
