@@ -104,11 +104,11 @@ def test_group_scales_equal_the_reference(
 ) -> None:
     w = random_ternary(out_features, in_features)
     weight_scale = torch.rand(-(-in_features // group_size), out_features)
-    packed = ops.pack_ternary(w)
+    packed, scales = ops.pack_ternary(w), packing.pack_scales(weight_scale)
     for tokens in TOKENS:
         x = torch.randn(tokens, in_features)
         for bias in (None, torch.randn(out_features)):
-            y = ops.ternary_linear(x, packed, weight_scale, bias, out_features, "tile16", bits, group_size)
+            y = ops.ternary_linear(x, packed, scales, bias, out_features, "tile16", bits, group_size)
             assert torch.equal(y, reference.ternary_linear(x, w, weight_scale, bias, bits, group_size))
 
 
@@ -223,3 +223,16 @@ def test_gradients_of_groups_and_active_rows() -> None:
     ).backward(grad_y)
     torch.testing.assert_close(x.grad, (grad_y * active) @ w.float())
     torch.testing.assert_close(bias.grad, (grad_y * active).sum(0))
+
+
+@pytest.mark.parametrize("out_features", [1, 15, 16, 40])
+def test_scales_in_the_order_of_tiles(out_features: int) -> None:
+    scales = torch.arange(3 * out_features).view(3, out_features).half() + 1
+    packed = packing.pack_scales(scales)
+    assert packed.shape == (-(-out_features // 16), 3, 16)
+    assert packed.dtype == torch.float16
+    assert packed.is_contiguous()
+    for row in range(packed.shape[0] * 16):
+        expected = scales[:, row] if row < out_features else torch.zeros(3, dtype=torch.float16)
+        assert torch.equal(packed[row // 16, :, row % 16], expected)
+    assert torch.equal(packing.unpack_scales(packed, out_features), scales)

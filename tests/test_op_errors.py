@@ -80,7 +80,7 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
     ),
     (lambda: linear(activation_bits=7), "ternary_linear", "activation_bits", "8 or 16", "7"),
     (lambda: linear(group_size=32), "ternary_linear", "group_size", "64, 128 or 256", "32"),
-    (lambda: linear(group_size=64), "ternary_linear", "weight_scale", "float32 [1, 18]", "float32 [18]"),
+    (lambda: linear(group_size=64), "ternary_linear", "weight_scale", "float32 [2, 1, 16]", "float32 [18]"),
     (lambda: linear(active=MASK), "ternary_linear", "active", "None with layout 'tile16'", "bool [2, 18]"),
     (
         lambda: linear(packed=ROWS, layout="row", active=MASK[0]),

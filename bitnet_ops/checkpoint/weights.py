@@ -75,7 +75,14 @@ Rows = Callable[[int, int], Tensor]
 
 
 class Projection(NamedTuple):
-    """What a `TernaryMatrix` holds, under the names of its attributes."""
+    """What a `TernaryMatrix` holds.
+
+    Attributes:
+        packed_weight: where every token reads it from, in ``layout``.
+        layout: see `packing.LAYOUTS`.
+        weight_scale: as `TernaryMatrix.scales` gives them. Those of groups are copied once more.
+        bias: float32 [N] or None.
+    """
 
     packed_weight: Tensor
     layout: str

@@ -245,8 +245,7 @@ struct TileBlocks {
     for (int64_t group = 0; group < p.groups; ++group) {
       const int64_t first = group * p.group_blocks;
       const int64_t end = p.blocks - first < p.group_blocks ? p.blocks : first + p.group_blocks;
-      // Scales of a group lie together for all rows: those of the next tiles are asked for while there is time.
-      prefetch_near(scales + kTileRows);
+      prefetch_near(reinterpret_cast<const char*>(scales) + kScalesAheadBytes);
       __m512i acc_i32x16[kRowsHere][kSteps];
 #pragma GCC unroll 4
       for (int t = 0; t < kRowsHere; ++t) {
@@ -271,7 +270,7 @@ struct TileBlocks {
         sum_f32x16[t] =
             _mm512_add_ps(sum_f32x16[t], _mm512_mul_ps(_mm512_cvtepi32_ps(group_i32x16), factor_f32x16));
       }
-      scales += p.out_features;
+      scales += kTileRows;
     }
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) _mm512_storeu_ps(sums + t * kTileRows, sum_f32x16[t]);

@@ -82,13 +82,7 @@ struct DecodedDriver {
     void begin_piece(int64_t) {
       ++group;
       for (int64_t i = 0; i < area.tiles; ++i) {
-        const int64_t row = (area.tile + i) * kTileRows;
-        const Scale* from = static_cast<const Scale*>(p.weight_scale) + group * p.out_features + row;
-        Scale last[kTileRows] = {};
-        if (p.out_features - row < kTileRows) {  // the end of the matrix: no reading beyond it
-          std::memcpy(last, from, static_cast<size_t>(p.out_features - row) * sizeof *last);
-          from = last;
-        }
+        const Scale* from = scales_of_tile<Scale>(p, area.tile + i) + group * kTileRows;
         for (int64_t r = 0; r < kTileRows; r += Isa::kLanes) Isa::store(scale[i] + r, Isa::load(from + r));
       }
     }

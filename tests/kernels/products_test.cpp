@@ -65,7 +65,7 @@ std::string name_of(const ProductCase& c, DType dtype) {
 
 // Operands in buffers of exactly the size that a kernel may read; what differs by layout is `packed`.
 struct Operands {
-  int64_t groups, rows, q_stride;
+  int64_t groups, scales, rows, q_stride;
   Buffer<int8_t> q;
   Buffer<int32_t> q_sum;
   Buffer<float> x_scale, weight_scale, bias;
@@ -73,14 +73,15 @@ struct Operands {
 
   Operands(const ProductCase& c, Random& random)
       : groups(c.group_blocks == 0 ? 1 : divide_up(c.in_features, c.group_blocks * kBlockInputs)),
+        scales(c.group_blocks == 0 ? c.out_features : tiles_of(c.out_features) * groups * kTileRows),
         rows(c.tokens * c.planes),
         q_stride(padded_in_features(c.in_features)),
         q(rows * q_stride),
         q_sum(rows * groups),
         x_scale(c.tokens * groups),
-        weight_scale(groups * c.out_features),
+        weight_scale(scales),
         bias(c.out_features),
-        half_scale(c.half_scales ? groups * c.out_features : 0) {
+        half_scale(c.half_scales ? scales : 0) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < c.in_features; ++k) {
         const int8_t any = static_cast<int8_t>(random.byte());
@@ -92,9 +93,9 @@ struct Operands {
       }
     }
     for (int64_t i = 0; i < c.tokens * groups; ++i) x_scale.data[i] = i == 1 ? std::nanf("") : random.uniform();
-    fill_row(weight_scale.data, groups * c.out_features, kRandom, random);
+    fill_row(weight_scale.data, scales, kRandom, random);
     fill_row(bias.data, c.out_features, kRandom, random);
-    if (c.half_scales) fill_row(half_scale.data, groups * c.out_features, kRandom, random);
+    if (c.half_scales) fill_row(half_scale.data, scales, kRandom, random);
   }
 };
 

@@ -136,10 +136,10 @@ class GgufWeights(WeightReader):
         matrix = self._matrix(files, name, layer.out_features)
         rows: Rows
         if matrix.type.ternary:
-            scale = memory.copy(_for_layer(matrix.scales(), layer))
+            scale = _for_layer(matrix.scales(), layer)
             rows = matrix.ternary
         else:
-            scale = memory.empty(tuple(layer.weight_scale.shape), torch.float32)
+            scale = torch.empty(layer.scale_shape)
             rows = _ternary_floats(matrix, layer, scale)
         packed, layout = pack_rows(rows, layer, memory)
         matrix.forget()
