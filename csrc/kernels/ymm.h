@@ -178,10 +178,11 @@ struct YmmLoops {
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
   static constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
 
-  // Sums of blocks [begin, end), at most kBlocksPerWidening of them, not widened yet: rows 0-7 of the tile, and rows 8-15.
+  // Sums of blocks [begin, end), at most kBlocksPerWidening of them, not widened yet: rows 0-7 of the tile, and 8-15.
   template <int ROWS>
-  __attribute__((always_inline)) static void some_blocks(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
-                                                         int64_t q_stride, __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
+  __attribute__((always_inline)) static void some_blocks(const uint8_t* tile, int64_t begin, int64_t end,
+                                                         const int8_t* q, int64_t q_stride, __m256i (&low)[ROWS],
+                                                         __m256i (&high)[ROWS]) {
     if constexpr (ROWS <= Dot::kRowsInPlace) {
       Dot::in_place(tile, begin, end, q, q_stride, low, high);
     } else {
@@ -209,29 +210,6 @@ struct YmmLoops {
     }
   }
 
-  // The same of any number of blocks, widened, in registers.
-  template <int ROWS>
-  __attribute__((always_inline)) static void widened_blocks(const uint8_t* tile, int64_t begin, int64_t end,
-                                                            const int8_t* q, int64_t q_stride, __m256i (&low)[ROWS],
-                                                            __m256i (&high)[ROWS]) {
-    bool first = true;
-    do {
-      const int64_t stop = end - begin < kBlocksPerWidening ? end : begin + kBlocksPerWidening;
-      __m256i some_low[ROWS];
-      __m256i some_high[ROWS];
-      some_blocks<ROWS>(tile, begin, stop, q, q_stride, some_low, some_high);
-#pragma GCC unroll 6
-      for (int t = 0; t < ROWS; ++t) {
-        some_low[t] = Dot::widen(some_low[t]);
-        some_high[t] = Dot::widen(some_high[t]);
-        low[t] = first ? some_low[t] : _mm256_add_epi32(low[t], some_low[t]);
-        high[t] = first ? some_high[t] : _mm256_add_epi32(high[t], some_high[t]);
-      }
-      first = false;
-      begin = stop;
-    } while (begin < end);
-  }
-
   template <int TILES, int ROWS>
   static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
@@ -250,9 +228,9 @@ struct YmmLoops {
     } while (begin < blocks);
   }
 
-  // One group after the other, their sums in registers, as in avx512.h: a group is 8 blocks or so, and the way through
-  // memory after each takes a fifth of the time of a token (bench/LOG.md).
-  static constexpr int kRowsOfGroups = kRows;
+  // One group after the other, its sums in registers, as in avx512.h. Only where a group needs no widening on the way:
+  // with vpmaddubsw it was no faster (bench/LOG.md).
+  static constexpr int kRowsOfGroups = kBlocksPerWidening * kBlockInputs > kMaxGroupInputs ? kRows : 0;
 
   template <int PLANES, int TOKENS, class Scale>
   static void groups(const TernaryProduct& p, const uint8_t* tile, const int8_t* q, const Scale* scales, int64_t token,
@@ -263,14 +241,13 @@ struct YmmLoops {
     for (int64_t group = 0; group < p.groups; ++group) {
       const int64_t begin = group * p.group_blocks;
       const int64_t end = p.blocks - begin < p.group_blocks ? p.blocks : begin + p.group_blocks;
-      // Scales of a group lie together for all rows: those of the next tiles are asked for while there is time.
-      prefetch_near(scales + kTileRows);
+      prefetch_near(reinterpret_cast<const char*>(scales) + kScalesAheadBytes);
       __m256i low_i32x8[kRowsHere];
       __m256i high_i32x8[kRowsHere];
-      widened_blocks<kRowsHere>(tile, begin, end, q, p.q_stride, low_i32x8, high_i32x8);
+      some_blocks<kRowsHere>(tile, begin, end, q, p.q_stride, low_i32x8, high_i32x8);
       add_scaled<PLANES>(low_i32x8, high_i32x8, q_sum + group, x_scale + group, p.groups, Ymm::load(scales),
                          Ymm::load(scales + 8), sums);
-      scales += p.out_features;
+      scales += kTileRows;
     }
   }
 
