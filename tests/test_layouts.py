@@ -34,6 +34,27 @@ def test_packing_equals_the_specification(layout: str, out_features: int, in_fea
     assert torch.equal(packing.unpack(packed, out_features, in_features, layout), w)
 
 
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize(
+    ("width", "high_first"), [(1, False), (16, False), (16, True), (32, False), (32, True)]
+)
+@pytest.mark.parametrize(
+    ("rows", "parts", "part_bytes"), [(1, 1, 32), (16, 3, 64), (37, 2, 96), (0, 2, 32), (3, 0, 32), (3, 2, 0)]
+)
+def test_two_bits_equal_the_specification(
+    layout: str, width: int, high_first: bool, rows: int, parts: int, part_bytes: int
+) -> None:
+    codes = torch.randint(0, 3, (4, rows, parts, part_bytes), dtype=torch.uint8)
+    codes = codes[0] + 4 * codes[1] + 16 * codes[2] + 64 * codes[3]
+    expected = reference.pack_two_bits(codes, width, high_first, layout)
+    # Where they lie in a file: behind something in front of each row and each part, at any byte.
+    apart = torch.full((rows, 5 + parts * (part_bytes + 3)), 255, dtype=torch.uint8)
+    between = apart[:, 5:].unflatten(1, (parts, part_bytes + 3))[:, :, 3:]
+    between.copy_(codes)
+    for given in (codes, between, codes.mT.contiguous().mT):
+        assert torch.equal(ops.pack_two_bits(given, width, high_first, layout), expected)
+
+
 @pytest.mark.parametrize("wanted", packing.LAYOUTS)
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 @pytest.mark.parametrize(("out_features", "in_features"), [*SIZES, (0, 5), (5, 0)])

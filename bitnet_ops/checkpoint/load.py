@@ -231,9 +231,13 @@ def _load_matrix(
     known_finite: bool,
 ) -> None:
     matrix = weights.read_matrix(files, name, memory)
-    for rows in () if known_finite else torch.split(matrix, CHUNK_ROWS):
+
+    def check(rows: Tensor) -> None:
         _check_finite(files, f"{name}.weight", rows)
         files.forget(rows)  # a model reads few rows of it, if the head is screened
+
+    if not known_finite:
+        for_each_piece(check, torch.split(matrix, CHUNK_ROWS))
     module.weight = nn.Parameter(matrix)
 
 

@@ -53,8 +53,8 @@ class TernaryEmbedding(TernaryMatrix):
             IndexError: an id is negative, or not below ``out_features``.
         """
         flat = ids.reshape(-1)
-        # index_select first, because it refuses ids that are out of range: there may be rows of padding behind
-        # the last. It cannot select scales in the order of tiles: here it selects zeros, which change nothing.
+        # index_select refuses ids that are out of range; there may be rows of padding behind the last. Scales
+        # in the order of tiles cannot be selected that way: there it selects zeros, which change nothing.
         if self.group_size:
             flat = flat + flat.new_zeros(1).expand(self.out_features).index_select(0, flat)
             scale = self.weight_scale[flat // TILE_ROWS, :, flat % TILE_ROWS].float()  # [ids, group]
