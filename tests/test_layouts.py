@@ -232,7 +232,8 @@ def test_gradients_do_not_depend_on_the_layout(layout: str) -> None:
 def test_gradients_of_groups_and_active_rows() -> None:
     w, x, grad_y = random_ternary(40, 150), torch.randn(3, 150, requires_grad=True), torch.randn(3, 40)
     scale = torch.rand(3, 40)
-    ops.ternary_linear(x, ops.pack_ternary(w), scale, None, 40, "tile16", 8, 64).backward(grad_y)
+    packed, scales = ops.pack_ternary(w), packing.pack_scales(scale)
+    ops.ternary_linear(x, packed, scales, None, 40, "tile16", 8, 64).backward(grad_y)
     wide = scale.repeat_interleave(64, dim=0)[:150].T
     torch.testing.assert_close(x.grad, grad_y @ (w * wide))
 

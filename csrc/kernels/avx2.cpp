@@ -51,6 +51,7 @@ struct Maddubs {
   static constexpr int64_t kDotsPerWidening = 32;  // a pair each: see Overflow above
   // 2 x 4 accumulators + 2 codes + 1 mask + 1 activation + 2 products = 14 of 16 registers.
   static constexpr int kRows = 4;
+  static constexpr int kRowsInPlace = 0;  // int16 lanes do not hold codes that stand higher
 
   static __m256i dot(__m256i acc_i16x16, __m256i code_u8x32, __m256i q_i8x32) {
     acc_i16x16 = _mm256_add_epi16(acc_i16x16, _mm256_maddubs_epi16(code_u8x32, q_i8x32));

@@ -4,8 +4,8 @@
 // Instruction: vpdpbusd ymm, acc_i32x8[i] += sum over j of code_u8x32[4i+j] * q_i8x32[4i+j].
 // Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (docs/layouts.md).
 // Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
-//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (one
-//              row of q) |acc| <= K/2 * (3 << 2) * 128 = 768 K <= 2.0e8, for any byte.
+//              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with odd steps in place (one or two
+//              rows of q) |acc| <= K/2 * (3 << 2) * 128 = 768 K <= 2.0e8 < 2^31 at K = 2^18, for any byte.
 //
 // Half a block is one ymm; lane i is row i (or 8 + i):
 //
@@ -58,53 +58,65 @@ struct Dpbusd {
   }
   static constexpr int kDecodedRows = 0;  // slower (bench/LOG.md)
   static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }
-};
 
-struct Inner : YmmLoops<Dpbusd> {
-  template <int TILES, int ROWS>
-  static void block(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
-                    int32_t* acc) {
-    if constexpr (ROWS == 1) {
-      block_in_place(tile, blocks, q, acc);
-    } else {
-      YmmLoops<Dpbusd>::block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc);
+  // One or two rows of q: odd steps are multiplied where they stand in the byte, four times too large, into accumulators
+  // of their own, and shifted back at the end, which is exact. So there are eight chains, which cover the latency of
+  // vpdpbusd (4 or 5 cycles), one shift for two steps, and two masks: with four GCC ran out of registers.
+  static constexpr int kRowsInPlace = 2;
+
+  template <int ROWS>
+  __attribute__((always_inline)) static void in_place(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
+                                                      int64_t q_stride, __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
+    constexpr int kChains = 4 / ROWS;  // of half a tile, of a row of q; the odd ones are of odd steps
+    __m256i low_i32x8[ROWS][kChains];
+    __m256i high_i32x8[ROWS][kChains];
+#pragma GCC unroll 2
+    for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) {
+        low_i32x8[t][chain] = _mm256_setzero_si256();
+        high_i32x8[t][chain] = _mm256_setzero_si256();
+      }
+    }
+    for (int64_t b = begin; b < end; ++b) {
+      const uint8_t* address = tile + b * kBlockBytes;
+      ask_ahead<Ymm>(address);
+      __m256i low_u8x32 = load32(address);
+      __m256i high_u8x32 = load32(address + 32);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        if (p == 2) {  // moves bits across bytes, but only into places that the masks clear
+          low_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
+          high_u8x32 = _mm256_srli_epi16(high_u8x32, 4);
+        }
+        const __m256i mask_u8x32 = _mm256_set1_epi8(p % 2 == 0 ? 0x03 : 0x0c);
+#pragma GCC unroll 2
+        for (int t = 0; t < ROWS; ++t) {
+          const __m256i q_i8x32 = broadcast4(q + t * q_stride + b * kBlockInputs + 4 * p);
+          __m256i& low_sum = low_i32x8[t][p % kChains];
+          __m256i& high_sum = high_i32x8[t][p % kChains];
+          low_sum = dot(low_sum, _mm256_and_si256(low_u8x32, mask_u8x32), q_i8x32);
+          high_sum = dot(high_sum, _mm256_and_si256(high_u8x32, mask_u8x32), q_i8x32);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < ROWS; ++t) {
+      low[t] = add_chains(low_i32x8[t]);
+      high[t] = add_chains(high_i32x8[t]);
     }
   }
 
-  // One row of q: steps 0 and 1 of a byte, and 2 and 3 of it shifted by four bits, are multiplied where they stand,
-  // each into its own accumulator: eight independent chains to cover the latency of vpdpbusd (5 cycles). Steps 1 and 3
-  // are four times too large until the end, where the shift is exact. A mask for each step instead of the one shift
-  // needs one register more than there are, and then sums go through memory in every block (bench/LOG.md).
-  static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    const __m256i even_u8x32 = _mm256_set1_epi8(0x03);
-    const __m256i odd_u8x32 = _mm256_set1_epi8(0x0c);
-    __m256i acc_i32x8[2][4];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p) acc_i32x8[half][p] = _mm256_setzero_si256();
+ private:
+  template <int CHAINS>
+  __attribute__((always_inline)) static __m256i add_chains(const __m256i (&sum_i32x8)[CHAINS]) {
+    __m256i even = sum_i32x8[0];
+    __m256i odd = sum_i32x8[1];
+    if constexpr (CHAINS == 4) {
+      even = _mm256_add_epi32(even, sum_i32x8[2]);
+      odd = _mm256_add_epi32(odd, sum_i32x8[3]);
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* address = tile + b * kBlockBytes;
-      const int8_t* q_block = q + b * kBlockInputs;
-      ask_ahead<Ymm>(address);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        __m256i(&sums)[4] = acc_i32x8[half];
-        const __m256i low_u8x32 = load32(address + 32 * half);
-        const __m256i high_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
-        sums[0] = Dpbusd::dot(sums[0], _mm256_and_si256(low_u8x32, even_u8x32), broadcast4(q_block));
-        sums[1] = Dpbusd::dot(sums[1], _mm256_and_si256(low_u8x32, odd_u8x32), broadcast4(q_block + 4));
-        sums[2] = Dpbusd::dot(sums[2], _mm256_and_si256(high_u8x32, even_u8x32), broadcast4(q_block + 8));
-        sums[3] = Dpbusd::dot(sums[3], _mm256_and_si256(high_u8x32, odd_u8x32), broadcast4(q_block + 12));
-      }
-    }
-    for (int half = 0; half < 2; ++half) {
-      const __m256i ones_i32x8 = _mm256_add_epi32(acc_i32x8[half][0], acc_i32x8[half][2]);
-      const __m256i fours_i32x8 = _mm256_add_epi32(acc_i32x8[half][1], acc_i32x8[half][3]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8 * half),
-                          _mm256_add_epi32(ones_i32x8, _mm256_srai_epi32(fours_i32x8, 2)));
-    }
+    return _mm256_add_epi32(even, _mm256_srai_epi32(odd, 2));
   }
 };
 
@@ -151,7 +163,7 @@ struct DpbusdSums {
 }  // namespace
 
 extern const KernelTable kAvxVnniKernels;
-constexpr KernelTable kAvxVnniKernels = make_table<Ymm, Inner, Inner, DpbusdSums>("avx_vnni");
+constexpr KernelTable kAvxVnniKernels = make_table<Ymm, YmmLoops<Dpbusd>, YmmLoops<Dpbusd>, DpbusdSums>("avx_vnni");
 
 }  // namespace bitnet_ops
 

@@ -164,6 +164,8 @@ inline __m256i code_of(Codes codes, const uint8_t* half) {
 //     widen(acc)                       acc as int32 x 8
 //     kDotsPerWidening                 how many times dot may add to acc before that
 //     kRows                            rows of q in a register block, two accumulators each
+//     kRowsInPlace, in_place(tile, begin, end, q, q_stride, low, high)    0, or up to so many rows of q have a loop of
+//                                      their own: sums of blocks [begin, end), which are widened already
 //     kDecodedRows                     likewise where codes are decoded already
 //     piece(codes, blocks, q, q_stride, low, high)    if kDecodedRows: sums of up to 64 dots of decoded codes below 3
 template <class Dot>
@@ -172,22 +174,22 @@ struct YmmLoops {
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
-  static constexpr int kRowsOfGroups = 0;
   static constexpr int kRows = Dot::kRows;
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
+  static constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
 
-  template <int TILES, int ROWS>
-  static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
-    static_assert(TILES == 1, "the driver asks for kTiles at most");
-    constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
-    int64_t begin = 0;
-    do {
-      const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
-      __m256i acc_low[ROWS];
-      __m256i acc_high[ROWS];
+  // Sums of blocks [begin, end), at most kBlocksPerWidening of them, not widened yet: rows 0-7 of the tile, and 8-15.
+  template <int ROWS>
+  __attribute__((always_inline)) static void some_blocks(const uint8_t* tile, int64_t begin, int64_t end,
+                                                         const int8_t* q, int64_t q_stride, __m256i (&low)[ROWS],
+                                                         __m256i (&high)[ROWS]) {
+    if constexpr (ROWS <= Dot::kRowsInPlace) {
+      Dot::in_place(tile, begin, end, q, q_stride, low, high);
+    } else {
+#pragma GCC unroll 6
       for (int t = 0; t < ROWS; ++t) {
-        acc_low[t] = _mm256_setzero_si256();
-        acc_high[t] = _mm256_setzero_si256();
+        low[t] = _mm256_setzero_si256();
+        high[t] = _mm256_setzero_si256();
       }
       for (int64_t b = begin; b < end; ++b) {
         const uint8_t* address = tile + b * kBlockBytes;
@@ -200,17 +202,53 @@ struct YmmLoops {
 #pragma GCC unroll 6
           for (int t = 0; t < ROWS; ++t) {
             const __m256i q_i8x32 = broadcast4(q_block + t * q_stride + 4 * p);
-            acc_low[t] = Dot::dot(acc_low[t], low_u8x32, q_i8x32);
-            acc_high[t] = Dot::dot(acc_high[t], high_u8x32, q_i8x32);
+            low[t] = Dot::dot(low[t], low_u8x32, q_i8x32);
+            high[t] = Dot::dot(high[t], high_u8x32, q_i8x32);
           }
         }
       }
+    }
+  }
+
+  template <int TILES, int ROWS>
+  static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    static_assert(TILES == 1, "the driver asks for kTiles at most");
+    int64_t begin = 0;
+    do {
+      const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
+      __m256i acc_low[ROWS];
+      __m256i acc_high[ROWS];
+      some_blocks<ROWS>(tile, begin, end, q, q_stride, acc_low, acc_high);
+#pragma GCC unroll 6
       for (int t = 0; t < ROWS; ++t) {
         put(acc + t * kTileRows, Dot::widen(acc_low[t]), begin == 0);
         put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), begin == 0);
       }
       begin = end;
     } while (begin < blocks);
+  }
+
+  // One group after the other, its sums in registers, as in avx512.h. Only where a group needs no widening on the way:
+  // with vpmaddubsw it was no faster (bench/LOG.md).
+  static constexpr int kRowsOfGroups = kBlocksPerWidening * kBlockInputs > kMaxGroupInputs ? kRows : 0;
+
+  template <int PLANES, int TOKENS, class Scale>
+  static void groups(const TernaryProduct& p, const uint8_t* tile, const int8_t* q, const Scale* scales, int64_t token,
+                     float* sums) {
+    constexpr int kRowsHere = PLANES * TOKENS;
+    const int32_t* q_sum = p.q_sum + token * PLANES * p.groups;
+    const float* x_scale = p.x_scale + token * p.groups;  // read with one plane
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const int64_t begin = group * p.group_blocks;
+      const int64_t end = p.blocks - begin < p.group_blocks ? p.blocks : begin + p.group_blocks;
+      prefetch_near(reinterpret_cast<const char*>(scales) + kScalesAheadBytes);
+      __m256i low_i32x8[kRowsHere];
+      __m256i high_i32x8[kRowsHere];
+      some_blocks<kRowsHere>(tile, begin, end, q, p.q_stride, low_i32x8, high_i32x8);
+      add_scaled<PLANES>(low_i32x8, high_i32x8, q_sum + group, x_scale + group, p.groups, Ymm::load(scales),
+                         Ymm::load(scales + 8), sums);
+      scales += kTileRows;
+    }
   }
 
   // Many tokens (ternary_decoded.h): a piece of a tile is decoded once, into L1, for all of them. With few rows of q
@@ -264,21 +302,33 @@ struct YmmLoops {
     __m256i high[ROWS];
     Dot::piece(codes, blocks, q, q_stride, low, high);
 #pragma GCC unroll 8
+    for (int t = 0; t < ROWS; ++t) {
+      low[t] = Dot::widen(low[t]);
+      high[t] = Dot::widen(high[t]);
+    }
+    add_scaled<PLANES>(low, high, group.q_sum, group.x_scale, group.stride, Ymm::load(group.scale),
+                       Ymm::load(group.scale + 8), group.sums);
+  }
+
+  // Adds the sums of a group, times its scale, to sums[tokens][16]; q_sum and x_scale of row t are at t * stride.
+  template <int PLANES, int ROWS>
+  __attribute__((always_inline)) static void add_scaled(const __m256i (&low)[ROWS], const __m256i (&high)[ROWS],
+                                                        const int32_t* q_sum, const float* x_scale, int64_t stride,
+                                                        __m256 low_scale_f32x8, __m256 high_scale_f32x8, float* sums) {
+#pragma GCC unroll 8
     for (int t = 0; t < ROWS; t += PLANES) {
-      const int32_t* q_sum = group.q_sum + t * group.stride;
-      float* out = group.sums + t / PLANES * kTileRows;
-      __m256i low_i32x8 = _mm256_sub_epi32(Dot::widen(low[t]), _mm256_set1_epi32(q_sum[0]));
-      __m256i high_i32x8 = _mm256_sub_epi32(Dot::widen(high[t]), _mm256_set1_epi32(q_sum[0]));
-      __m256 low_factor_f32x8 = Ymm::load(group.scale);
-      __m256 high_factor_f32x8 = Ymm::load(group.scale + 8);
+      float* out = sums + t / PLANES * kTileRows;
+      const __m256i q_sum_i32x8 = _mm256_set1_epi32(q_sum[t * stride]);
+      __m256i low_i32x8 = _mm256_sub_epi32(low[t], q_sum_i32x8);
+      __m256i high_i32x8 = _mm256_sub_epi32(high[t], q_sum_i32x8);
+      __m256 low_factor_f32x8 = low_scale_f32x8;
+      __m256 high_factor_f32x8 = high_scale_f32x8;
       if constexpr (PLANES == 2) {
-        const __m256i lo_sum_i32x8 = _mm256_set1_epi32(q_sum[group.stride]);
-        const __m256i low_of_lo_i32x8 = _mm256_sub_epi32(Dot::widen(low[t + 1]), lo_sum_i32x8);
-        const __m256i high_of_lo_i32x8 = _mm256_sub_epi32(Dot::widen(high[t + 1]), lo_sum_i32x8);
-        low_i32x8 = _mm256_add_epi32(_mm256_slli_epi32(low_i32x8, 8), low_of_lo_i32x8);
-        high_i32x8 = _mm256_add_epi32(_mm256_slli_epi32(high_i32x8, 8), high_of_lo_i32x8);
+        const __m256i lo_sum_i32x8 = _mm256_set1_epi32(q_sum[(t + 1) * stride]);
+        low_i32x8 = _mm256_add_epi32(_mm256_slli_epi32(low_i32x8, 8), _mm256_sub_epi32(low[t + 1], lo_sum_i32x8));
+        high_i32x8 = _mm256_add_epi32(_mm256_slli_epi32(high_i32x8, 8), _mm256_sub_epi32(high[t + 1], lo_sum_i32x8));
       } else {
-        const __m256 x_scale_f32x8 = Ymm::set1(group.x_scale[t * group.stride]);
+        const __m256 x_scale_f32x8 = Ymm::set1(x_scale[t * stride]);
         low_factor_f32x8 = Ymm::mul(x_scale_f32x8, low_factor_f32x8);
         high_factor_f32x8 = Ymm::mul(x_scale_f32x8, high_factor_f32x8);
       }

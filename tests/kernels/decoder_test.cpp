@@ -65,6 +65,18 @@ class Model {
     return made.data();
   }
 
+  // Scales [groups][out_features] as kernels read them.
+  const float* in_tiles(const float* scales, int64_t groups, int64_t out_features) {
+    auto& made = floats_.emplace_back(static_cast<size_t>(tiles_of(out_features) * groups * kTileRows));
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t row = 0; row < out_features; ++row) {
+        const int64_t place = (row / kTileRows * groups + group) * kTileRows + row % kTileRows;
+        made[static_cast<size_t>(place)] = scales[group * out_features + row];
+      }
+    }
+    return made.data();
+  }
+
   Norm norm(int64_t features) { return {floats(features, 0.5f), 1e-5f}; }
 
   Projection projection(int64_t out_features, int64_t in_features, int64_t planes, int64_t group_size) {
@@ -80,7 +92,8 @@ class Model {
     auto& packed = bytes_.emplace_back(static_cast<size_t>(tiles_of(out_features) * m.blocks * kBlockBytes));
     if (!pack_tile16(w.data(), m.size, packed.data(), 0, tiles_of(out_features))) report("packing");
     m.packed = packed.data();
-    m.weight_scale = floats(group_size == 0 ? out_features : tiles_of(out_features) * m.groups() * kTileRows, 0.01f);
+    const float* scales = floats(m.groups() * out_features, 0.01f);
+    m.weight_scale = group_size == 0 ? scales : in_tiles(scales, m.groups(), out_features);
     m.bias = floats(out_features, -0.5f);
     return result;
   }
