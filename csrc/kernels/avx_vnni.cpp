@@ -75,6 +75,7 @@ struct Inner : YmmLoops<Dpbusd> {
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
     const __m256i even_u8x32 = _mm256_set1_epi8(0x03);
     const __m256i odd_u8x32 = _mm256_set1_epi8(0x0c);
+    const StreamAhead ahead = stream_ahead;
     __m256i acc_i32x8[2][4];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -84,7 +85,7 @@ struct Inner : YmmLoops<Dpbusd> {
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
       const int8_t* q_block = q + b * kBlockInputs;
-      ask_ahead<Ymm>(address);
+      ask_ahead<Ymm>(address, ahead);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         __m256i(&sums)[4] = acc_i32x8[half];
@@ -113,14 +114,15 @@ struct DpbusdSums {
 
   template <class Codes, int ROWS>
   static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    const StreamAhead ahead = stream_ahead;
     __m256i acc_i32x8[ROWS][2];
     for (int t = 0; t < ROWS; ++t) acc_i32x8[t][0] = acc_i32x8[t][1] = _mm256_setzero_si256();
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* block = codes + b * Codes::kLines * kBlockBytes;
-      step<0, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
-      step<1, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
-      step<2, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
-      step<3, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+      step<0, Codes>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
+      step<1, Codes>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
+      step<2, Codes>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
+      step<3, Codes>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
     }
     for (int t = 0; t < ROWS; ++t) {
       for (int half = 0; half < 2; ++half) {
@@ -132,8 +134,9 @@ struct DpbusdSums {
  private:
   // Inputs 4P .. 4P+3 of a block.
   template <int P, class Codes, int ROWS>
-  static void step(const uint8_t* block, const int8_t* q, int64_t q_stride, __m256i (&acc_i32x8)[ROWS][2]) {
-    if (P < Codes::kLines) ask_ahead<Ymm>(block + P * kBlockBytes);
+  static void step(const uint8_t* block, const int8_t* q, int64_t q_stride, const StreamAhead ahead,
+                   __m256i (&acc_i32x8)[ROWS][2]) {
+    if (P < Codes::kLines) ask_ahead<Ymm>(block + P * kBlockBytes, ahead);
     const __m256i low_u8x32 = code_of<P>(Codes{}, block);
     const __m256i high_u8x32 = code_of<P>(Codes{}, block + 32);
 #pragma GCC unroll 4

@@ -180,6 +180,7 @@ struct YmmLoops {
   static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
     constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
+    const StreamAhead ahead = stream_ahead;
     int64_t begin = 0;
     do {
       const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
@@ -191,7 +192,7 @@ struct YmmLoops {
       }
       for (int64_t b = begin; b < end; ++b) {
         const uint8_t* address = tile + b * kBlockBytes;
-        ask_ahead<Ymm>(address);
+        ask_ahead<Ymm>(address, ahead);
         const int8_t* q_block = q + b * kBlockInputs;
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
