@@ -151,14 +151,12 @@ struct Inner : YmmLoops<Maddubs> {
   // One row of q: steps 0 and 1 of a byte, and 2 and 3 of it shifted by four bits, are multiplied where they stand: one
   // shift instead of three, and half as many additions in each chain. Steps 1 and 3 are four times too large.
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    const StreamAhead ahead = stream_ahead;
     __m256i acc_i32x8[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (; blocks >= kBlocksInPlace; blocks -= kBlocksInPlace) {
-      few_in_place(tile, kBlocksInPlace, q, ahead, acc_i32x8);
-      tile += kBlocksInPlace * kBlockBytes;
-      q += kBlocksInPlace * kBlockInputs;
+    if (stream_ahead.far_bytes != 0) {
+      all_in_place(tile, blocks, q, kStreamThroughL2, acc_i32x8);
+    } else {
+      all_in_place(tile, blocks, q, kStreamToL1, acc_i32x8);
     }
-    few_in_place(tile, blocks, q, ahead, acc_i32x8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), acc_i32x8[0]);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), acc_i32x8[1]);
   }
@@ -167,6 +165,17 @@ struct Inner : YmmLoops<Maddubs> {
   // Of a block, two pairs in each lane are four times too large and lie in [-3072, 3048] for any byte: ten fit.
   // Together with the others, in true size, they then lie in [-15360, 15240].
   static constexpr int64_t kBlocksInPlace = 5;
+
+  // Inlined, so that distances are constants.
+  __attribute__((always_inline)) static void all_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q,
+                                                           const StreamAhead ahead, __m256i (&acc_i32x8)[2]) {
+    for (; blocks >= kBlocksInPlace; blocks -= kBlocksInPlace) {
+      few_in_place(tile, kBlocksInPlace, q, ahead, acc_i32x8);
+      tile += kBlocksInPlace * kBlockBytes;
+      q += kBlocksInPlace * kBlockInputs;
+    }
+    few_in_place(tile, blocks, q, ahead, acc_i32x8);
+  }
 
   __attribute__((always_inline)) static void few_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q,
                                                            const StreamAhead ahead, __m256i (&acc_i32x8)[2]) {

@@ -220,7 +220,6 @@ struct TileBlocks {
   template <int ROWS>
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     constexpr int kSets = ROWS == 1 ? 2 : 1;
-    const StreamAhead ahead = stream_ahead;
     __m512i acc_i32x16[kSets][ROWS][kSteps];
 #pragma GCC unroll 2
     for (int set = 0; set < kSets; ++set) {
@@ -230,12 +229,11 @@ struct TileBlocks {
         for (int p = 0; p < kSteps; ++p) acc_i32x16[set][t][p] = _mm512_setzero_si512();
       }
     }
-    int64_t b = 0;
-    for (; b + kSets <= blocks; b += kSets) {
-#pragma GCC unroll 2
-      for (int set = 0; set < kSets; ++set) add_block<ROWS>(tile, q, q_stride, b + set, ahead, acc_i32x16[set]);
+    if (stream_ahead.far_bytes != 0) {
+      add_blocks(tile, blocks, q, q_stride, kStreamThroughL2, acc_i32x16);
+    } else {
+      add_blocks(tile, blocks, q, q_stride, kStreamToL1, acc_i32x16);
     }
-    if (b < blocks) add_block<ROWS>(tile, q, q_stride, b, ahead, acc_i32x16[0]);
 #pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
       if constexpr (kSets == 2) {
@@ -246,6 +244,19 @@ struct TileBlocks {
       }
       _mm512_storeu_si512(acc + t * kTileRows, add_steps(acc_i32x16[0][t]));
     }
+  }
+
+  // Inlined, because distances that are no constants cost base 3 a tenth of what it reads from cache.
+  template <int SETS, int ROWS>
+  __attribute__((always_inline)) static void add_blocks(const uint8_t* tile, int64_t blocks, const int8_t* q,
+                                                        int64_t q_stride, const StreamAhead ahead,
+                                                        __m512i (&acc_i32x16)[SETS][ROWS][kSteps]) {
+    int64_t b = 0;
+    for (; b + SETS <= blocks; b += SETS) {
+#pragma GCC unroll 2
+      for (int set = 0; set < SETS; ++set) add_block<ROWS>(tile, q, q_stride, b + set, ahead, acc_i32x16[set]);
+    }
+    if (b < blocks) add_block<ROWS>(tile, q, q_stride, b, ahead, acc_i32x16[0]);
   }
 
   // block_in_place and add_group for one group after the other, the sums in registers all the while. A group is 8
