@@ -21,7 +21,7 @@ from model_2b4t import filled_cache, prompt
 from torch import Tensor
 
 import bitnet_ops
-from bitnet_ops import BitNet, ops
+from bitnet_ops import BitNet, ops, packing
 from bitnet_ops.layers.matrix import TernaryMatrix
 
 GROUP = 128
@@ -43,7 +43,7 @@ def weights(shape: tuple[int, int], group: int) -> tuple[tuple[Tensor, Tensor], 
     """Copies of a packed matrix with its scales, more than caches hold."""
     rows, inputs = shape
     packed = ops.pack_ternary(torch.randint(-1, 2, shape, dtype=torch.int8))
-    scale = torch.rand(inputs // group, rows).half() if group else torch.rand(rows)
+    scale = packing.pack_scales(torch.rand(inputs // group, rows).half()) if group else torch.rand(rows)
     return tuple((packed.clone(), scale.clone()) for _ in range(-(-STREAM_BYTES // packed.nbytes)))
 
 

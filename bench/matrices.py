@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bitnet_ops import BitNetConfig, ops
+from bitnet_ops import BitNetConfig, ops, packing
 
 CONFIG = BitNetConfig()
 _HIDDEN, _INNER = CONFIG.hidden_size, CONFIG.intermediate_size
@@ -78,6 +78,8 @@ def linear(
     out_features, in_features = shape
     scales = (-(-in_features // group), out_features) if group else (out_features,)
     weight_scale = torch.full(scales, in_features**-0.5)
+    if group:
+        weight_scale = packing.pack_scales(weight_scale)
     return lambda x, packed: ops.ternary_linear(
         x, packed, weight_scale, None, out_features, layout, bits, group, active
     )

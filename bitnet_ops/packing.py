@@ -34,6 +34,11 @@ zero costs nothing. A panel is 256 rows; interleaving the bytes of four inputs w
 every vector unit can, gives a step of ``tile16``::
 
     packed[k, panel, 16 * l + 4 * u + d]   input k, rows 256 * panel + 64 * p + 16 * u + 4 * l + d at bits 2p
+
+Scales of groups (one for each 64, 128 or 256 inputs of a row, with ``tile16``) lie in the order of the tiles,
+[ceil(N / 16), G, 16] for G groups, so that those of a tile are one stream beside its blocks::
+
+    packed_scales[tile, g, r]              row 16 * tile + r, inputs from group_size * g on
 """
 
 import torch
@@ -165,3 +170,35 @@ def unpack(packed: Tensor, out_features: int, in_features: int, layout: str = "t
     back = [order.index(axis) for axis in range(len(order))]
     code = digits.permute(back).reshape(padded_size(out_features, in_features, layout))
     return (code.to(torch.int8) - 1)[:out_features, :in_features].contiguous()
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """Brings scales of groups into the order of the tiles.
+
+    Args:
+        scales: [G, N], any dtype and device: row ``g`` has those of the g-th group of inputs.
+
+    Returns:
+        [ceil(N / 16), G, 16] of the same dtype; rows of padding have scale 0.
+
+    Example:
+        >>> pack_scales(torch.ones(16, 40)).shape
+        torch.Size([3, 16, 16])
+    """
+    groups, out_features = scales.shape
+    tiles = -(-out_features // TILE_ROWS)
+    padded = torch.nn.functional.pad(scales, (0, tiles * TILE_ROWS - out_features))
+    return padded.view(groups, tiles, TILE_ROWS).transpose(0, 1).contiguous()
+
+
+def unpack_scales(packed: Tensor, out_features: int) -> Tensor:
+    """Inverse of `pack_scales`.
+
+    Args:
+        packed: [ceil(N / 16), G, 16].
+        out_features: N.
+
+    Returns:
+        [G, N] of the same dtype.
+    """
+    return packed.transpose(0, 1).flatten(1)[:, :out_features].contiguous()

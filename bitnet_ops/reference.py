@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import packing
+
 if TYPE_CHECKING:
     from .decoder.config import RopeScaling
 
@@ -66,6 +68,23 @@ def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     q = torch.where(finite, (x * scale).round().clamp(-LARGEST_Q[bits] - 1, LARGEST_Q[bits]), 0.0)
     dtype = torch.int16 if bits == 16 else torch.int8
     return q.to(dtype), torch.where(finite, 1.0 / scale, torch.nan).squeeze(-1)
+
+
+def pack_two_bits(codes: Tensor, width: int, high_first: bool = False, layout: str = "tile16") -> Tensor:
+    """Packs 2-bit codes: ``c[width * n + m] = (byte m >> 2n) & 3`` in runs of ``width`` bytes.
+
+    Args:
+        codes: uint8 [N, G, B].
+        width: bytes of a run.
+        high_first: the shift is ``6 - 2n`` instead.
+        layout: of the result.
+
+    Returns:
+        uint8 of shape ``packing.packed_shape(N, 4 * G * B, layout)``.
+    """
+    shifts = torch.tensor([6, 4, 2, 0] if high_first else [0, 2, 4, 6], dtype=torch.uint8).view(4, 1)
+    weights = (codes.unflatten(2, (-1, 1, width)) >> shifts & 3).to(torch.int8) - 1
+    return packing.pack(weights.flatten(1), layout)
 
 
 def ternary_matmul(q: Tensor, w: Tensor) -> Tensor:

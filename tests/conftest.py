@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from damaged_checkpoints import LLAMA
+from tiny_checkpoints import Weights, published_tensors, tiny_folder, write_folder
 
 import bitnet_ops
+from bitnet_ops import from_pretrained, repack
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores; tests of threads set their own number
@@ -71,3 +74,30 @@ def seed() -> None:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the source tree: a program started there would import its bitnet_ops/, maybe not built."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A valid packed checkpoint in the published format, for a test to spoil."""
+    return tiny_folder(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def ours(folder: Path, tmp_path: Path) -> Path:
+    """The same model in our own format, in tile16 on every machine."""
+    repack(from_pretrained(folder), "tile16").save_pretrained(tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A valid Llama-class checkpoint as published, with biases and with norms inside projections."""
+    tensors = published_tensors(Weights.random(LLAMA), reciprocal=True)
+    return write_folder(tmp_path / "llama", LLAMA.config(), tensors)
+
+
+@pytest.fixture
+def our_llama(llama: Path, tmp_path: Path) -> Path:
+    """The same in our own format, in tile16 on every machine."""
+    repack(from_pretrained(llama), "tile16").save_pretrained(tmp_path / "our-llama")
+    return tmp_path / "our-llama"

@@ -8,6 +8,7 @@ from gguf_encoders import BLOCK, ROW_SCALE, SCALE_IN_FRONT, TENSOR_SCALE, encode
 from gguf_encoders import encode as encode_slowly
 from torch import Tensor
 
+from bitnet_ops import ops, packing
 from bitnet_ops.checkpoint.gguf import dense, ternary
 from bitnet_ops.checkpoint.gguf.types import I2_S_ARM, TYPES
 
@@ -74,6 +75,36 @@ def test_every_weight_at_every_position(name: str) -> None:
     assert torch.equal(
         ternary.decode_rows(type, encoded(name, w, scales), (3 * block, block), 0, 3 * block), w
     )
+
+
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize(("name", "rows", "columns"), [one for one in WITH_SIZES if one[0] in TWO_BITS])
+def test_packed_codes_are_packed_weights(name: str, rows: int, columns: int, layout: str) -> None:
+    type, shape = BY_NAME[name], (rows, columns)
+    w = torch.randint(-1, 2, shape, dtype=torch.int8)
+    data = encoded(name, w, some_scales(name, rows, columns))
+    for picked in (slice(0, rows), slice(rows // 2, rows), torch.randperm(rows)):
+        packed = ternary.pack_codes(type, data, shape, picked, layout)
+        if columns % BLOCK[name]:
+            assert packed is None
+        else:
+            assert packed is not None
+            assert torch.equal(packed, ops.pack_ternary(w[picked], layout))
+
+
+@pytest.mark.parametrize("name", TERNARY)
+def test_damaged_codes_are_not_packed(name: str) -> None:
+    type, shape = BY_NAME[name], (5, 2 * BLOCK[name])
+    data = encoded(name, torch.ones(shape, dtype=torch.int8), some_scales(name, *shape))
+    end = len(data) - type.tensor_bytes
+    begin = end - type.block_bytes + (2 if name in SCALE_IN_FRONT else 0)
+    for at in (begin, begin + code_bytes(name) - 1):
+        for place in range(4):
+            damaged = data.clone()
+            damaged[at] |= 3 << 2 * place
+            assert ternary.pack_codes(type, damaged, shape, slice(0, 5), "tile16_base3") is None
+            if name in TWO_BITS:
+                assert ternary.pack_codes(type, damaged, shape, slice(0, 4), "tile16_base3") is not None
 
 
 def code_bytes(name: str) -> int:

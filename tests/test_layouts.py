@@ -34,6 +34,27 @@ def test_packing_equals_the_specification(layout: str, out_features: int, in_fea
     assert torch.equal(packing.unpack(packed, out_features, in_features, layout), w)
 
 
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize(
+    ("width", "high_first"), [(1, False), (16, False), (16, True), (32, False), (32, True)]
+)
+@pytest.mark.parametrize(
+    ("rows", "parts", "part_bytes"), [(1, 1, 32), (16, 3, 64), (37, 2, 96), (0, 2, 32), (3, 0, 32), (3, 2, 0)]
+)
+def test_two_bits_equal_the_specification(
+    layout: str, width: int, high_first: bool, rows: int, parts: int, part_bytes: int
+) -> None:
+    codes = torch.randint(0, 3, (4, rows, parts, part_bytes), dtype=torch.uint8)
+    codes = codes[0] + 4 * codes[1] + 16 * codes[2] + 64 * codes[3]
+    expected = reference.pack_two_bits(codes, width, high_first, layout)
+    # Where they lie in a file: behind something in front of each row and each part, at any byte.
+    apart = torch.full((rows, 5 + parts * (part_bytes + 3)), 255, dtype=torch.uint8)
+    between = apart[:, 5:].unflatten(1, (parts, part_bytes + 3))[:, :, 3:]
+    between.copy_(codes)
+    for given in (codes, between, codes.mT.contiguous().mT):
+        assert torch.equal(ops.pack_two_bits(given, width, high_first, layout), expected)
+
+
 @pytest.mark.parametrize("wanted", packing.LAYOUTS)
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 @pytest.mark.parametrize(("out_features", "in_features"), [*SIZES, (0, 5), (5, 0)])
@@ -104,11 +125,11 @@ def test_group_scales_equal_the_reference(
 ) -> None:
     w = random_ternary(out_features, in_features)
     weight_scale = torch.rand(-(-in_features // group_size), out_features)
-    packed = ops.pack_ternary(w)
+    packed, scales = ops.pack_ternary(w), packing.pack_scales(weight_scale)
     for tokens in TOKENS:
         x = torch.randn(tokens, in_features)
         for bias in (None, torch.randn(out_features)):
-            y = ops.ternary_linear(x, packed, weight_scale, bias, out_features, "tile16", bits, group_size)
+            y = ops.ternary_linear(x, packed, scales, bias, out_features, "tile16", bits, group_size)
             assert torch.equal(y, reference.ternary_linear(x, w, weight_scale, bias, bits, group_size))
 
 
@@ -223,3 +244,16 @@ def test_gradients_of_groups_and_active_rows() -> None:
     ).backward(grad_y)
     torch.testing.assert_close(x.grad, (grad_y * active) @ w.float())
     torch.testing.assert_close(bias.grad, (grad_y * active).sum(0))
+
+
+@pytest.mark.parametrize("out_features", [1, 15, 16, 40])
+def test_scales_in_the_order_of_tiles(out_features: int) -> None:
+    scales = torch.arange(3 * out_features).view(3, out_features).half() + 1
+    packed = packing.pack_scales(scales)
+    assert packed.shape == (-(-out_features // 16), 3, 16)
+    assert packed.dtype == torch.float16
+    assert packed.is_contiguous()
+    for row in range(packed.shape[0] * 16):
+        expected = scales[:, row] if row < out_features else torch.zeros(3, dtype=torch.float16)
+        assert torch.equal(packed[row // 16, :, row % 16], expected)
+    assert torch.equal(packing.unpack_scales(packed, out_features), scales)

@@ -207,6 +207,8 @@ class TestLayouts:
         w, scale = torch.randint(-1, 2, (40, 150), dtype=torch.int8), torch.rand(3, 40).to(dtype)
         layer = BitLinear.from_ternary(w, scale, activation_bits=bits, group_size=64)
         assert layer.weight_scale.dtype == dtype
+        assert torch.equal(layer.scales(), scale)
+        assert torch.equal(layer.state_dict()["weight_scale"], scale)
         x = torch.randn(tokens, 150)
         assert torch.equal(layer(x), reference.ternary_linear(x, w, scale, None, bits, 64))
         other = BitLinear(150, 40, activation_bits=bits, group_size=64)

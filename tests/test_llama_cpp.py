@@ -49,7 +49,7 @@ class Rounded(nn.Module):
     def __init__(self, layer: BitLinear, kind: str) -> None:
         super().__init__()
         self.block, self.dtype = (32, torch.float16) if kind == "q2_0" else (256, torch.float32)
-        scale = layer.weight_scale.view(-1, layer.out_features)
+        scale = layer.scales().view(-1, layer.out_features)
         self.w = (layer.unpack() * scale.repeat_interleave(layer.in_features // len(scale), 0).T).double()
         self.bias = layer.bias
 

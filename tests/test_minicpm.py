@@ -218,7 +218,7 @@ def test_the_weights_are_exact(tmp_path: Path, group: int) -> None:
     assert ours.config.group_size == group
     for name, module in ours.named_modules():
         if isinstance(module, BitLinear):
-            scale = module.weight_scale.T if group else module.weight_scale[:, None]
+            scale = module.scales().T if group else module.weight_scale[:, None]
             scale = scale.repeat_interleave(group or module.in_features, dim=1)[:, : module.in_features]
             assert torch.equal(module.unpack() * scale, theirs.tensors[f"{name}.weight"].float()), name
 

@@ -13,6 +13,7 @@ X = torch.zeros(2, 20)
 Q = torch.zeros(2, 20, dtype=torch.int8)
 W = torch.zeros(18, 20, dtype=torch.int8)
 PACKED = ops.pack_ternary(W)  # uint8 [2, 2, 64]
+CODES = torch.full((5, 2, 16), 0b01_01_01_01, dtype=torch.uint8)
 ROWS = ops.pack_ternary(W, "row")
 SCALE = torch.ones(18)
 MASK = torch.ones(2, 18, dtype=torch.bool)
@@ -80,7 +81,7 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
     ),
     (lambda: linear(activation_bits=7), "ternary_linear", "activation_bits", "8 or 16", "7"),
     (lambda: linear(group_size=32), "ternary_linear", "group_size", "64, 128 or 256", "32"),
-    (lambda: linear(group_size=64), "ternary_linear", "weight_scale", "float32 [1, 18]", "float32 [18]"),
+    (lambda: linear(group_size=64), "ternary_linear", "weight_scale", "float32 [2, 1, 16]", "float32 [18]"),
     (lambda: linear(active=MASK), "ternary_linear", "active", "None with layout 'tile16'", "bool [2, 18]"),
     (
         lambda: linear(packed=ROWS, layout="row", active=MASK[0]),
@@ -118,6 +119,34 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
         "packed",
         "uint8 [2, 3, 64]",
         "uint8 [2, 2, 64]",
+    ),
+    (
+        lambda: ops.pack_two_bits(CODES.view(5, 32), 1),
+        "pack_two_bits",
+        "codes",
+        "uint8 [out_features, parts, part_bytes]",
+        "uint8 [5, 32]",
+    ),
+    (lambda: ops.pack_two_bits(CODES.char(), 1), "pack_two_bits", "codes", "uint8", "int8 [5, 2, 16]"),
+    (lambda: ops.pack_two_bits(CODES, 8), "pack_two_bits", "width", "1, 16 or 32", "8"),
+    (lambda: ops.pack_two_bits(CODES, 32), "pack_two_bits", "codes", "that 32 divides", "uint8 [5, 2, 16]"),
+    (lambda: ops.pack_two_bits(CODES[:, :, 1:], 1), "pack_two_bits", "codes", "that 4 divides", "[5, 2, 15]"),
+    (lambda: ops.pack_two_bits(CODES, 1, True), "pack_two_bits", "high_first", "False", "True"),
+    (lambda: ops.pack_two_bits(CODES, 1, False, "rows"), "pack_two_bits", "layout", "'tile16'", "'rows'"),
+    (lambda: ops.pack_two_bits(CODES | 3, 16), "pack_two_bits", "codes", "0, 1 and 2 only", "a code 3"),
+    (
+        lambda: ops.pack_two_bits(CODES[:1, :1].expand(1, 2**40, 16), 16),
+        "pack_two_bits",
+        "codes",
+        f"at most {2**18} weights in a row",
+        f"uint8 [1, {2**40}, 16]",
+    ),
+    (
+        lambda: ops.pack_two_bits(CODES[:1, :1].expand(2**31, 1, 16), 16),
+        "pack_two_bits",
+        "codes",
+        "below 2^31",
+        str(2**31),
     ),
     (
         lambda: ops.unpack_ternary(PACKED, 33, 20),

@@ -370,6 +370,10 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
     return {
         "quantize_activations": (namespace.quantize_activations.default, (x,)),
         "pack_ternary": (namespace.pack_ternary.default, (random_ternary(33, 50),)),
+        "pack_two_bits": (
+            namespace.pack_two_bits.default,
+            (torch.full((33, 2, 32), 0b10_01_00_01, dtype=torch.uint8), 16, True, "row"),
+        ),
         "unpack_ternary": (namespace.unpack_ternary.default, (packed, 33, 50)),
         "repack_ternary": (namespace.repack_ternary.default, (packed, 33, 50, "tile16", "row")),
         "find_bad_byte": (namespace.find_bad_byte.default, (packed,)),

@@ -66,7 +66,7 @@ def assert_theirs_has_the_numbers(ours: BitNet, theirs: Any) -> None:
                 assert torch.equal(scale.expand(module.out_features), module.weight_scale), name
             else:
                 columns = torch.arange(module.in_features) // (module.group_size or module.in_features)
-                scale = module.weight_scale.view(-1, module.out_features)[columns].T
+                scale = module.scales().view(-1, module.out_features)[columns].T
                 assert torch.equal(other.weight.float(), module.unpack() * scale), name
                 bias = other.bias
             assert (bias is None) == (module.bias is None)

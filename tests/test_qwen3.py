@@ -184,7 +184,7 @@ def test_the_weights_are_exact(pair: LlamaPair, case: dict[str, Any]) -> None:
     for name in names:
         layer, theirs = pair.ours.get_submodule(name), pair.theirs.get_submodule(name)
         assert isinstance(layer, TernaryMatrix)
-        scale = layer.weight_scale.unsqueeze(0) if case["group"] == 0 else layer.weight_scale
+        scale = layer.weight_scale.unsqueeze(0) if case["group"] == 0 else layer.scales()
         every_input = scale.repeat_interleave(case["group"] or layer.in_features, 0)[: layer.in_features]
         assert torch.equal(layer.unpack() * every_input.T, theirs.weight)
         assert torch.equal(layer.dense(), theirs.weight)

@@ -202,10 +202,12 @@ def _load_projection(
     files: TensorSource, weights: WeightReader, memory: HugePages, name: str, module: TernaryMatrix
 ) -> None:
     projection = weights.read_projection(files, name, module, memory)
+    module.packed_weight, module.layout, scales, module.bias = projection
     if module.group_size:
-        projection = projection._replace(weight_scale=_in_float16(projection.weight_scale))
-    for attribute, value in projection._asdict().items():
-        setattr(module, attribute, value)
+        module.set_scales(_in_float16(scales))
+        module.weight_scale = memory.copy(module.weight_scale)
+    else:
+        module.weight_scale = scales
 
 
 def _in_float16(scale: Tensor) -> Tensor:
@@ -229,9 +231,13 @@ def _load_matrix(
     known_finite: bool,
 ) -> None:
     matrix = weights.read_matrix(files, name, memory)
-    for rows in () if known_finite else torch.split(matrix, CHUNK_ROWS):
+
+    def check(rows: Tensor) -> None:
         _check_finite(files, f"{name}.weight", rows)
         files.forget(rows)  # a model reads few rows of it, if the head is screened
+
+    if not known_finite:
+        for_each_piece(check, torch.split(matrix, CHUNK_ROWS))
     module.weight = nn.Parameter(matrix)
 
 
@@ -250,7 +256,7 @@ def _check_tied_ternary(
     """`_check_tied` for a ternary matrix."""
     name = weights.stored_name("lm_head")
     again = weights.read_projection(files, name, table, memory)
-    same_scale = torch.equal(again.weight_scale.float(), table.weight_scale.float())
+    same_scale = torch.equal(again.weight_scale.float(), table.scales().float())
     if not same_scale or not torch.equal(again.packed_weight, table.packed_weight):
         raise _not_tied(files, name)
 

@@ -158,7 +158,7 @@ class MlxWeights(WeightReader):
         if layer.group_size == 0:
             scales = scales.masked_fill(scales == 0, 1.0).squeeze(0)
         packed, layout = pack_rows(partial(self._rows, files, name, stored), layer, memory)
-        return Projection(packed, layout, memory.copy(scales), read_bias(files, name, layer))
+        return Projection(packed, layout, scales, read_bias(files, name, layer))
 
     def check_matrix(self, files: TensorSource, name: str, module: nn.Embedding | nn.Linear) -> list[str]:
         """Checks the headers of an embedding or a head, in this form or in floats."""

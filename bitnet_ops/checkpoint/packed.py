@@ -1,7 +1,7 @@
 """Our own packed folder: what `save_pretrained` writes and what loads without conversion.
 
 The layout of a Hugging Face checkpoint with one difference: a projection, and a ternary embedding or head,
-is stored as `bitnet_ops.BitLinear` holds it,
+is stored as a ``state_dict`` of `bitnet_ops.BitLinear` has it, but in any layout,
 
     packed_weight   uint8, drawn in `bitnet_ops.packing`
     weight_scale    the multiplier: float32 [N]; with "group_size" [ceil(K / group_size), N], also float16
@@ -96,7 +96,7 @@ class PackedWeights(WeightReader):
         layout = self.layout_of(name)
         files.expect(weight, ("U8",), packing.packed_shape(layer.out_features, layer.in_features, layout))
         scale_dtypes = ("F32", "F16") if layer.group_size else ("F32",)
-        files.expect(scale, scale_dtypes, tuple(layer.weight_scale.shape))
+        files.expect(scale, scale_dtypes, layer.scale_shape)
         if layout not in layer.layouts:
             why = "because it is an embedding" if layer.only_tile16 else "because it has group scales"
             raise files.error(weight, f"layout 'tile16', {why}", repr(layout))
@@ -111,13 +111,15 @@ class PackedWeights(WeightReader):
         weight = f"{name}.packed_weight"
         packed = files.tensor_of_every_token(weight, memory)
         check_packed(files, weight, packed, out_features, in_features, layout)
-        scale = files.tensor_of_every_token(f"{name}.weight_scale", memory)
+        scale_name = f"{name}.weight_scale"
+        if layer.group_size:  # who gets them brings them into another order, in memory of its own
+            scale = files.read(scale_name)
+        else:
+            scale = files.tensor_of_every_token(scale_name, memory)
         least, most = (float(extreme) for extreme in torch.aminmax(scale))  # NaN where a number is
         # A group may have no weights but 0.
         if not (least >= 0 if layer.group_size else least > 0) or not most < math.inf:
-            raise files.error(
-                f"{name}.weight_scale", "finite numbers above 0", "a NaN, an infinity, 0 or less"
-            )
+            raise files.error(scale_name, "finite numbers above 0", "a NaN, an infinity, 0 or less")
         bias = read_bias(files, name, layer)
         if layout in native_layouts():
             return Projection(packed, layout, scale, bias)
@@ -157,6 +159,9 @@ def save_pretrained(model: "LanguageModel", folder: str | os.PathLike[str]) -> N
     check_saveable(model, "save_pretrained")
     # Not state_dict(), which is tile16 always: here the layouts stay as they are.
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryMatrix):
+            tensors[f"{name}.weight_scale"] = module.scales()
     with folder_draft(Path(folder), CONFIG_FILE) as draft:
         copy, metadata = head_to_store(model.screened_head())
         tensors |= copy

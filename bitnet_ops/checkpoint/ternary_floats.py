@@ -199,7 +199,7 @@ def read_floats(files: TensorSource, name: str, layer: TernaryMatrix, memory: Hu
         CheckpointError: a group of the layer's size has other values than -s, 0 and s.
     """
     weight = f"{name}.weight"
-    scales = memory.empty(tuple(layer.weight_scale.shape), torch.float32)
+    scales = torch.empty(layer.scale_shape)
 
     def rows(top: int, end: int) -> Tensor:
         parts = []

@@ -74,8 +74,19 @@ Rows = Callable[[int, int], Tensor]
 """Gives the rows from the first number to the second of a matrix: int8 [rows, K] in {-1, 0, 1}."""
 
 
+PackedRows = Callable[[int, int, str], Tensor]
+"""Gives the same rows as `ops.pack_ternary` packs them in a layout. They begin with a tile."""
+
+
 class Projection(NamedTuple):
-    """What a `TernaryMatrix` holds, under the names of its attributes."""
+    """What a `TernaryMatrix` holds.
+
+    Attributes:
+        packed_weight: where every token reads it from, in ``layout``.
+        layout: see `packing.LAYOUTS`.
+        weight_scale: as `TernaryMatrix.scales` gives them. Those of groups are copied once more.
+        bias: float32 [N] or None.
+    """
 
     packed_weight: Tensor
     layout: str
@@ -220,6 +231,11 @@ def pack_rows(rows: Rows, layer: TernaryMatrix, memory: HugePages) -> tuple[Tens
     Returns:
         What `ops.pack_ternary` gives for all of it, and the layout: the best one here for such a layer.
     """
+    return gather_packed(lambda begin, end, layout: ops.pack_ternary(rows(begin, end), layout), layer, memory)
+
+
+def gather_packed(rows: PackedRows, layer: TernaryMatrix, memory: HugePages) -> tuple[Tensor, str]:
+    """`pack_rows` for rows that come packed."""
     layout = best_layout() if best_layout() in layer.layouts else "tile16"
     packed = memory.empty(packing.packed_shape(layer.out_features, layer.in_features, layout), torch.uint8)
 
@@ -227,7 +243,7 @@ def pack_rows(rows: Rows, layer: TernaryMatrix, memory: HugePages) -> tuple[Tens
         end = min(begin + CHUNK_ROWS, layer.out_features)
         # Both layouts are made of tiles.
         tiles = slice(begin // packing.TILE_ROWS, -(-end // packing.TILE_ROWS))
-        packed[tiles] = ops.pack_ternary(rows(begin, end), layout)
+        packed[tiles] = rows(begin, end, layout)
 
     for_each_piece(pack, range(0, layer.out_features, CHUNK_ROWS))
     return packed, layout

@@ -335,7 +335,7 @@ class CheckOwn(_Load):
         scale_dtypes = (torch.float32, torch.float16) if layer.group_size else (torch.float32,)
         for part, shape, dtypes in (
             ("packed_weight", packing.packed_shape(*sizes, stored), (torch.uint8,)),
-            ("weight_scale", tuple(layer.weight_scale.shape), scale_dtypes),
+            ("weight_scale", layer.scale_shape, scale_dtypes),
             ("bias", None if layer.bias is None else tuple(layer.bias.shape), (torch.float32,)),
         ):
             tensor = found[part]
@@ -357,7 +357,8 @@ class CheckOwn(_Load):
             if (tensor := found[part]) is not None and not bool(tensor.isfinite().all()):
                 raise error(f"finite numbers in {part}", "a NaN or an infinity")
         here = packed if stored == layer.layout else ops.repack_ternary(packed, *sizes, stored, layer.layout)
-        tensors = {"packed_weight": filling.memory.copy(here), "weight_scale": scale.clone()}
+        own_scale = packing.pack_scales(scale) if layer.group_size else scale.clone()
+        tensors = {"packed_weight": filling.memory.copy(here), "weight_scale": own_scale}
         filling.done(name, packed)
         return tensors if bias is None else {**tensors, "bias": bias.clone()}
 

@@ -28,7 +28,7 @@ class Embedding(nn.Embedding):
 class TernaryEmbedding(TernaryMatrix):
     """An embedding whose rows are ternary, and stay packed: a token's row is unpacked when it is looked up.
 
-    ``row[k] = w[id, k] * weight_scale[k div group_size, id]``, exactly. `product` makes scores with the same
+    ``row[k] = w[id, k] * scales[k div group_size, id]``, exactly. `product` makes scores with the same
     packed matrix. ``out_features`` is the size of the vocabulary, ``in_features`` that of a row; the layout
     is always "tile16".
 
@@ -53,14 +53,19 @@ class TernaryEmbedding(TernaryMatrix):
             IndexError: an id is negative, or not below ``out_features``.
         """
         flat = ids.reshape(-1)
-        # First, because it refuses ids that are out of range: there may be rows of padding behind the last.
-        scale = self.weight_scale.index_select(-1, flat).float()
+        # index_select refuses ids that are out of range; there may be rows of padding behind the last. Scales
+        # in the order of tiles cannot be selected that way: there it selects zeros, which change nothing.
+        if self.group_size:
+            flat = flat + flat.new_zeros(1).expand(self.out_features).index_select(0, flat)
+            scale = self.weight_scale[flat // TILE_ROWS, :, flat % TILE_ROWS].float()  # [ids, group]
+        else:
+            scale = self.weight_scale.index_select(0, flat).float()
         tiles = self.packed_weight.unflatten(2, (TILE_ROWS, 4))  # [tile, block, row, j], packing.py
         codes = tiles[flat // TILE_ROWS, :, flat % TILE_ROWS]  # [ids, block, j]
         shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device).view(4, 1)
         w = ((codes.unsqueeze(-2) >> shifts) & 3).flatten(1).float() - 1  # step p, then j: inputs in order
         if self.group_size:
-            of_inputs = scale.T.unsqueeze(-1).expand(-1, -1, self.group_size).flatten(1)
+            of_inputs = scale.unsqueeze(-1).expand(-1, -1, self.group_size).flatten(1)
         else:
             of_inputs = scale.unsqueeze(-1).expand(-1, self.in_features)
         rows: Tensor = w[:, : self.in_features] * of_inputs[:, : self.in_features]

@@ -20,13 +20,14 @@ class BitLinear(TernaryMatrix):
     per token inside (see `bitnet_ops.reference.ternary_linear` for the exact formula). A fresh
     layer holds zero weights: fill it with `from_linear`, `from_ternary` or ``load_state_dict``.
 
-    Every layout gives the same results; a ``state_dict`` always holds ``tile16``, so that it loads into a
-    layer of any layout on any machine.
+    Every layout gives the same results; a ``state_dict`` always holds ``tile16`` and scales as `scales` gives
+    them, so that it loads into a layer of any layout on any machine.
 
     Attributes:
         packed_weight: uint8, the weights in `layout`, drawn in `bitnet_ops.packing`.
-        weight_scale: float32 [out_features]; with groups float32 or float16
-            [ceil(in_features / group_size), out_features]. Keeps its dtype when the module is cast.
+        weight_scale: float32 [out_features]; with groups float32 or float16, in the order of
+            `bitnet_ops.packing.pack_scales`: [ceil(out_features / 16), ceil(in_features / group_size), 16].
+            Keeps its dtype when the module is cast.
         bias: float32 [out_features] or None. Stays float32 likewise.
         layout: "tile16", "tile16_base3", "row" or "column"; `repack` changes it.
         activation_bits: 8 or 16. May be changed at any time.

@@ -84,11 +84,11 @@ class TernaryMatrix(nn.Module):
         self.activation_bits = activation_bits
         self.group_size = group_size
         shape = packing.packed_shape(out_features, in_features, layout)
-        scale_shape = (-(-in_features // group_size), out_features) if group_size else (out_features,)
         self.register_buffer(
             "packed_weight", torch.full(shape, packing.zero_byte(layout), dtype=torch.uint8, device=device)
         )
-        self.register_buffer("weight_scale", torch.ones(scale_shape, dtype=torch.float32, device=device))
+        scales = torch.ones(self.scale_shape, dtype=torch.float32, device=device)
+        self.register_buffer("weight_scale", packing.pack_scales(scales) if group_size else scales)
         self.register_buffer(
             "bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None
         )
@@ -133,9 +133,9 @@ class TernaryMatrix(nn.Module):
         )
         scale = torch.as_tensor(weight_scale).detach()
         scale = scale if group_size and scale.dtype == torch.float16 else scale.float()
-        shape = layer.weight_scale.shape
+        shape = layer.scale_shape
         try:
-            layer.weight_scale = scale.expand(shape).contiguous()
+            layer.set_scales(scale.expand(shape))
         except RuntimeError:
             raise ValueError(
                 f"{cls.__name__}.from_ternary: weight_scale: expected a shape that broadcasts to "
@@ -155,9 +155,33 @@ class TernaryMatrix(nn.Module):
         """The ternary weights, int8 [out_features, in_features]."""
         return ops.unpack_ternary(self.packed_weight, self.out_features, self.in_features, self.layout)
 
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of `scales`, [N] or [ceil(K / group_size), N]."""
+        if self.group_size:
+            return -(-self.in_features // self.group_size), self.out_features
+        return (self.out_features,)
+
+    def scales(self) -> Tensor:
+        """The scales in the order of files and of `reference.ternary_linear`.
+
+        Returns:
+            [out_features], which is ``weight_scale`` itself, or with groups a copy
+            [ceil(in_features / group_size), out_features]. The dtype is that of ``weight_scale``.
+        """
+        if self.group_size:
+            return packing.unpack_scales(self.weight_scale, self.out_features)
+        return self.weight_scale
+
+    def set_scales(self, scales: Tensor) -> None:
+        """Takes scales as `scales` gives them, [out_features] or with groups
+        [ceil(in_features / group_size), out_features], in float32, with groups also float16.
+        """
+        self.weight_scale = packing.pack_scales(scales) if self.group_size else scales.contiguous()
+
     def dense(self) -> Tensor:
         """The weights times their scales, float32 [out_features, in_features]."""
-        scale = self.weight_scale.float()
+        scale = self.scales().float()
         if not self.group_size:
             return self.unpack() * scale.unsqueeze(1)
         return self.unpack() * scale.repeat_interleave(self.group_size, 0)[: self.in_features].T
@@ -227,6 +251,9 @@ class TernaryMatrix(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         name = f"{prefix}packed_weight"
         destination[name] = self._in_layout(destination[name], self.layout, "tile16")
+        if self.group_size:
+            name = f"{prefix}weight_scale"
+            destination[name] = packing.unpack_scales(destination[name], self.out_features)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Another layout than the file's: convert what has the right shape; a wrong one is reported as ever.
@@ -237,6 +264,9 @@ class TernaryMatrix(nn.Module):
                 **state_dict,
                 f"{prefix}packed_weight": self._in_layout(packed, "tile16", self.layout),
             }
+        scales = state_dict.get(f"{prefix}weight_scale")
+        if self.group_size and scales is not None and scales.shape == self.scale_shape:
+            state_dict = {**state_dict, f"{prefix}weight_scale": packing.pack_scales(scales)}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -17,7 +17,7 @@ from ._embedding import embedding
 from ._glu import glu
 from ._head import gumbel_noise, lm_head, lm_head_top_k, screen_lm_head
 from ._norm import rms_norm
-from ._packing import find_bad_byte, pack_ternary, repack_ternary, unpack_ternary
+from ._packing import find_bad_byte, pack_ternary, pack_two_bits, repack_ternary, unpack_ternary
 from ._ternary import quantize_activations, ternary_linear, ternary_matmul
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "lm_head",
     "lm_head_top_k",
     "pack_ternary",
+    "pack_two_bits",
     "quantize_activations",
     "repack_ternary",
     "rms_norm",

@@ -34,6 +34,44 @@ def _(w: Tensor, layout: str = "tile16") -> Tensor:
     return w.new_empty(packing.packed_shape(w.shape[0], w.shape[1], layout), dtype=torch.uint8)
 
 
+def pack_two_bits(codes: Tensor, width: int, high_first: bool = False, layout: str = "tile16") -> Tensor:
+    """Packs a matrix of 2-bit codes as files have them, without a byte for each weight in between.
+
+    Code c stands for weight c - 1. A row consists of parts, and a part of runs of ``width`` bytes with
+    ``4 * width`` codes::
+
+        c[width * n + m]  =  (byte m >> shift(n)) & 3        shift(n) = 2n, with high_first 6 - 2n
+
+    Args:
+        codes: uint8 [N, G, B], on the CPU: G parts of B bytes in a row, 4 * G * B weights. ``width`` and 4
+            divide B. What lies between parts, such as scales, may stay where it is: only the bytes of a part
+            have to lie together.
+        width: 1, 16 or 32.
+        high_first: see the formula; not with ``width=1``.
+        layout: as in ``pack_ternary``.
+
+    Returns:
+        uint8 of shape ``packing.packed_shape(N, 4 * G * B, layout)``: what ``pack_ternary`` makes of the
+        weights.
+
+    Raises:
+        RuntimeError: if an argument is none of these, or a code is 3.
+
+    Example:
+        >>> codes = torch.tensor([[[0b10_01_01_00] * 4]], dtype=torch.uint8)
+        >>> unpack_ternary(pack_two_bits(codes, 1), 1, 16)[0, :4]
+        tensor([-1,  0,  0,  1], dtype=torch.int8)
+    """
+    result: Tensor = OPS.pack_two_bits.default(codes, width, high_first, layout)
+    return result
+
+
+@fake_kernel("pack_two_bits")
+def _(codes: Tensor, width: int, high_first: bool = False, layout: str = "tile16") -> Tensor:
+    in_features = 4 * codes.shape[1] * codes.shape[2]
+    return codes.new_empty(packing.packed_shape(codes.shape[0], in_features, layout))
+
+
 def unpack_ternary(packed: Tensor, out_features: int, in_features: int, layout: str = "tile16") -> Tensor:
     """Inverse of ``pack_ternary``.
 

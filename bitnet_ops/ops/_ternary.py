@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._ops import add_op_namespace_prefix
+from ..packing import unpack_scales
 from ._packing import unpack_ternary
 from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators, without_gradient
 
@@ -105,7 +107,8 @@ def ternary_linear(
         x: float32, bfloat16 or float16 [..., K], on the CPU; K at most 2^18, with layout "column" 2^16.
         packed: uint8, from ``pack_ternary(w, layout)``.
         weight_scale: float32 [N], the multiplier that turns ternary weights back into real ones; with
-            ``group_size`` float32 or float16 [ceil(K / group_size), N], see ``reference.ternary_linear``.
+            ``group_size`` float32 or float16 [ceil(N / 16), ceil(K / group_size), 16], those of
+            ``reference.ternary_linear`` in the order of ``packing.pack_scales``.
         bias: float32 [N] or None.
         out_features: N.
         layout: as in ``pack_ternary``.
@@ -166,7 +169,8 @@ def _ternary_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, .
         if ctx.group_size == 0:
             grad_x = (grad_y * weight_scale) @ w
         else:
-            scale = weight_scale.repeat_interleave(ctx.group_size, dim=0)[: ctx.in_features]
+            scale = unpack_scales(weight_scale, ctx.out_features)
+            scale = scale.repeat_interleave(ctx.group_size, dim=0)[: ctx.in_features]
             grad_x = grad_y @ (w * scale.T)
         grad_x = grad_x.to(ctx.x_dtype)
     if needs_bias:
@@ -175,7 +179,7 @@ def _ternary_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, .
 
 
 torch.library.register_autograd(
-    "bitnet_ops::ternary_linear", _ternary_linear_backward, setup_context=_ternary_linear_setup
+    add_op_namespace_prefix("ternary_linear"), _ternary_linear_backward, setup_context=_ternary_linear_setup
 )
 
 

@@ -267,9 +267,7 @@ struct AmxDriver {
           multiply(piece, tiles, (group - begin) * group_registers, divide_up(blocks * Codes::kSteps, kRegisterRows), q,
                    p.q_stride, count * PLANES, acc, true, shapes);
           for (int64_t i = 0; i < tiles; ++i) {
-            Scale scale[kTileRows] = {};  // a copy: at the end of the matrix there are fewer
-            std::memcpy(scale, static_cast<const Scale*>(p.weight_scale) + group * p.out_features + (tile + i) * kTileRows,
-                        static_cast<size_t>(count_of(i)) * sizeof *scale);
+            const Scale* scale = scales_of_tile<Scale>(p, tile + i) + group * kTileRows;
             for (int64_t j = 0; j < count; ++j) {
               add_group<Avx512, PLANES>(p, acc + j * PLANES * kWidth + i * kTileRows, kWidth, token + t + j, group, scale,
                                         sums + (t + j) * kWidth + i * kTileRows);

@@ -50,8 +50,11 @@ struct Dpbusd {
   // 2 x 6 accumulators + 2 codes + 1 mask + 1 activation = 16 registers.
   static constexpr int kRows = 6;
 
+  // In assembly, so that nothing is moved across it: GCC 12 would decode all four steps of a block first, and then lacks
+  // registers for six rows of q (bench/LOG.md).
   static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
-    return _mm256_dpbusd_avx_epi32(acc_i32x8, code_u8x32, q_i8x32);
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc_i32x8) : "x"(code_u8x32), "x"(q_i8x32));
+    return acc_i32x8;
   }
   static constexpr int kDecodedRows = 0;  // slower (bench/LOG.md)
   static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }

@@ -83,7 +83,7 @@ struct TernaryProduct {
   DType out_dtype;            // kInt32 only with one plane and one group
   void* out;                  // [tokens][out_features], contiguous
   const float* x_scale;       // [tokens], with groups and one plane [tokens][groups]; unused for kInt32
-  const void* weight_scale;   // [groups][out_features]; unused for kInt32
+  const void* weight_scale;   // [out_features], with groups [tiles][groups][16]; unused for kInt32
   DType scale_dtype;          // of weight_scale: kFloat32, with groups also kFloat16
   const float* bias;          // [out_features] or null
 };

@@ -11,7 +11,8 @@
 //     kRowsStreamed                           up to so many rows, tiles come one at a time
 //     kQBytes                                 of q that stay in L2 while weights pass
 //     kRowsOfGroups                           0, or up to so many rows a tile with scales of groups has a loop of its own:
-//     groups<PLANES, TOKENS>(p, tile, q, scales, token, sums)          sums[TOKENS][16] as `add_group` adds them up
+//     groups<PLANES, TOKENS>(p, tile, q, scales, token, sums)          sums[TOKENS][16] as `add_group` adds them up,
+//                                                                      scales[groups][16]
 //     block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc)   acc[ROWS][TILES * 16]
 
 namespace bitnet_ops {
@@ -62,11 +63,40 @@ void store_sums(const TernaryProduct& p, const float* sums, int64_t token, int64
   }
 }
 
+// All 16 results of a tile from one plane, a scale a row: most of what a prompt writes, and no more than a load, six
+// operations and a store for a register of them. The same operations as in store_scaled.
+template <class Isa, class T>
+inline __attribute__((always_inline)) void store_tile(const TernaryProduct& p, const int32_t* acc, int64_t token,
+                                                      int64_t row) {
+  T* out = static_cast<T*>(p.out) + token * p.out_features + row;
+  const float* row_scale = static_cast<const float*>(p.weight_scale) + row;
+  const auto x_scale = Isa::set1(p.x_scale[token]);
+  const int32_t q_sum = p.q_sum[token];
+  for (int64_t i = 0; i < kTileRows; i += Isa::kLanes) {
+    auto y = Isa::mul(Isa::load_less(acc + i, q_sum), Isa::mul(x_scale, Isa::load(row_scale + i)));
+    if (p.bias != nullptr) y = Isa::add(y, Isa::load(p.bias + row + i));
+    Isa::store(out + i, y);
+  }
+}
+
 // Results of 16 neighbouring rows, acc[planes][plane_stride], or fewer at the end of the matrix.
 template <class Isa>
-void store_rows(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride, int64_t token, int64_t row) {
+inline __attribute__((always_inline)) void store_rows(const TernaryProduct& p, const int32_t* acc, int64_t plane_stride,
+                                                      int64_t token, int64_t row) {
   const int64_t left = p.out_features - row;
   const int64_t count = left < kTileRows ? left : kTileRows;
+  if (p.planes == 1 && count == kTileRows) {
+    switch (p.out_dtype) {
+      case DType::kFloat32:
+        return store_tile<Isa, float>(p, acc, token, row);
+      case DType::kBFloat16:
+        return store_tile<Isa, BFloat16>(p, acc, token, row);
+      case DType::kFloat16:
+        return store_tile<Isa, Float16>(p, acc, token, row);
+      default:
+        break;
+    }
+  }
   if (p.out_dtype == DType::kInt32) {
     int32_t* out = static_cast<int32_t*>(p.out) + token * p.out_features + row;
     for (int64_t i = 0; i < count; ++i) out[i] = acc[i] - p.q_sum[token];
@@ -125,6 +155,15 @@ inline void add_group(const TernaryProduct& p, const int32_t* acc, int64_t plane
   }
 }
 
+// Weight scales of the groups of a tile, [groups][16]; rows of padding have some too, so a kernel reads whole tiles.
+template <class Scale>
+inline const Scale* scales_of_tile(const TernaryProduct& p, int64_t tile) {
+  return static_cast<const Scale*>(p.weight_scale) + tile * p.groups * kTileRows;
+}
+
+// Scales are a stream of their own. With float16 and groups of 128 inputs this far ahead is 8 KB of codes ahead.
+constexpr int64_t kScalesAheadBytes = 512;
+
 template <class Isa, class Inner>
 struct TernaryDriver {
   // Calls the inner block with `rows` as a compile-time number, 1 .. ROWS.
@@ -159,41 +198,30 @@ struct TernaryDriver {
     constexpr int64_t kPlaneStride = TILES * kTileRows;
     alignas(64) int32_t acc[TOKENS * PLANES * kPlaneStride];
     alignas(64) float sums[TOKENS * kPlaneStride] = {};
-    const Scale* scales = static_cast<const Scale*>(p.weight_scale) + tile * kTileRows;
     const int64_t tile_bytes = p.blocks * kBlockBytes;
     const uint8_t* packed = p.packed + tile * tile_bytes;
     const int8_t* q = p.q + token * PLANES * p.q_stride;
     const int64_t rows_left = p.out_features - tile * kTileRows;
     if constexpr (TILES == 1 && TOKENS * PLANES <= Inner::kRowsOfGroups) {
-      if (rows_left >= kTileRows) {  // it reads the scales of a whole tile
-        Inner::template groups<PLANES, TOKENS>(p, packed, q, scales, token, sums);
-        for (int64_t t = 0; t < TOKENS; ++t) {
-          store_sums<Isa>(p, sums + t * kPlaneStride, token + t, tile * kTileRows, kTileRows);
+      Inner::template groups<PLANES, TOKENS>(p, packed, q, scales_of_tile<Scale>(p, tile), token, sums);
+    } else {
+      for (int64_t group = 0; group < p.groups; ++group) {
+        const int64_t block = group * p.group_blocks;
+        const int64_t blocks = p.blocks - block < p.group_blocks ? p.blocks - block : p.group_blocks;
+        const Scale* scale[TILES];
+        for (int64_t i = 0; i < TILES; ++i) {
+          scale[i] = scales_of_tile<Scale>(p, tile + i) + group * kTileRows;
+          Isa::prefetch_near(reinterpret_cast<const char*>(scale[i]) + kScalesAheadBytes);
         }
-        return;
-      }
-    }
-    for (int64_t group = 0; group < p.groups; ++group) {
-      const int64_t block = group * p.group_blocks;
-      const int64_t blocks = p.blocks - block < p.group_blocks ? p.blocks - block : p.group_blocks;
-      // Scales of a group lie together for all rows: those of the next tiles are asked for while there is time.
-      Isa::prefetch_near(scales + kPlaneStride);
-      Inner::template block<TILES, TOKENS * PLANES>(packed + block * kBlockBytes, tile_bytes, blocks,
-                                                    q + block * Inner::kInputs, p.q_stride, acc);
-      for (int64_t i = 0; i < TILES; ++i) {
-        const Scale* scale = scales + i * kTileRows;
-        Scale last[kTileRows] = {};
-        if (rows_left < (i + 1) * kTileRows) {  // the end of the matrix: no reading beyond it
-          const int64_t left = rows_left - i * kTileRows;
-          std::memcpy(last, scale, static_cast<size_t>(left) * sizeof *last);
-          scale = last;
-        }
-        for (int64_t t = 0; t < TOKENS; ++t) {
-          add_group<Isa, PLANES>(p, acc + t * PLANES * kPlaneStride + i * kTileRows, kPlaneStride, token + t, group, scale,
-                            sums + t * kPlaneStride + i * kTileRows);
+        Inner::template block<TILES, TOKENS * PLANES>(packed + block * kBlockBytes, tile_bytes, blocks,
+                                                      q + block * Inner::kInputs, p.q_stride, acc);
+        for (int64_t i = 0; i < TILES; ++i) {
+          for (int64_t t = 0; t < TOKENS; ++t) {
+            add_group<Isa, PLANES>(p, acc + t * PLANES * kPlaneStride + i * kTileRows, kPlaneStride, token + t, group,
+                                   scale[i], sums + t * kPlaneStride + i * kTileRows);
+          }
         }
       }
-      scales += p.out_features;
     }
     for (int64_t t = 0; t < TOKENS; ++t) {
       for (int64_t i = 0; i < TILES; ++i) {

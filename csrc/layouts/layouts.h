@@ -40,6 +40,24 @@ bool pack_tile16(const int8_t* w, MatrixSize size, uint8_t* tile16, int64_t tile
 // The inverse. False if a code of a real row and column is 3, which stands for no weight.
 bool unpack_tile16(const uint8_t* tile16, MatrixSize size, int8_t* w, int64_t tile_begin, int64_t tile_end);
 
+// A matrix of 2-bit codes 0, 1, 2 (weight + 1) as files have it: each row in `parts`, between which something else may
+// lie. A part is runs of `width` bytes, drawn in two_bits.cpp.
+struct TwoBitCodes {
+  const uint8_t* bytes;
+  int64_t rows;
+  int64_t row_stride;  // bytes from row to row
+  int64_t parts;
+  int64_t part_stride;  // likewise
+  int64_t part_bytes;   // of codes in each part: a multiple of 4 and of `width`
+  int64_t width;        // 1, 16 or 32
+  bool high_first;      // the first code of a byte is in its high bits; not with width 1
+
+  int64_t in_features() const { return parts * part_bytes * 4; }
+};
+
+// Packs tiles [tile_begin, tile_end). False if a code is 3, which stands for no weight; it is in the output then.
+bool tile16_from_two_bits(const TwoBitCodes& codes, uint8_t* tile16, int64_t tile_begin, int64_t tile_end);
+
 // Between tile16 and the others. A unit is a tile, and for column a panel of 16 tiles; units are
 // independent of one another. Every byte of the destination's units is written.
 void base3_from_tile16(const uint8_t* tile16, MatrixSize size, uint8_t* base3, int64_t tile_begin, int64_t tile_end);

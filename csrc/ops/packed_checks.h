@@ -91,7 +91,7 @@ struct CheckedMatrix {
                std::to_string(group_size));
       }
       check(op, name("weight_scale").c_str(), weight_scale, half_scales ? dtypes().float16 : dtypes().float32,
-            {divide_up(size.in_features, group_size), size.out_features});
+            {tiles_of(size.out_features), divide_up(size.in_features, group_size), kTileRows});
     }
     if (bias.has_value()) check(op, name("bias").c_str(), *bias, dtypes().float32, {size.out_features});
 

@@ -1,5 +1,6 @@
 #include "ops/packing.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "ops/packed_checks.h"
@@ -39,6 +40,35 @@ Tensor pack_ternary(const Tensor& w_any, const std::string& layout_name) {
   const Tensor packed = empty(packed_sizes(layout, size), dtypes().uint8);
   if (!run_pack(data<int8_t>(w), size, layout, mutable_data<uint8_t>(packed))) {
     refuse(kOp, "w", "values -1, 0 and 1 only", "an int8 tensor with other values");
+  }
+  return packed;
+}
+
+Tensor pack_two_bits(const Tensor& codes_any, int64_t width, bool high_first, const std::string& layout_name) {
+  constexpr const char* kOp = "pack_two_bits";
+  const Layout layout = check_layout(kOp, layout_name);
+  if (!codes_any.is_cpu() || dtype_code(codes_any) != dtypes().uint8 || codes_any.dim() != 3) {
+    refuse(kOp, "codes", "a CPU tensor uint8 [out_features, parts, part_bytes]", describe(codes_any));
+  }
+  if (width != 1 && width != 16 && width != 32) refuse(kOp, "width", "1, 16 or 32", std::to_string(width));
+  if (high_first && width == 1) refuse(kOp, "high_first", "False with width=1", "True");
+  // The gaps between parts may stay, but bytes of a part lie together.
+  const auto dense_parts = [](const Tensor& tensor) { return tensor.size(2) <= 1 || tensor.stride(2) == 1; };
+  const Tensor codes = dense_parts(codes_any) ? codes_any : torch::stable::contiguous(codes_any);
+  const int64_t unit = std::max<int64_t>(width, 4);
+  if (codes.size(2) % unit != 0) {
+    refuse(kOp, "codes", "a last size that " + std::to_string(unit) + " divides", describe(codes_any));
+  }
+  check_size(kOp, "codes", codes.size(0));
+  const int64_t most = most_in_features(layout);
+  if (codes.size(2) != 0 && codes.size(1) > most / 4 / codes.size(2)) {  // the product might wrap
+    refuse(kOp, "codes", "at most " + std::to_string(most) + " weights in a row", describe(codes_any));
+  }
+  const TwoBitCodes view{data<uint8_t>(codes), codes.size(0), codes.stride(0), codes.size(1), codes.stride(1),
+                         codes.size(2),        width,         high_first};
+  const Tensor packed = empty(packed_sizes(layout, {view.rows, view.in_features()}), dtypes().uint8);
+  if (!run_pack_two_bits(view, layout, mutable_data<uint8_t>(packed))) {
+    refuse(kOp, "codes", "codes 0, 1 and 2 only", "a code 3, which stands for no weight");
   }
   return packed;
 }

@@ -14,6 +14,7 @@ namespace {
 
 // Rough costs for `parallel`, on one core of the machine in bench/LOG.md.
 constexpr double kNsPerMultiply = 0.025;     // 16 lanes a cycle
+constexpr double kNsPerCachedByte = 0.05;    // keys and values, at 20 GB/s
 constexpr double kNsPerStoredElement = 0.5;  // rotated, converted, scattered
 
 // Rows (tokens times heads of a group) that share a pass over the keys. A block of keys and values, widened,
@@ -75,11 +76,13 @@ struct Units {
   }
 };
 
+int64_t element_bytes(CacheType type) { return type == CacheType::kFloat32 ? 4 : type == CacheType::kBFloat16 ? 2 : 1; }
+
 // Keys and values of a unit lie apart from those before, so the processor does not foresee the first of them. As much
 // as kernels ask for ahead of themselves.
 void ask_for_start(const Attention& attention, const AttentionRows& at, int64_t span) {
   constexpr int64_t kBytes = 12288;
-  const int64_t element = attention.cache == CacheType::kFloat32 ? 4 : attention.cache == CacheType::kBFloat16 ? 2 : 1;
+  const int64_t element = element_bytes(attention.cache);
   const int64_t width = value_width(attention.head_dim);
   const int64_t place = (at.batch * attention.kv_heads + at.kv_head) * attention.capacity + span * kAttentionSpan;
   const int64_t key_width = attention.cache == CacheType::kInt8 ? width : attention.head_dim;
@@ -194,7 +197,11 @@ void run_attention(const Attention& attention) {
     const int64_t end = attention.start[b] + attention.tokens;
     if (end > keys) keys = end < kAttentionSpan ? end : kAttentionSpan;
   }
-  const double ns_per_span = kNsPerMultiply * 2.0 * static_cast<double>(keys * attention.head_dim * units.rows());
+  // A token multiplies each key with few rows only, and waits for memory.
+  const double elements = 2.0 * static_cast<double>(keys * attention.head_dim);
+  const double multiplying = elements * kNsPerMultiply * static_cast<double>(units.rows());
+  const double reading = elements * kNsPerCachedByte * static_cast<double>(element_bytes(attention.cache));
+  const double ns_per_span = multiplying > reading ? multiplying : reading;
   if (units.blocks == 1 && units.count < kEnoughUnits && most_spans > 1) {
     attend_spans(attention, table, units, ns_per_span, most_spans);
   } else {

@@ -42,6 +42,19 @@ void from_tile16(const uint8_t* tile16, MatrixSize size, Layout layout, uint8_t*
   });
 }
 
+// Fills `out` from the tiles that `pack(tile16, begin, end)` makes. False if one of its calls is; `out` is meaningless
+// then.
+template <class Pack>
+bool by_way_of_tile16(MatrixSize size, Layout layout, uint8_t* out, double ns_per_unit, Pack pack) {
+  uint8_t* tile16 = layout == Layout::kTile16 ? out : tile16_scratch(size);
+  std::atomic<bool> ternary{true};
+  parallel(tiles_of(size.out_features), ns_per_unit, [&](int64_t begin, int64_t end) {
+    if (!pack(tile16, begin, end)) ternary = false;
+  });
+  if (ternary && layout != Layout::kTile16) from_tile16(tile16, size, layout, out);
+  return ternary;
+}
+
 constexpr uint8_t kMostBase3 = 242;  // 3^5 - 1: five codes 2
 
 bool is_bad(uint8_t byte, bool base3) { return base3 ? byte > kMostBase3 : (byte & (byte >> 1) & 0x55) != 0; }
@@ -57,13 +70,18 @@ bool any_bad(const uint8_t* bytes, int64_t count) {
 }  // namespace
 
 bool run_pack(const int8_t* w, MatrixSize size, Layout layout, uint8_t* out) {
-  uint8_t* tile16 = layout == Layout::kTile16 ? out : tile16_scratch(size);
-  std::atomic<bool> ternary{true};
-  parallel(tiles_of(size.out_features), ns_per_tile(size), [&](int64_t begin, int64_t end) {
-    if (!pack_tile16(w, size, tile16, begin, end)) ternary = false;
+  return by_way_of_tile16(size, layout, out, ns_per_tile(size), [&](uint8_t* tile16, int64_t begin, int64_t end) {
+    return pack_tile16(w, size, tile16, begin, end);
   });
-  if (ternary && layout != Layout::kTile16) from_tile16(tile16, size, layout, out);
-  return ternary;
+}
+
+bool run_pack_two_bits(const TwoBitCodes& codes, Layout layout, uint8_t* out) {
+  const MatrixSize size{codes.rows, codes.in_features()};
+  constexpr double kWeightsPerNs = 4.0;
+  return by_way_of_tile16(size, layout, out, ns_per_tile(size) / kWeightsPerNs,
+                          [&](uint8_t* tile16, int64_t begin, int64_t end) {
+                            return tile16_from_two_bits(codes, tile16, begin, end);
+                          });
 }
 
 bool run_unpack(Layout layout, const uint8_t* packed, MatrixSize size, int8_t* out) {

@@ -13,7 +13,10 @@ namespace bitnet_ops {
 // w [out_features][in_features]. False if a value is not -1, 0 or 1; `out` is meaningless then.
 bool run_pack(const int8_t* w, MatrixSize size, Layout layout, uint8_t* out);
 
-// The inverse. False if a code is 3, which stands for no weight.
+// The same from 2-bit codes, rows x in_features() of them. False if a code is 3; `out` is meaningless then.
+bool run_pack_two_bits(const TwoBitCodes& codes, Layout layout, uint8_t* out);
+
+// The inverse of run_pack. False if a code is 3, which stands for no weight.
 bool run_unpack(Layout layout, const uint8_t* packed, MatrixSize size, int8_t* out);
 
 // From one layout to another one.

@@ -37,7 +37,7 @@ QuantizedRows quantize_rows(const Activations& activations, int64_t planes, int6
 struct TernaryMatrix {
   const uint8_t* packed;
   int64_t blocks;             // as in TernaryProduct
-  const void* weight_scale;   // [groups][out_features], or null for a product without scales
+  const void* weight_scale;   // [out_features], with groups [tiles][groups][16]; null for a product without scales
   Layout layout;
   MatrixSize size;
   DType scale_dtype = DType::kFloat32;

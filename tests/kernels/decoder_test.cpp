@@ -80,7 +80,7 @@ class Model {
     auto& packed = bytes_.emplace_back(static_cast<size_t>(tiles_of(out_features) * m.blocks * kBlockBytes));
     if (!pack_tile16(w.data(), m.size, packed.data(), 0, tiles_of(out_features))) report("packing");
     m.packed = packed.data();
-    m.weight_scale = floats(m.groups() * out_features, 0.01f);
+    m.weight_scale = floats(group_size == 0 ? out_features : tiles_of(out_features) * m.groups() * kTileRows, 0.01f);
     m.bias = floats(out_features, -0.5f);
     return result;
   }

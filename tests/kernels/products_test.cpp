@@ -65,7 +65,7 @@ std::string name_of(const ProductCase& c, DType dtype) {
 
 // Operands in buffers of exactly the size that a kernel may read; what differs by layout is `packed`.
 struct Operands {
-  int64_t groups, rows, q_stride;
+  int64_t groups, scales, rows, q_stride;
   Buffer<int8_t> q;
   Buffer<int32_t> q_sum;
   Buffer<float> x_scale, weight_scale, bias;
@@ -73,14 +73,15 @@ struct Operands {
 
   Operands(const ProductCase& c, Random& random)
       : groups(c.group_blocks == 0 ? 1 : divide_up(c.in_features, c.group_blocks * kBlockInputs)),
+        scales(c.group_blocks == 0 ? c.out_features : tiles_of(c.out_features) * groups * kTileRows),
         rows(c.tokens * c.planes),
         q_stride(padded_in_features(c.in_features)),
         q(rows * q_stride),
         q_sum(rows * groups),
         x_scale(c.tokens * groups),
-        weight_scale(groups * c.out_features),
+        weight_scale(scales),
         bias(c.out_features),
-        half_scale(c.half_scales ? groups * c.out_features : 0) {
+        half_scale(c.half_scales ? scales : 0) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < c.in_features; ++k) {
         const int8_t any = static_cast<int8_t>(random.byte());
@@ -92,9 +93,9 @@ struct Operands {
       }
     }
     for (int64_t i = 0; i < c.tokens * groups; ++i) x_scale.data[i] = i == 1 ? std::nanf("") : random.uniform();
-    fill_row(weight_scale.data, groups * c.out_features, kRandom, random);
+    fill_row(weight_scale.data, scales, kRandom, random);
     fill_row(bias.data, c.out_features, kRandom, random);
-    if (c.half_scales) fill_row(half_scale.data, groups * c.out_features, kRandom, random);
+    if (c.half_scales) fill_row(half_scale.data, scales, kRandom, random);
   }
 };
 
@@ -343,8 +344,8 @@ void test_prompts() {
   }
   for (int weights = 0; weights < kWeightKinds; ++weights) {
     for (int activations = 0; activations < kActivationKinds; ++activations) {
-      test_tile16<T>({33, 600, 20, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
-      test_base3<T>({33, 130, 20, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
+      test_tile16<T>({33, 600, 25, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
+      test_base3<T>({33, 130, 25, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
     }
   }
 }
@@ -370,7 +371,7 @@ void test_prompts_in_groups() {
   // Sums of the largest group at the edge of the lanes that avx2 keeps them in.
   for (const Weights weights : {kAllMinus, kAllPlus, kAllThree}) {
     for (const Activations activations : {kAll127, kAllMinus128}) {
-      for (const int64_t planes : {1, 2}) test_tile16<T>({33, 512, 20, weights, activations, false, planes, 16}, random);
+      for (const int64_t planes : {1, 2}) test_tile16<T>({33, 512, 25, weights, activations, false, planes, 16}, random);
     }
   }
 }

@@ -9,15 +9,17 @@ Two things may stand beside the matrix "blk.3.attn_q.weight":
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ... import ops
 from ..errors import CheckpointError
 from ..tensor_source import FLOAT_DTYPES
 from .dense import dequantize
 from .header import GgufFile
-from .ternary import decode_rows, scales
+from .ternary import decode_rows, pack_codes, scales
 
 WEIGHT_SCALE_PREFIX = "bitnet_ops.weight_scale."
 SCALE = ".scale"
@@ -64,10 +66,7 @@ class GgufMatrix:
         Raises:
             CheckpointError: one is damaged.
         """
-        try:
-            values = scales(self.type, self._data, self.shape)
-        except ValueError as error:
-            raise self._damaged(error) from None
+        values = self._own_scales
         key = f"{WEIGHT_SCALE_PREFIX}{self.weight}"
         if key in self._file.metadata:
             values = self._given_scales(self._file.metadata[key], values.numel())
@@ -76,6 +75,19 @@ class GgufMatrix:
         if not ((values >= 0) & values.isfinite()).all():
             raise self._file.error(self.weight, "scales that are finite and 0 or more", "others")
         return values if self.order is None else values[:, self.order]
+
+    def packed(self, begin: int, end: int, layout: str) -> Tensor:
+        """Some rows of a ternary matrix, packed: what `ops.pack_ternary` makes of `ternary`.
+
+        Raises:
+            CheckpointError: a byte stands for no weights.
+        """
+        rows = slice(begin, end) if self.order is None else self.order[begin:end]
+        if self._own_scales[:, rows].all():
+            result = pack_codes(self.type, self._data, self.shape, rows, layout)
+            if result is not None:
+                return result
+        return ops.pack_ternary(self.ternary(begin, end), layout)
 
     def ternary(self, begin: int, end: int) -> Tensor:
         """Some rows of a ternary matrix: int8 [end - begin, K], 0 where the type's own scale is 0.
@@ -117,6 +129,14 @@ class GgufMatrix:
     def forget(self) -> None:
         """Takes the bytes out of memory until they are needed again, where they are a mapped file's."""
         self._file.forget(self._data)
+
+    @cached_property
+    def _own_scales(self) -> Tensor:
+        """Those of the type, float32 [G, N] in the file's order of rows."""
+        try:
+            return scales(self.type, self._data, self.shape)
+        except ValueError as error:
+            raise self._damaged(error) from None
 
     def _decode(self, begin: int, end: int) -> Tensor:
         try:

@@ -21,7 +21,7 @@ def scales_for(type: TensorType, layer: TernaryMatrix) -> Tensor:
     Raises:
         ValueError: the type does not hold them; the text says why.
     """
-    scales = layer.weight_scale.detach().float().cpu()  # those of groups may be float16
+    scales = layer.scales().detach().float().cpu()  # those of groups may be float16
     if not layer.group_size:
         scales = scales.unsqueeze(0)
     block = group_size(type)

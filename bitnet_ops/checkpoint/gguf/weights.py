@@ -29,6 +29,7 @@ from ..weights import (
     Rows,
     WeightReader,
     check_bias,
+    gather_packed,
     may_have_ternary_tables,
     pack_rows,
     read_bias,
@@ -134,14 +135,12 @@ class GgufWeights(WeightReader):
     ) -> Projection:
         """Packs a projection that `check_projection` has passed, some rows at a time."""
         matrix = self._matrix(files, name, layer.out_features)
-        rows: Rows
         if matrix.type.ternary:
-            scale = memory.copy(_for_layer(matrix.scales(), layer))
-            rows = matrix.ternary
+            scale = _for_layer(matrix.scales(), layer)
+            packed, layout = gather_packed(matrix.packed, layer, memory)
         else:
-            scale = memory.empty(tuple(layer.weight_scale.shape), torch.float32)
-            rows = _ternary_floats(matrix, layer, scale)
-        packed, layout = pack_rows(rows, layer, memory)
+            scale = torch.empty(layer.scale_shape)
+            packed, layout = pack_rows(_ternary_floats(matrix, layer, scale), layer, memory)
         matrix.forget()
         return Projection(packed, layout, scale, self.read_bias(files, name, layer))
 

@@ -6,6 +6,6 @@
 - matrix.py: rows and scales of a tensor, and back
 """
 
-from .matrix import decode_rows, encode, group_size, scales
+from .matrix import decode_rows, encode, group_size, pack_codes, scales
 
-__all__ = ["decode_rows", "encode", "group_size", "scales"]
+__all__ = ["decode_rows", "encode", "group_size", "pack_codes", "scales"]

@@ -20,6 +20,8 @@ class Layout:
         damaged: from the same bytes to bool of the same shape, true for a byte that stands for no weights; or
             None where a look at all of them shows that there is none.
         what: what good bytes hold, for errors.
+        two_bits: ``width`` and ``high_first`` of `ops.pack_two_bits`, which packs the bytes as they are; None
+            where weights have no two bits.
         encode: the inverse of ``decode``; None where this type is not written.
     """
 
@@ -29,4 +31,5 @@ class Layout:
     decode: Callable[[Tensor], Tensor]
     damaged: Callable[[Tensor], Tensor | None]
     what: str
+    two_bits: tuple[int, bool] | None = None
     encode: Callable[[Tensor], Tensor] | None = None

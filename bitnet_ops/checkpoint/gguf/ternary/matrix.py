@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .... import ops
 from ...weights import CHUNK_ROWS
 from ..types import TensorType
 from . import base3, two_bits
@@ -81,6 +82,38 @@ def decode_rows(type: TensorType, data: Tensor, shape: tuple[int, int], begin: i
     if not scales.all():
         weights.view(*scales.shape, -1).mul_((scales != 0).to(torch.int8).unsqueeze(-1))
     return weights
+
+
+def pack_codes(
+    type: TensorType, data: Tensor, shape: tuple[int, int], rows: slice | Tensor, layout: str
+) -> Tensor | None:
+    """Packs rows of a matrix whose codes lie in the file with two bits. Scales are not looked at.
+
+    Args:
+        type: a ternary one.
+        data: uint8 [type.nbytes(shape)], the whole tensor as it lies in the file.
+        shape: [N, K] of the matrix.
+        rows: which ones, or their numbers.
+        layout: of the result.
+
+    Returns:
+        What `ops.pack_ternary` makes of `decode_rows` where no scale is 0. None where codes have other sizes,
+        where a block runs over the end of a row, and where a byte stands for no weights:
+        `decode_rows` says which one it is.
+
+    Raises:
+        ValueError: the size of ``data`` does not fit.
+    """
+    form = _layout_for(type, data, shape)
+    groups, over = divmod(shape[1], type.block)
+    if form.two_bits is None or over or data.numel() == type.tensor_bytes:
+        return None
+    blocks = data[: data.numel() - type.tensor_bytes].view(shape[0], -1)[rows, type.row_bytes :]
+    codes = blocks.unflatten(1, (groups, type.block_bytes))[:, :, slice(*form.codes)]
+    try:
+        return ops.pack_two_bits(codes, *form.two_bits, layout)
+    except RuntimeError:
+        return None
 
 
 def scales(type: TensorType, data: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -39,6 +39,7 @@ the scale d, float16, then codes in sequence::
     c[4 m + n]  =  (byte m >> 2 n) & 3
 
 All are one formula, c[width * n + m] = (byte m >> shift n) & 3 in runs of ``width`` bytes: 32, 16 or 1.
+One operator packs them as they are, `ops.pack_two_bits`; weights in bytes are for what is multiplied out.
 """
 
 from functools import partial
@@ -96,6 +97,7 @@ def _sequence(code_bytes: int) -> Layout:
         scale_of="block",
         scale_dtype=torch.float16,
         decode=_decode_sequence,
+        two_bits=(1, False),
         damaged=_code_3,
         what=_WHAT,
         encode=partial(_encode, width=1, shifts=_UP),
@@ -107,6 +109,7 @@ I2_S = Layout(
     scale_of="tensor",
     scale_dtype=torch.float32,
     decode=partial(_decode, width=32, shifts=_DOWN),
+    two_bits=(32, True),
     damaged=_code_3,
     what=_WHAT,
     encode=partial(_encode, width=32, shifts=_DOWN),
@@ -116,6 +119,7 @@ I2_S_ARM = Layout(
     scale_of="tensor",
     scale_dtype=torch.float32,
     decode=partial(_decode, width=16, shifts=_DOWN),
+    two_bits=(16, True),
     damaged=_code_3,
     what=_WHAT,
 )
@@ -124,6 +128,7 @@ TQ2_0 = Layout(
     scale_of="block",
     scale_dtype=torch.float16,
     decode=partial(_decode, width=32, shifts=_UP),
+    two_bits=(32, False),
     damaged=_code_3,
     what=_WHAT,
     encode=partial(_encode, width=32, shifts=_UP),
@@ -133,6 +138,7 @@ IQ2_BN = Layout(
     scale_of="row",
     scale_dtype=torch.float32,
     decode=partial(_decode, width=16, shifts=_UP),
+    two_bits=(16, False),
     damaged=_code_3,
     what=_WHAT,
 )
