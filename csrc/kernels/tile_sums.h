@@ -70,8 +70,8 @@ struct CodesIn {
   }
 };
 
-// Asks for what comes after a line of codes. Requests stand between products: in bursts they cost a tenth (bench/LOG.md).
-// `ahead` is the caller's copy of stream_ahead, so that it stays in registers.
+// Asks for what comes after a line of codes. Requests stand between products: in bursts they cost a tenth
+// (bench/LOG.md). `ahead` is the caller's copy of stream_ahead, so that it stays in registers.
 template <class Isa>
 inline void ask_ahead(const uint8_t* line, const StreamAhead ahead) {
   if (ahead.far_bytes != 0) Isa::prefetch_far(line + ahead.far_bytes);

@@ -32,8 +32,8 @@ uint64_t read_xcr0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-// Measured: AMD's Zen 5 reads a token's weights 1.05 to 1.15 times faster with requests towards L1 alone, Intel's Sapphire
-// Rapids 1.1 to 1.3 times faster with such towards L2 before them (bench/LOG.md).
+// Measured: AMD's Zen 5 reads a token's weights 1.05 to 1.15 times faster with requests towards L1 alone, Intel's
+// Sapphire Rapids 1.1 to 1.3 times faster with such towards L2 before them (bench/LOG.md).
 bool streams_to_l1() {
   uint32_t eax, name[3];
   if (!__get_cpuid(0, &eax, &name[0], &name[2], &name[1])) return false;
