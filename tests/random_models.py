@@ -79,7 +79,7 @@ def random_model(
         if isinstance(module, TernaryMatrix):
             shape = (module.out_features, module.in_features)
             w = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
-            size = module.weight_scale.shape if scales == "rows" else (1,)
+            size = module.scale_shape if scales == "rows" else (1,)
             scale = (torch.rand(size, generator=generator) + 0.5) * 1.2 * shape[1] ** -0.5
             bias = None
             if module.bias is not None:

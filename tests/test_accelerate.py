@@ -10,15 +10,18 @@ import re
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_checkpoints import Sizes, Weights, published_tensors, tiny_folder, write_folder
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitnet_ops
 from bitnet_ops import BitLinear, reference
+from bitnet_ops.integrations import transformers as accelerating
 from bitnet_ops.integrations.transformers_weights import NormedBitLinear
 
 transformers = pytest.importorskip("transformers")
@@ -186,10 +189,14 @@ def test_loaded_by_transformers(tmp_path: Path) -> None:
     assert (logits - ours).abs().flatten(1).amax(1).median() < 1000 * U * ours.abs().max()
 
 
-@pytest.fixture(scope="module")
-def trained() -> transformers.PreTrainedModel:
-    """The model in the package as transformers has it, accelerated."""
-    return bitnet_ops.accelerate(shipped_model())
+@pytest.fixture(scope="module", params=["accelerated", "registered"])
+def trained(request: pytest.FixtureRequest) -> transformers.PreTrainedModel:
+    """The model in the package as transformers has it, accelerated, and as it loads after registering."""
+    if request.param == "accelerated":
+        return bitnet_ops.accelerate(shipped_model())
+    with bitnet_ops.register_transformers():
+        folder = bitnet_ops.DEFAULT_MODEL
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +250,105 @@ def test_assisted_generation(trained, tokenizer, texts, how) -> None:
     helper = trained if how == "assistant_model" else 3
     new = trained.generate(ids, max_new_tokens=TOKENS, do_sample=False, **{how: helper})
     assert tokenizer.decode(new[0], skip_special_tokens=True) == texts[2]
+
+
+def test_iterator_streamer(trained, tokenizer, texts) -> None:
+    """Generation in another thread, as servers do it."""
+    streamer = transformers.TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    ids = tokenizer(PROMPTS[1], return_tensors="pt").input_ids
+    with ThreadPoolExecutor(1) as pool:
+        options = {"max_new_tokens": TOKENS, "do_sample": False, "streamer": streamer}
+        done = pool.submit(trained.generate, ids, **options)
+        pieces = list(streamer)
+        done.result()
+    assert len(pieces) > 2
+    assert "".join(pieces).strip() == texts[1]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_cache(trained, tokenizer, texts, padded) -> None:
+    prompts = PROMPTS if padded else PROMPTS[:1]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "cache_implementation": "static"}
+    ids = trained.generate(**batch, **options, disable_compile=True)
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts[: len(prompts)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["forward", "generate"])
+def test_compiled(trained, tokenizer, texts, how) -> None:
+    """torch.compile of a model, and of the forward pass that `generate` calls with a static cache."""
+    model = copy.deepcopy(trained)
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    with torch.compiler.set_stance("default"), torch.no_grad():
+        if how == "forward":
+            logits, expected = torch.compile(model)(ids).logits, trained(ids).logits
+            assert logits.dtype == torch.float32
+            difference = (logits - expected).abs().amax(-1).median()  # flips of int8 roundings excepted
+            assert difference < 1e-3 * expected.abs().max()
+            return
+        model.forward = torch.compile(model.forward)
+        options = {"max_new_tokens": TOKENS, "do_sample": False, "cache_implementation": "static"}
+        new = model.generate(ids, **options)
+    assert tokenizer.decode(new[0], skip_special_tokens=True) == texts[0]
+
+
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear")
+
+
+class Products(TorchDispatchMode):
+    """Collects the dtypes of dense products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.partition("::")[2] in MATMULS:
+            self.dtypes.update(tensor.dtype for tensor in args if isinstance(tensor, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["fast", "static", "gradients"])
+def test_nothing_dense_runs_in_bfloat16(trained, how) -> None:
+    """For which many CPUs have no instructions; attention itself is as fast in it as in float32."""
+    model = copy.deepcopy(trained).bfloat16()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    options = {"max_new_tokens": 2, "do_sample": False}
+    with Products() as products:
+        if how == "gradients":
+            model.get_input_embeddings().weight.requires_grad_()
+            model.train()(ids).logits.sum()
+        else:
+            static = {"cache_implementation": "static", "disable_compile": True} if how == "static" else {}
+            model.generate(ids, **options, **static)
+    assert torch.bfloat16 not in products.dtypes
+
+
+def test_plain_calls_keep_nothing_for_gradients(trained) -> None:
+    logits = trained(torch.tensor([[5, 6, 7]])).logits
+    assert torch.is_grad_enabled()
+    assert not logits.requires_grad
+
+
+def test_a_version_that_lacks_private_names(monkeypatch, recwarn) -> None:
+    """Layers run as modules then; one warning says so."""
+    monkeypatch.delattr("transformers.cache_utils.DynamicLayer")
+    for name in ("transformers_cache", "transformers_decoder"):
+        monkeypatch.delitem(sys.modules, f"bitnet_ops.integrations.{name}", raising=False)
+        monkeypatch.delattr(f"bitnet_ops.integrations.{name}", raising=False)
+    monkeypatch.setattr(accelerating, "_has_warned", False)
+    model = bitnet_ops.accelerate(shipped_model())
+    again = bitnet_ops.accelerate(shipped_model())
+    warned = [str(one.message) for one in recwarn if "bitnet_ops:" in str(one.message)]
+    assert len(warned) == 1
+    assert "DynamicLayer" in warned[0]
+    assert type(model.model).__module__.startswith("transformers.")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    fast = bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL)(ids)
+    assert (model(ids).logits - fast).abs().amax(-1).median() < 1e-3 * fast.abs().max()
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_bfloat16(trained, tokenizer) -> None:

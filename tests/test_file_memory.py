@@ -31,12 +31,12 @@ def make_table(dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(VOCABULARY, FEATURES, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def mapped(tmp_path: Path, table: Tensor) -> Tensor:
+def mapped(tmp_path: Path, table: Tensor, *, sparing: bool = False) -> Tensor:
     """The same table in a file's memory, none of whose pages has been looked at."""
     file = tmp_path / "table"
-    file.write_bytes(bytes(OFFSET) + bytes(table.view(torch.uint8).flatten().tolist()))
+    file.write_bytes(bytes(OFFSET) + table.view(torch.uint8).numpy().tobytes())
     with file.open("rb") as handle:
-        memory = MappedFile(handle.fileno())
+        memory = MappedFile(handle.fileno(), sparing=sparing)
     in_file = memory.tensor(table.dtype, table.numel(), OFFSET).view(table.shape)
     memory.forget(in_file)
     return in_file
@@ -76,6 +76,38 @@ def test_the_table_stays_out_of_memory(tmp_path: Path, k: int) -> None:
     assert resident_pages(in_file) == before
     in_file.float().sum()
     assert resident_pages(in_file) > 300  # as a mapping does
+
+
+@needs_page_map
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("how", ["lm_head", "lm_head_top_k"])
+def test_a_sparing_mapping_leaves_most_of_the_table_in_the_file(
+    tmp_path: Path, tokens: int, how: str
+) -> None:
+    """Scores of all tokens, again and again: three eighths stay, and with many tokens nothing."""
+    rows = 28000  # 32 MB
+    table = torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(5)).bfloat16()
+    in_file = mapped(tmp_path, table, sparing=True)
+    x = torch.randn(tokens, FEATURES)
+
+    def scores(weight: Tensor) -> tuple[Tensor, ...]:
+        return (ops.lm_head(x, weight),) if how == "lm_head" else ops.lm_head_top_k(x, weight, 20)
+
+    for _ in range(3):
+        assert all(map(torch.equal, scores(in_file), scores(table)))
+    share = resident_pages(in_file) * mmap.PAGESIZE / in_file.nbytes
+    assert share < 0.45 if tokens == 1 else share < 0.01
+    for changed in (table, in_file):
+        changed.data[[3, 12345, rows - 1]] = 2.0
+    assert all(map(torch.equal, scores(in_file), scores(table)))
+
+
+@needs_page_map
+def test_a_sparing_mapping_of_a_file_made_shorter_is_an_error(tmp_path: Path) -> None:
+    in_file = mapped(tmp_path, make_table(), sparing=True)
+    os.truncate(tmp_path / "table", OFFSET + 100 * FEATURES * 2)
+    with pytest.raises(RuntimeError, match="made shorter"):
+        ops.lm_head(torch.randn(9, FEATURES), in_file)
 
 
 @pytest.mark.parametrize("count", [3, 400])

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -490,6 +492,25 @@ def test_broken_weights_give_an_error_not_text() -> None:
     for do_sample in (False, True):
         with pytest.raises(FloatingPointError, match="logits: expected finite scores"):
             model.generate(one([1]), do_sample=do_sample)
+
+
+@pytest.mark.parametrize("how", ["stream_tokens", "stream"])
+def test_a_program_may_end_in_the_middle_of_a_text(how: str) -> None:
+    """The generator is closed when PyTorch's modules are empty."""
+    code = (
+        "import sys, torch, bitnet_ops; model = bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL)\n"
+        "kept = getattr(model, sys.argv[1])(torch.tensor([[1, 2, 3]]), max_new_tokens=9); next(iter(kept))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True)
+    assert run.stderr == ""
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradients_are_switched_off_while_the_loop_computes_only(enabled: bool) -> None:
+    with torch.set_grad_enabled(enabled):
+        for tokens in tiny_model().requires_grad_().stream_tokens(one([1]), max_new_tokens=3):
+            assert torch.is_grad_enabled() == enabled
+            assert not tokens.is_inference()
 
 
 def test_text_of_the_corpus_survives_encoding() -> None:

@@ -17,7 +17,7 @@ import torch
 from tiny_checkpoints import Sizes, Weights, pack_rows, published_tensors, write_folder
 from torch import Tensor, nn
 
-from bitnet_ops import BitLinear, KVCache, from_pretrained, reference
+from bitnet_ops import BitLinear, KVCache, from_pretrained, reference, register_transformers
 from bitnet_ops.checkpoint.quarters import unpack_quarters
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.reference import rotary_embedding
@@ -33,6 +33,7 @@ from their_models import (
     make_pair,
     median_error,
 )
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.bitnet import pack_weights, unpack_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -47,6 +48,8 @@ SIZES = (
         vocab=97, hidden=36, intermediate=52, heads=3, kv_heads=1
     ),  # an even head size that is not a power of 2
 )
+
+from bitnet_ops.integrations.transformers_decoder import CACHE  # noqa: E402
 
 LENGTH = 12
 
@@ -96,6 +99,22 @@ def test_projections(pair: Pair) -> None:
             assert_within(ours(x), pair.theirs.get_submodule(name)(x), linear_bound(x, ours), name)
             count += 1
     assert count == 7 * pair.sizes.layers
+
+
+def test_modules_of_a_registered_model(pair: Pair, tmp_path: Path) -> None:
+    """Projections and head of what plain transformers loads after `register_transformers`."""
+    model = registered(tmp_path)
+    count = 0
+    for name, ours in model.named_modules():
+        if isinstance(ours, BitLinear):
+            x = torch.randn(2, 4, ours.in_features) * torch.tensor([0.01, 30.0]).reshape(2, 1, 1)
+            assert_within(ours(x), pair.theirs.get_submodule(name)(x), linear_bound(x, ours), name)
+            count += 1
+    assert count == 7 * pair.sizes.layers
+    x = torch.randn(3, 1, pair.sizes.hidden)
+    weight = pair.theirs.lm_head.weight
+    bound = 2 * pair.sizes.hidden * U * (x.double().abs() @ weight.double().abs().T)
+    assert_within(model.lm_head(x), pair.theirs.lm_head(x), bound, "head")
 
 
 @pytest.mark.parametrize("scale", [2.0**-9, 2.0**7])
@@ -211,6 +230,7 @@ class Judged:
     """A deeper model in one format, prompts, and what float64 says about them."""
 
     pair: Pair
+    registered: nn.Module
     ids: Tensor
     exact: Tensor
     their_error: Tensor
@@ -230,28 +250,47 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> list[Judged]:
     """One deep model in each format."""
     found = []
     for seed, form in enumerate(FORMATS):
-        pair = make_pair(tmp_path_factory.mktemp(form), DEEP, form, seed)
+        folder = tmp_path_factory.mktemp(form)
+        pair = make_pair(folder, DEEP, form, seed)
         ids = torch.randint(DEEP.vocab, (PROMPTS, DEEP_LENGTH), generator=torch.Generator().manual_seed(seed))
         exact = torch.stack([exact_logits(pair, row) for row in ids])
-        found.append(Judged(pair, ids, exact, (pair.theirs(ids).logits - exact).abs()))
+        found.append(Judged(pair, registered(folder), ids, exact, (pair.theirs(ids).logits - exact).abs()))
     return found
 
 
-def test_end_to_end(judged: list[Judged]) -> None:
-    errors = torch.stack([(one.pair.ours(one.ids) - one.exact).abs() for one in judged])
+def registered(folder: Path) -> nn.Module:
+    """The model as plain transformers loads it after `register_transformers`."""
+    with register_transformers():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+@pytest.mark.parametrize("way", ["ours", "registered"])
+def test_end_to_end(judged: list[Judged], way: str) -> None:
+    def logits(one: Judged) -> Tensor:
+        result: Tensor = one.pair.ours(one.ids) if way == "ours" else one.registered(one.ids).logits
+        return result
+
+    errors = torch.stack([(logits(one) - one.exact).abs() for one in judged])
     their_errors = torch.stack([one.their_error for one in judged])
     largest = torch.stack([one.exact for one in judged]).abs().max()
     assert their_errors.mean() < 0.02 * largest, "the float64 model is not the same model"
     assert errors.mean() <= 2 * their_errors.mean()
 
 
-def test_token_by_token_end_to_end(judged: list[Judged]) -> None:
+@pytest.mark.parametrize("way", ["ours", "registered"])
+def test_token_by_token_end_to_end(judged: list[Judged], way: str) -> None:
     """The same through the cache: a prompt of 5, then single tokens."""
     errors = []
     for one in judged:
-        cache = KVCache(one.pair.ours.config, PROMPTS, DEEP_LENGTH)
         pieces = [one.ids[:, :5], *one.ids[:, 5:].split(1, dim=1)]
-        logits = torch.cat([one.pair.ours(piece, cache=cache) for piece in pieces], dim=1)
+        if way == "ours":
+            cache = KVCache(one.pair.ours.config, PROMPTS, DEEP_LENGTH)
+            steps = [one.pair.ours(piece, cache=cache) for piece in pieces]
+        else:
+            theirs = {CACHE: DynamicCache(config=one.registered.config)}
+            steps = [one.registered(piece, **theirs).logits for piece in pieces]
+        logits = torch.cat(steps, dim=1)
         errors.append((logits - one.exact).abs())
     assert torch.stack(errors).mean() <= 2 * torch.stack([one.their_error for one in judged]).mean()
 
@@ -265,12 +304,17 @@ def padded(ids: Tensor, filler: int) -> tuple[Tensor, Tensor]:
     return torch.where(mask, shifted, filler), mask.long()
 
 
-def test_a_batch_of_unequal_prompts_end_to_end(judged: list[Judged]) -> None:
+@pytest.mark.parametrize("way", ["ours", "registered"])
+def test_a_batch_of_unequal_prompts_end_to_end(judged: list[Judged], way: str) -> None:
     """Each row of a padded batch is as near to float64 as transformers is without padding."""
     errors, their_errors = [], []
     for one in judged:
         ids, mask = padded(one.ids, 0)
-        batch = one.pair.ours(ids, attention_mask=mask)
+        if way == "ours":
+            batch = one.pair.ours(ids, attention_mask=mask)
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # as `generate` gives them
+            batch = one.registered(ids, attention_mask=mask, position_ids=positions).logits
         for row, keep in enumerate(mask.sum(1).tolist()):
             # The model is causal: the logits of the first tokens do not depend on the ones cut off.
             errors.append((batch[row, DEEP_LENGTH - keep :] - one.exact[row, :keep]).abs().flatten())
@@ -282,7 +326,7 @@ def prompts(pair: Pair, count: int) -> Tensor:
     return torch.randint(pair.sizes.vocab, (count, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def test_every_size_without_flips(pair: Pair) -> None:
+def test_every_size_without_flips(pair: Pair, tmp_path: Path) -> None:
     """In small models most short sequences see no flip; there the two differ by rounding alone."""
     ids = prompts(pair, 3 * LENGTH)
     exact = torch.stack([exact_logits(pair, row) for row in ids])
@@ -292,6 +336,7 @@ def test_every_size_without_flips(pair: Pair) -> None:
     cache = KVCache(pair.ours.config, len(ids), LENGTH)
     steps = [pair.ours(piece, cache=cache) for piece in ids.split(1, dim=1)]
     assert median_error(torch.cat(steps, dim=1), exact) <= limit
+    assert median_error(registered(tmp_path)(ids).logits, exact) <= limit
 
 
 def test_a_batch_of_unequal_prompts(pair: Pair) -> None:

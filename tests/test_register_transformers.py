@@ -4,7 +4,10 @@ What is loaded so has to equal, bit for bit, what `accelerate` makes of the mode
 itself: tests/test_accelerate.py compares that with transformers.
 """
 
+import copy
+import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_file_memory import needs_page_map, resident_pages
 from tiny_checkpoints import Sizes, Weights, published_tensors, write_folder
 from torch import nn
 
@@ -23,9 +28,13 @@ from bitnet_ops import BitLinear
 transformers = pytest.importorskip("transformers")
 from their_gemma import make_gemma  # noqa: E402
 from their_models import FORMATS, make_llama, make_pair, make_ternary_floats, shipped_model  # noqa: E402
-from transformers import AutoModelForCausalLM, Qwen3Config  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, Qwen3Config  # noqa: E402
 from transformers.integrations import bitnet as theirs  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
+
+from bitnet_ops.integrations import transformers_decoder  # noqa: E402
+from bitnet_ops.integrations import transformers_tables as tables  # noqa: E402
+from bitnet_ops.layers.embedding import TernaryEmbedding  # noqa: E402
 
 SIZES = Sizes(vocab=97, hidden=60, intermediate=100, heads=5, kv_heads=1, layers=2)
 LLAMA = {
@@ -115,6 +124,11 @@ def test_our_folders_of_llamas(tmp_path: Path, norms: bool) -> None:
     assert torch.equal(model(IDS).logits, load(tmp_path / "published")(IDS).logits)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.Gemma3TextConfig(), "rope_parameters")
+    or "full_attention" not in transformers.Gemma3TextConfig().to_dict()["rope_parameters"],
+    reason="this transformers writes settings of Gemma 3 in another form",
+)
 def test_our_folders_of_gemma(tmp_path: Path) -> None:
     """Ours hold the factors 1 + w of norms, transformers' class wants w."""
     fields = LLAMA | {"query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 3}
@@ -144,11 +158,59 @@ def test_our_folders_with_groups(tmp_path: Path) -> None:
     assert (model(IDS).logits - ours).abs().max() < 1e-3 * ours.abs().max()
 
 
-def test_tables_that_transformers_cannot_have(tmp_path: Path) -> None:
-    fields = LLAMA | {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_our_folders_with_ternary_tables(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    """As our own model, bit for bit; a tied head is the embedding and has no weights of its own."""
+    fields = LLAMA | {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "head_dim": 32,
+        "tie_word_embeddings": tied,
+    }
     pair = make_ternary_floats(tmp_path / "floats", 64, tables=True, config_class=Qwen3Config, **fields)
-    with pytest.raises(ValueError, match=r"got ternary_embedding.*bitnet_ops\.from_pretrained loads"):
-        load(resaved(pair.ours, tmp_path / "own"))
+    assert pair.ours.config.ternary_head
+    folder = resaved(pair.ours, tmp_path / "own")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    ours = bitnet_ops.from_pretrained(folder)
+    assert type(model.get_input_embeddings()) is TernaryEmbedding
+    assert [name for name in model.state_dict() if name.startswith("lm_head")] == (
+        [] if tied else ["lm_head.packed_weight", "lm_head.weight_scale"]
+    )
+    for same in (model, copy.deepcopy(model)):
+        same.tie_weights()
+        logits = same(IDS).logits
+        assert logits.dtype == torch.float32
+        if dtype == torch.float32:
+            assert torch.equal(logits, ours(IDS))
+    options = {"max_new_tokens": 5, "do_sample": False}
+    new = model.generate(IDS, **options)
+    static = model.generate(IDS, **options, cache_implementation="static", disable_compile=True)
+    if dtype == torch.float32:
+        assert torch.equal(new, ours.generate(IDS, **options, eos_token_id=None))
+    assert static.shape == new.shape
+    slow = model(IDS, output_hidden_states=True).logits  # transformers' own decoder
+    assert slow.dtype == torch.float32
+    assert (slow - ours(IDS)).abs().max() < 0.1 * ours(IDS).abs().max()
+    headless = AutoModel.from_pretrained(folder, dtype=dtype)
+    assert type(headless.get_input_embeddings()) is TernaryEmbedding
+    assert torch.equal(headless(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_settings_of_ternary_tables_that_do_not_fit_together(tmp_path: Path) -> None:
+    fields = LLAMA | {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+    }
+    pair = make_ternary_floats(tmp_path / "floats", 64, tables=True, config_class=Qwen3Config, **fields)
+    folder = resaved(pair.ours, tmp_path / "own")
+    data = json.loads((folder / "config.json").read_text())
+    data["quantization_config"]["ternary_head"] = False
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="ternary_head: expected the same as ternary_embedding"):
+        load(folder)
 
 
 def test_parts_that_transformers_does_not_have(tmp_path: Path) -> None:
@@ -239,6 +301,58 @@ def test_damaged_folders_of_ours(tmp_path: Path, case: str, caplog: pytest.LogCa
     assert re.search(text, f"{error.value}\n{caplog.text}")
 
 
+@needs_page_map
+def test_tables_stay_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither generation nor scores of all tokens bring the table into memory."""
+    for module in (tables, transformers_decoder):
+        monkeypatch.setattr(module, "LEAST_BYTES", 0)
+    pair = make_pair(tmp_path / "published", dataclasses.replace(SIZES, vocab=9000), "autobitlinear")
+    model = AutoModelForCausalLM.from_pretrained(resaved(pair.ours, tmp_path / "own"))
+    table = model.lm_head.weight
+    assert table is model.model.embed_tokens.weight
+    assert tables.file_place(table.data_ptr())[0] == str(tmp_path / "own" / "model.safetensors")
+    assert not table.requires_grad
+    expected = pair.ours(IDS)
+    assert resident_pages(table) <= 2, "pages that other tensors share"
+    assert torch.equal(model(IDS).logits, expected)
+    new = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert torch.equal(new, pair.ours.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None))
+    assert resident_pages(table) <= 2
+    model.model.embed_tokens.weight.data[int(IDS[0, 0])] = 0.0  # what is written to memory counts
+    assert not torch.equal(model(IDS).logits, expected)
+
+
+@needs_page_map
+def test_a_table_is_mapped_anew_only_where_the_file_has_it(tmp_path: Path) -> None:
+    """Not where the file of that name is another one by now."""
+    weight = torch.randn(3000, 600)
+    save_file({"weight": weight}, tmp_path / "one.safetensors")
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        mapped = file.get_tensor("weight")
+    if tables.file_place(mapped.data_ptr()) is None:
+        pytest.skip("this safetensors reads files")
+
+    class Model:
+        def __init__(self) -> None:
+            self.table = nn.Embedding.from_pretrained(mapped)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.table
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    same, other = Model(), Model()
+    tables.Tables().map_anew(same)
+    assert same.table.weight.data_ptr() != mapped.data_ptr()
+    assert torch.equal(same.table.weight, weight)
+    save_file({"weight": weight + 1}, tmp_path / "two.safetensors")
+    os.replace(tmp_path / "two.safetensors", tmp_path / "one.safetensors")
+    tables.Tables().map_anew(other)
+    assert other.table.weight.data_ptr() == mapped.data_ptr()
+    assert torch.equal(other.table.weight, weight)
+
+
 def test_cannot_be_saved_as_if_it_were_theirs(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="got one with the layers of bitnet_ops"):
         load(bitnet_ops.DEFAULT_MODEL).save_pretrained(tmp_path)
@@ -269,7 +383,18 @@ def test_importing_changes_nothing() -> None:
 def test_a_version_without_the_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     bitnet_ops.unregister_transformers()
     monkeypatch.delattr("transformers.quantizers.base.HfQuantizer.get_weight_conversions")
-    with pytest.raises(ImportError, match=r"expected transformers 5.0 or later.*got \d"):
+    with pytest.raises(ImportError, match=r"expected transformers 5.6 or later.*got \d"):
+        bitnet_ops.register_transformers()
+
+
+@pytest.mark.parametrize(("version", "works"), [("5.3.2", False), ("5.6.0", True), ("6.0.0.dev0", True)])
+def test_the_oldest_version(monkeypatch: pytest.MonkeyPatch, version: str, works: bool) -> None:
+    bitnet_ops.unregister_transformers()
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    if works:
+        bitnet_ops.register_transformers()
+        return
+    with pytest.raises(ImportError, match=r"expected transformers 5.6 or later.*got 5.3.2"):
         bitnet_ops.register_transformers()
 
 

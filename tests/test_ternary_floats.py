@@ -181,7 +181,7 @@ def test_one_scale_a_tensor_and_rows_of_zeros(tmp_path: Path) -> None:
 
     folder, _ = folder_of(tmp_path / "a", **{"model.layers.0.mlp.up_proj.weight": one})
     model = from_pretrained(folder)
-    scale = model.model.layers[0].mlp.up_proj.weight_scale
+    scale = model.model.layers[0].mlp.up_proj.scales()
     assert scale[3] == 1
     assert set(scale.tolist()) == {0.5, 1.0}
     model.save_pretrained(tmp_path / "b")
@@ -231,9 +231,9 @@ def test_scales_of_a_model_that_was_trained_in_parts(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path, **names)
     model = from_pretrained(folder)
     assert model.config.group_size == 128
-    scale = model.model.layers[1].mlp.down_proj.weight_scale
+    scale = model.model.layers[1].mlp.down_proj.scales()
     assert scale.tolist() == [[0.5] * 130, [1.0] * 130]
-    scale = model.model.layers[1].mlp.up_proj.weight_scale
+    scale = model.model.layers[1].mlp.up_proj.scales()
     assert scale[0].tolist() == [0.5] * 100 + [0.25] * 100
 
 
@@ -244,7 +244,7 @@ def test_groups_of_zeros(tmp_path: Path) -> None:
 
     folder, _ = folder_of(tmp_path / "a", 64, **{"model.layers.0.mlp.down_proj.weight": clear})
     model = from_pretrained(folder)
-    scale = model.model.layers[0].mlp.down_proj.weight_scale
+    scale = model.model.layers[0].mlp.down_proj.scales()
     assert not scale[0].any()
     assert scale[1:].all()
     model.save_pretrained(tmp_path / "b")

@@ -21,10 +21,10 @@ class _Mapping(mmap.mmap):
     _begin = 0
     _remove = staticmethod(_C.remove_file_memory)  # at the end of a program the module is emptied first
 
-    def tell_operators(self, begin: int, descriptor: int) -> None:
-        """Says where it lies."""
+    def tell_operators(self, begin: int, descriptor: int, sparing: bool) -> None:
+        """Says where it lies, and whether scores of all tokens shall leave most of it out of memory."""
         self._begin = begin
-        _C.add_file_memory(begin, len(self), os.dup(descriptor))
+        _C.add_file_memory(begin, len(self), os.dup(descriptor), sparing)
 
     def __del__(self) -> None:
         # Before the base class unmaps: afterwards something else may lie there.
@@ -35,8 +35,13 @@ class _Mapping(mmap.mmap):
 class MappedFile:
     """The bytes of an open file. The mapping lives as long as a tensor that `tensor` gave."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, sparing: bool = False) -> None:
         """Maps the whole file, privately: what is written to a tensor stays in this process.
+
+        Args:
+            descriptor: of the file.
+            sparing: the head's operators leave most of a table out of this process' memory, also where they
+                need all of it. That takes longer (csrc/run/file_memory.cpp).
 
         Raises:
             OSError, ValueError: the file system cannot map files, or the file is empty.
@@ -45,7 +50,7 @@ class MappedFile:
             raise OSError("on Windows a mapped file cannot be replaced, so files are read")
         self._memory = _Mapping(descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
         self._begin = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
-        self._memory.tell_operators(self._begin, descriptor)
+        self._memory.tell_operators(self._begin, descriptor, sparing)
         self._end = self._begin + len(self._memory)
         ask_for_huge_pages(self._memory)
 

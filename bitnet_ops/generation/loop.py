@@ -90,11 +90,11 @@ def prepare(
     return Request(input_ids, attention_mask, cache, max_new_tokens, settings)
 
 
-@torch.no_grad()  # not inference_mode: the tokens that come out may be used in training
 def decode(model: GenerationMixin, request: Request, watch_stop_strings: bool = True) -> Iterator[Tensor]:
     """The loop: yields int64 [B] per step, until every row has ended.
 
-    Whenever it does, the cache holds all tokens but the ones it yields.
+    Whenever it does, the cache holds all tokens but the ones it yields. No mode of PyTorch (no_grad) is on
+    then: a generator that is alive when the program ends would leave it after PyTorch is gone.
     """
     settings, cache, input_ids = request.settings, request.cache, request.input_ids
     batch, vocab_size = input_ids.shape[0], model.config.vocab_size
@@ -151,6 +151,7 @@ def _read_prompt(model: GenerationMixin, request: Request) -> tuple[Tensor, Tens
     return ids, mask
 
 
+@torch.no_grad()  # not inference_mode as a whole: the tokens that come out may be used in training
 def _choose(
     model: GenerationMixin,
     cache: KVCache,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any, NoReturn, TypeVar
 
 from torch import nn
@@ -31,7 +32,8 @@ def accelerate(model: ModelT) -> ModelT:
     In bfloat16 and float16 it is more exact than it was: activations are quantised in float32 and the result
     is rounded once.
 
-    The model is for inference from then on: online weights do not train any more. It cannot be saved in
+    The model is for inference from then on: online weights do not train any more, and no parameter asks for
+    gradients until ``requires_grad_`` is called, as for adapters. It cannot be saved in
     transformers' format; `bitnet_ops.from_pretrained` and its ``save_pretrained`` make packed folders.
 
     Args:
@@ -74,10 +76,39 @@ def finish(model: ModelT) -> ModelT:
     """What is left to do when the layers of a model are ours."""
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
-        from .transformers_decoder import install  # imports transformers, as the model did
-
-        install(model)
+        # Plain `model(ids)` would otherwise keep what gradients need, of embedding, norms and head.
+        model.requires_grad_(False)
+        decoder = fast_decoder()
+        if decoder is not None:
+            decoder.install(model)
     return model
+
+
+_has_warned = False
+
+
+def fast_decoder() -> Any:
+    """The module `transformers_decoder`, which imports transformers, as the model did.
+
+    Returns:
+        None, and once a warning, where this version of transformers has not all names that it builds on, some
+        of which are private: layers then run as modules.
+    """
+    global _has_warned
+    try:
+        from . import transformers_decoder
+    except (ImportError, AttributeError) as error:
+        if not _has_warned:
+            _has_warned = True
+            import transformers
+
+            warnings.warn(
+                f"bitnet_ops: transformers {transformers.__version__} lacks what others have ({error}): "
+                "packed layers run one by one in its own decoder, which gives the same but takes longer",
+                stacklevel=3,
+            )
+        return None
+    return transformers_decoder
 
 
 def _places(model: nn.Module) -> list[list[str]]:
@@ -117,7 +148,10 @@ def _check(name: str, module: nn.Module) -> None:
             )
     # accelerate's hook, which moves weights from other devices or the disk, replaces the forward method.
     if "forward" in vars(module) or any(
-        hooks for key, hooks in vars(module).items() if key.endswith("_hooks")
+        getattr(hook, "__module__", None) != THEIR_MODULE  # before 5.19 offline layers unpack what they load
+        for key, hooks in vars(module).items()
+        if key.endswith("_hooks")
+        for hook in hooks.values()
     ):
         raise ValueError(
             f"accelerate: {name}: expected a layer without hooks, got one whose hooks would be lost; "

@@ -32,9 +32,11 @@ from ..decoder.cache import Context, rotation_tables
 from ..decoder.head import LEAST_BYTES, ScreenedHead, copy_lock
 from ..decoder.model import KNOWN, DecoderLayer
 from ..decoder.plan import Plan, Watch
+from ..layers.embedding import Embedding
 from ..layers.linear import BitLinear, NormedLinear
 from ..layers.norm import RMSNorm
 from .transformers_cache import shared_cache
+from .transformers_tables import TERNARY_HEADS
 from .transformers_weights import NormedBitLinear
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -276,13 +278,16 @@ class FastHead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., hidden_size] to float32 [..., vocab_size]."""
         weight = self.weight
-        if (
-            self.training
-            or not x.is_cpu
-            or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        ):
+        if not x.is_cpu:
             return F.linear(x.to(weight.dtype), weight).float()
-        if torch.compiler.is_compiling() or x.dim() != 3 or x.shape[1] != 1 or weight.nbytes < LEAST_BYTES:
+        trained = self.training or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        if (
+            trained
+            or torch.compiler.is_compiling()
+            or x.dim() != 3
+            or x.shape[1] != 1
+            or weight.nbytes < LEAST_BYTES
+        ):
             return ops.lm_head(x, weight)
         head, best = _best.get((self, None))
         if best is None or head is not self:
@@ -390,6 +395,9 @@ def install(model: nn.Module) -> None:
         if isinstance(module, FastModel):
             module.fast, module.float32_output = _Derived(), False
             _keep_recording(module)
+            embedding: Any = module.embed_tokens
+            if type(embedding) is nn.Embedding and embedding.max_norm is None:
+                embedding.__class__ = Embedding
     for module in list(model.modules()):
         if isinstance(module, FastCausalLM):
             me: Any = module
@@ -397,7 +405,7 @@ def install(model: nn.Module) -> None:
             if type(head) is nn.Linear and head.bias is None and not _is_watched_in_eval(head):
                 head.__class__ = FastHead
                 head.screened = _Derived()
-            me.model.float32_output = isinstance(head, FastHead)
+            me.model.float32_output = isinstance(head, (FastHead, *TERNARY_HEADS))
 
 
 def _keep_recording(module: Any) -> None:

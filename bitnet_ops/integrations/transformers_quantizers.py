@@ -7,11 +7,7 @@ that a model never is in memory in another form than the packed one.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +25,12 @@ from ..checkpoint.config_json import EXTRAS, QUANT_METHOD, THEIR_EPS
 from ..checkpoint.head_copy import BOUNDS, CODES
 from ..checkpoint.pieces import one_thread
 from ..checkpoint.weights import pack_rows
+from ..layers.embedding import TernaryEmbedding
 from ..layers.linear import BitLinear, best_layout, native_layouts
+from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages, give_back_freed_memory
-from .transformers import finish
-from .transformers_decoder import prepare_heads
+from .transformers import fast_decoder, finish
+from .transformers_tables import Tables, TernaryHead, TiedTernaryHead, forget_file_pages
 from .transformers_weights import Complaints, NormedBitLinear, ternary_weights
 
 PARTS = ("packed_weight", "weight_scale", "bias")
@@ -50,6 +48,8 @@ class OwnConfig(QuantizationConfigMixin):  # type: ignore[misc]
         group_size: int = 0,
         use_rms_norm: bool = False,
         rms_norm_eps: float | None = None,
+        ternary_embedding: bool = False,
+        ternary_head: bool | None = None,
         **others: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -59,7 +59,8 @@ class OwnConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.group_size = group_size
         self.use_rms_norm = use_rms_norm
         self.rms_norm_eps = THEIR_EPS if rms_norm_eps is None else rms_norm_eps
-        self.ternary_tables = [name for name in ("ternary_embedding", "ternary_head") if others.get(name)]
+        self.ternary_embedding = bool(ternary_embedding)
+        self.ternary_head = ternary_head
         for name, layout in {"layout": self.layout, **self.layouts}.items():
             if layout not in packing.LAYOUTS:
                 known = " or ".join(map(repr, packing.LAYOUTS))
@@ -67,7 +68,10 @@ class OwnConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def layout_of(self, name: str) -> str:
         """The layout of a projection in the files, by the name of its module there."""
-        return self.layouts.get(name, self.layout)
+        of_base_model = self.layouts.get(
+            f"model.{name}", self.layout
+        )  # as AutoModel loads it, without a head
+        return self.layouts.get(name, of_base_model)
 
 
 class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -141,8 +145,13 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         give_back_freed_memory()
         finish(model)
         if filling.from_files:
-            # Now, while nobody has written to the table: its pages of the file need not stay in memory.
-            prepare_heads(model, _forget_file_pages)
+            # Now, while nobody has written to the tables.
+            tables = Tables()
+            tables.map_anew(model)
+            decoder = fast_decoder()
+            if decoder is not None:
+                decoder.prepare_heads(model, tables.forget)
+            tables.forget_all()
         return model
 
 
@@ -176,7 +185,7 @@ class BitNetQuantizer(_PackedQuantizer, BitNetHfQuantizer):  # type: ignore[misc
         """One for all three tensors of a layer."""
         if self._theirs:
             return list(super().get_weight_conversions())
-        return [WeightConverter(["weight", "weight_scale", "bias"], list(PARTS), [PackPublished(self)])]
+        return [_converter(["weight_scale", "weight", "bias"], PackPublished(self))]
 
     def is_serializable(self, *arguments: Any, **options: Any) -> bool:
         """Whether transformers can save the model: not with our layers."""
@@ -207,28 +216,77 @@ class OwnQuantizer(_PackedQuantizer):
                 f"config.json: {EXTRAS}: expected nothing, for transformers' {type(model).__name__} does not "
                 f"have such parts, got {sorted(extras)}; bitnet_ops.from_pretrained loads this folder"
             )
-        if config.ternary_tables:
-            raise ValueError(
-                "quantization_config: expected ternary projections only, because transformers' models have "
-                f"float tables, got {' and '.join(config.ternary_tables)}; bitnet_ops.from_pretrained loads "
-                "this folder"
-            )
         kept = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         layer_options = {"activation_bits": config.activation_bits, "group_size": config.group_size}
         self._replace(model, kept, layer_options, from_files=options.get("checkpoint_files") is not None)
+        self._replace_tables(model, layer_options)
         # The head's copy, which only bitnet_ops.from_pretrained reads.
         ignored = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), f"^{CODES}$", f"^{BOUNDS}$"}
+        patterns = [*(ignored or ()), f"^{CODES}$", f"^{BOUNDS}$"]
+        model._keys_to_ignore_on_load_unexpected = set(patterns) if isinstance(ignored, set) else patterns
         self.norm_offset = families.family_of({"model_type": model.config.model_type}).norm_offset
+
+    def _replace_tables(self, model: Any, options: dict[str, Any]) -> None:
+        """Puts ternary matrices in the place of embedding and head, where the folder has such."""
+        assert self.filling is not None, "called when projections have been replaced"
+        config = self.quantization_config
+        tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        ternary_head = (
+            config.ternary_embedding and tied if config.ternary_head is None else config.ternary_head
+        )
+        if tied and bool(ternary_head) != config.ternary_embedding:
+            raise ValueError(
+                "quantization_config: ternary_head: expected the same as ternary_embedding, for "
+                f"tie_word_embeddings makes them one, got {ternary_head} and {config.ternary_embedding}"
+            )
+        for wanted, module, expected in (
+            (config.ternary_embedding, embedding, nn.Embedding),
+            (ternary_head, head, nn.Linear),
+        ):
+            if (
+                wanted
+                and module is not None
+                and (type(module) is not expected or getattr(module, "bias", None) is not None)
+            ):
+                raise ValueError(
+                    f"{type(model).__name__}: expected an nn.{expected.__name__} without bias, whose place "
+                    f"a ternary table takes, got {type(module).__name__}; bitnet_ops.from_pretrained loads "
+                    "this folder"
+                )
+        if config.ternary_embedding:
+            table = TernaryEmbedding(
+                embedding.embedding_dim, embedding.num_embeddings, device="meta", **options
+            )
+            self._put(model, embedding, table)
+            if tied and head is not None:
+                model.set_submodule(_name_of(model, head), TiedTernaryHead(table))
+                # On this model only; there is nothing left to tie, or to miss.
+                model._tied_weights_keys = model.all_tied_weights_keys = {}
+        if ternary_head and not tied and head is not None:
+            layout = self._layout(_name_of(model, head))
+            self._put(
+                model,
+                head,
+                TernaryHead(head.in_features, head.out_features, layout=layout, device="meta", **options),
+            )
+
+    def _put(self, model: Any, old: nn.Module, new: nn.Module) -> None:
+        assert self.filling is not None, "called when projections have been replaced"
+        name = _name_of(model, old)
+        model.set_submodule(name, new)
+        self.filling.missing.add(name)
 
     def get_weight_conversions(self) -> list[Any]:
         """One for all three tensors of a layer, and one for norms that transformers stores otherwise."""
-        conversions = [WeightConverter(list(PARTS), list(PARTS), [CheckOwn(self)])]
+        conversions = [_converter(list(PARTS), CheckOwn(self))]
         if self.quantization_config.use_rms_norm:
             conversions.append(WeightRenaming(r"_proj\.linear\.", "_proj."))
             conversions.append(WeightRenaming(r"_proj\.norm\.", "_proj.rms_norm."))
         if self.norm_offset:
-            conversions.append(WeightConverter("norm.weight", "norm.weight", [SubtractOffset(self)]))
+            conversions.append(
+                WeightConverter("norm.weight", "norm.weight", operations=[SubtractOffset(self)])
+            )
         return conversions
 
     def _layout(self, name: str) -> str:
@@ -263,7 +321,7 @@ class _Filling:
         if self.from_files:
             for source in sources:
                 if source is not None:
-                    _forget_file_pages(source)
+                    forget_file_pages(source)
 
 
 class _Load(ConversionOps):  # type: ignore[misc]
@@ -273,8 +331,6 @@ class _Load(ConversionOps):  # type: ignore[misc]
         hf_quantizer: its quantizer; transformers takes the name for a sign not to cast tensors before.
     """
 
-    supports_many_to_many = True
-
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
@@ -282,11 +338,11 @@ class _Load(ConversionOps):  # type: ignore[misc]
         """The same: transformers copies operations for every tensor."""
         return self
 
-    def layer_of(self, model: nn.Module, full_name: str) -> tuple[str, BitLinear, _Filling]:
+    def layer_of(self, model: nn.Module, full_name: str) -> tuple[str, TernaryMatrix, _Filling]:
         """The layer that a tensor belongs to."""
         name = full_name.rpartition(".")[0]
         layer = model.get_submodule(name)
-        assert isinstance(layer, BitLinear), "only names of ours are converted"
+        assert isinstance(layer, TernaryMatrix), "only names of ours are converted"
         assert self.hf_quantizer.filling is not None, "loading begins with empty layers"
         return name, layer, self.hf_quantizer.filling
 
@@ -378,6 +434,15 @@ class SubtractOffset(_Load):
         return {"norm.weight": (weight.float() - offset).to(dtype)}
 
 
+def _converter(sources: list[str], operation: _Load) -> WeightConverter:
+    """From the tensors of a layer to ours.
+
+    As far as transformers knows, to one of ours; it stores what else it is given, too. Before 5.19, many to
+    many is what only its own operations may do.
+    """
+    return WeightConverter(sources, PARTS[0], operations=[operation])
+
+
 def _error_maker(name: str) -> Any:
     return lambda expected, got: ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -388,6 +453,10 @@ def _only(tensors: Any) -> Tensor | None:
     return tensor
 
 
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
+
+
 def _on_cpu(device_map: Any) -> bool:
     if device_map is None:  # transformers' own default
         return True
@@ -395,28 +464,3 @@ def _on_cpu(device_map: Any) -> bool:
     automatic = "cpu" if not torch.accelerator.is_available() else "accelerator"
     strategies = ("auto", "balanced", "balanced_low_0", "sequential")
     return all(str(automatic if device in strategies else device).startswith("cpu") for device in devices)
-
-
-def _forget_file_pages(tensor: Tensor) -> None:
-    """Takes a tensor's pages of a mapped file out of this process' memory; a later access gets them back.
-
-    For tensors just read from safetensors files, which nobody has written to.
-    """
-    # Elsewhere safetensors may read instead of mapping.
-    if sys.platform != "linux" or not _is_mapped_file(tensor.data_ptr()):
-        return
-    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > begin:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(mmap.MADV_DONTNEED)
-        )
-
-
-def _is_mapped_file(address: int) -> bool:
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        span, _, _, _, inode, *_ = line.split(maxsplit=5)
-        begin, end = (int(bound, 16) for bound in span.split("-"))
-        if begin <= address < end:
-            return inode != "0"
-    return False

@@ -47,10 +47,10 @@ PyObject* select_isa(PyObject*, PyObject* name) {
 
 PyObject* add_file_memory(PyObject*, PyObject* arguments) {
   unsigned long long begin, bytes;
-  int descriptor;
-  if (!PyArg_ParseTuple(arguments, "KKi", &begin, &bytes, &descriptor)) return nullptr;
+  int descriptor, sparing;
+  if (!PyArg_ParseTuple(arguments, "KKip", &begin, &bytes, &descriptor, &sparing)) return nullptr;
   bitnet_ops::add_file_memory(reinterpret_cast<const void*>(static_cast<uintptr_t>(begin)), static_cast<size_t>(bytes),
-                              descriptor);
+                              descriptor, sparing != 0);
   Py_RETURN_NONE;
 }
 
@@ -65,7 +65,7 @@ PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "(name, supported) of every instruction set of this architecture, best first."},
     {"isa", isa, METH_NOARGS, "Name of the instruction set in use."},
     {"select_isa", select_isa, METH_O, "Uses the named instruction set; False if it is unknown or unsupported."},
-    {"add_file_memory", add_file_memory, METH_VARARGS, "Memory (begin, bytes) is a private mapping of a file."},
+    {"add_file_memory", add_file_memory, METH_VARARGS, "Memory (begin, bytes) is a private mapping of a file; (descriptor, sparing)."},
     {"remove_file_memory", remove_file_memory, METH_O, "The mapping that begins there is about to end."},
     {"same_values", bitnet_ops::same_values, METH_VARARGS, "Whether the values of dictionaries are these very objects."},
     {"same_items", bitnet_ops::same_items, METH_VARARGS, "Whether keys of dictionaries have these very objects."},

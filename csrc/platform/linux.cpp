@@ -89,7 +89,7 @@ constexpr uint64_t kScanSwapped = 1 << 4;
 }  // namespace
 
 int find_resident_ranges(uintptr_t begin, uintptr_t end, ByteRange* ranges, int most) {
-  constexpr int kMost = 16;
+  constexpr int kMost = 64;
   most = std::min(most, kMost);
   PageRegion regions[kMost];
   ScanArguments scan{};

@@ -72,6 +72,31 @@ constexpr int64_t kFewestLooks = 4;
 // cache until they are multiplied.
 constexpr int64_t kRowsFromFile = 32;
 
+// With more tokens than these, multiplying takes so long that it does not matter where the table is read from.
+constexpr int64_t kFewTokens = 8;
+
+FileRows whole_table(const Logits& p) {
+  const size_t row_bytes = static_cast<size_t>(p.in_features) * element_bytes(p.weight_dtype);
+  return FileRows(p.weight, p.vocabulary, row_bytes, p.vocabulary);
+}
+
+// The logits of rows that follow each other.
+void compute_logits(const KernelTable& table, const Logits& logits, const FileRows& file, int64_t row, int64_t end) {
+  if (!file.sparing()) return table.logits(logits, row, end, logits_scratch(logits));
+  static thread_local Scratch scratch;
+  const int64_t row_bytes = logits.in_features * static_cast<int64_t>(element_bytes(logits.weight_dtype));
+  char* copied = static_cast<char*>(scratch.reserve(static_cast<size_t>(kRowsFromFile * row_bytes)));
+  for (int64_t count; row < end; row += count) {
+    count = std::min(kRowsFromFile, end - row);
+    const char* block = file.in_memory(row, count, logits.tokens <= kFewTokens);
+    if (block == nullptr) file.copy(row, count, copied);
+    Logits some = logits;
+    some.weight = block != nullptr ? block : copied;
+    some.out += row;
+    table.logits(some, 0, count, logits_scratch(some));
+  }
+}
+
 // Tokens that share a pass over the table: their bounds are 1 MB each for 128256 rows.
 constexpr int64_t kTokensAtOnce = 16;
 
@@ -90,6 +115,7 @@ struct Chosen {
 struct Search {
   const KernelTable& table;
   Logits logits;               // of this group of tokens; out is `upper`
+  const FileRows& file;        // the table, for passes over all of it
   const Screen* screen;        // null: everything is computed
   int64_t k;
   float* upper;                // [tokens][vocabulary]: bounds, or logits where they are computed
@@ -104,7 +130,7 @@ struct Search {
   std::mutex mutex{};  // of all from `threshold` on
 
   void compute(int64_t row, int64_t end) {
-    if (row < end) table.logits(logits, row, end, logits_scratch(logits));
+    if (row < end) compute_logits(table, logits, file, row, end);
   }
 
   // About: the k-th best logit is not known yet, but approximations are far better than their bounds.
@@ -236,7 +262,7 @@ struct Search {
     some.weight = copied;
     for (int64_t begin = 0; begin < count; begin += kRowsFromFile) {
       const int64_t length = std::min(count - begin, kRowsFromFile);
-      for (int64_t i = 0; i < length; ++i) file.copy(rows[begin + i], copied + i * static_cast<int64_t>(row_bytes()));
+      for (int64_t i = 0; i < length; ++i) file.copy(rows[begin + i], 1, copied + i * static_cast<int64_t>(row_bytes()));
       table.logits_of_rows(some, places, length, out + begin, logits_scratch(some));
     }
   }
@@ -350,11 +376,12 @@ void run_head(const HeadTable& head, const HeadTokens& tokens, float* out) {
   const KernelTable& table = kernels();
   Logits logits = widened(table, tokens, head);
   logits.out = out;
+  const FileRows file = whole_table(logits);
   // Threads share out groups of as many rows as a kernel widens at a time.
   parallel(divide_up(logits.vocabulary, kLogitsScratchRows), ns_per_row(logits, logits.tokens) * kLogitsScratchRows,
            [&](int64_t begin, int64_t end) {
-             table.logits(logits, begin * kLogitsScratchRows, std::min(end * kLogitsScratchRows, logits.vocabulary),
-                          logits_scratch(logits));
+             compute_logits(table, logits, file, begin * kLogitsScratchRows,
+                            std::min(end * kLogitsScratchRows, logits.vocabulary));
            });
 }
 
@@ -385,12 +412,13 @@ void run_head_top_k(const HeadTable& head, const HeadTokens& tokens, const HeadC
   const KernelTable& table = kernels();
   const Logits all = widened(table, tokens, head);
   const int64_t k = choice.k;
+  const FileRows file = whole_table(all);
   static thread_local Scratch scratch;
   for (int64_t token = 0; token < tokens.count; token += kTokensAtOnce) {
     const int64_t count = std::min(tokens.count - token, kTokensAtOnce);
     const int64_t results = count * head.vocabulary;
     float* upper = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * results) * sizeof(float)));
-    Search search{table, all, nullptr, k, upper, upper + results};
+    Search search{table, all, file, nullptr, k, upper, upper + results};
     search.logits.x += token * all.x_stride;
     search.logits.tokens = count;
     search.logits.out = upper;

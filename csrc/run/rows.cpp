@@ -47,7 +47,7 @@ void run_gather(const Rows& all, const int64_t* ids, int64_t count, void* out) {
     for (int64_t i = begin; i < end; ++i) {
       char* place = row_at(out, i, all.elements, all.dtype);
       if (file.in_file()) {
-        file.copy(ids[i], place);
+        file.copy(ids[i], 1, place);
       } else {
         std::memcpy(place, row_at(all.x, ids[i], all.elements, all.dtype), row_bytes);
       }
