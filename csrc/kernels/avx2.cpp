@@ -153,12 +153,11 @@ struct Inner : YmmLoops<Maddubs> {
   // shift instead of three, and half as many additions in each chain. Steps 1 and 3 are four times too large.
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
     __m256i acc_i32x8[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (; blocks >= kBlocksInPlace; blocks -= kBlocksInPlace) {
-      few_in_place(tile, kBlocksInPlace, q, acc_i32x8);
-      tile += kBlocksInPlace * kBlockBytes;
-      q += kBlocksInPlace * kBlockInputs;
+    if (stream_ahead.far_bytes != 0) {
+      all_in_place(tile, blocks, q, kStreamThroughL2, acc_i32x8);
+    } else {
+      all_in_place(tile, blocks, q, kStreamToL1, acc_i32x8);
     }
-    few_in_place(tile, blocks, q, acc_i32x8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), acc_i32x8[0]);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), acc_i32x8[1]);
   }
@@ -168,8 +167,19 @@ struct Inner : YmmLoops<Maddubs> {
   // Together with the others, in true size, they then lie in [-15360, 15240].
   static constexpr int64_t kBlocksInPlace = 5;
 
+  // Inlined, so that distances are constants.
+  __attribute__((always_inline)) static void all_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q,
+                                                           const StreamAhead ahead, __m256i (&acc_i32x8)[2]) {
+    for (; blocks >= kBlocksInPlace; blocks -= kBlocksInPlace) {
+      few_in_place(tile, kBlocksInPlace, q, ahead, acc_i32x8);
+      tile += kBlocksInPlace * kBlockBytes;
+      q += kBlocksInPlace * kBlockInputs;
+    }
+    few_in_place(tile, blocks, q, ahead, acc_i32x8);
+  }
+
   __attribute__((always_inline)) static void few_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q,
-                                                           __m256i (&acc_i32x8)[2]) {
+                                                           const StreamAhead ahead, __m256i (&acc_i32x8)[2]) {
     const __m256i even_u8x32 = _mm256_set1_epi8(0x03);
     const __m256i odd_u8x32 = _mm256_set1_epi8(0x0c);
     __m256i ones_i16x16[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -178,7 +188,7 @@ struct Inner : YmmLoops<Maddubs> {
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
       const int8_t* q_block = q + b * kBlockInputs;
-      ask_ahead<Ymm>(address);
+      ask_ahead<Ymm>(address, ahead);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         __m256i& ones = ones_i16x16[half];
@@ -231,6 +241,7 @@ struct Avx2Sums {
  private:
   template <int ROWS>
   static void signed_bytes(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    const StreamAhead ahead = stream_ahead;
     __m256i acc_i32x8[ROWS][4];
     for (int t = 0; t < ROWS; ++t) {
       for (int i = 0; i < 4; ++i) acc_i32x8[t][i] = _mm256_setzero_si256();
@@ -239,7 +250,7 @@ struct Avx2Sums {
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
         const uint8_t* line = codes + (4 * b + p) * kBlockBytes;
-        ask_ahead<Ymm>(line);
+        ask_ahead<Ymm>(line, ahead);
         __m256i q_i16x16[ROWS];
 #pragma GCC unroll 2
         for (int t = 0; t < ROWS; ++t) {
@@ -270,12 +281,13 @@ struct Avx2Sums {
 
   template <int ROWS>
   static void six_bits(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    const StreamAhead ahead = stream_ahead;
     __m256i acc_i32x8[ROWS][2];
     for (int t = 0; t < ROWS; ++t) acc_i32x8[t][0] = acc_i32x8[t][1] = _mm256_setzero_si256();
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* block = codes + b * SixBitCodes::kLines * kBlockBytes;
-      two_steps<0>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
-      two_steps<2>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+      two_steps<0>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
+      two_steps<2>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
     }
     for (int t = 0; t < ROWS; ++t) {
       for (int half = 0; half < 2; ++half) {
@@ -286,8 +298,9 @@ struct Avx2Sums {
 
   // Inputs 4P .. 4P+7 of a block.
   template <int P, int ROWS>
-  static void two_steps(const uint8_t* block, const int8_t* q, int64_t q_stride, __m256i (&acc_i32x8)[ROWS][2]) {
-    for (int p = P; p < P + 2 && p < SixBitCodes::kLines; ++p) ask_ahead<Ymm>(block + p * kBlockBytes);
+  static void two_steps(const uint8_t* block, const int8_t* q, int64_t q_stride, const StreamAhead ahead,
+                        __m256i (&acc_i32x8)[ROWS][2]) {
+    for (int p = P; p < P + 2 && p < SixBitCodes::kLines; ++p) ask_ahead<Ymm>(block + p * kBlockBytes, ahead);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const __m256i first_u8x32 = code_of<P>(SixBitCodes{}, block + 32 * half);

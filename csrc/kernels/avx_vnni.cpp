@@ -67,6 +67,7 @@ struct Dpbusd {
   template <int ROWS>
   __attribute__((always_inline)) static void in_place(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
                                                       int64_t q_stride, __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
+    const StreamAhead ahead = stream_ahead;
     constexpr int kChains = 4 / ROWS;  // of half a tile, of a row of q; the odd ones are of odd steps
     __m256i low_i32x8[ROWS][kChains];
     __m256i high_i32x8[ROWS][kChains];
@@ -80,7 +81,7 @@ struct Dpbusd {
     }
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
-      ask_ahead<Ymm>(address);
+      ask_ahead<Ymm>(address, ahead);
       __m256i low_u8x32 = load32(address);
       __m256i high_u8x32 = load32(address + 32);
 #pragma GCC unroll 4
@@ -128,14 +129,15 @@ struct DpbusdSums {
 
   template <class Codes, int ROWS>
   static void sums(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+    const StreamAhead ahead = stream_ahead;
     __m256i acc_i32x8[ROWS][2];
     for (int t = 0; t < ROWS; ++t) acc_i32x8[t][0] = acc_i32x8[t][1] = _mm256_setzero_si256();
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* block = codes + b * Codes::kLines * kBlockBytes;
-      step<0, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
-      step<1, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
-      step<2, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
-      step<3, Codes>(block, q + b * kBlockInputs, q_stride, acc_i32x8);
+      step<0, Codes>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
+      step<1, Codes>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
+      step<2, Codes>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
+      step<3, Codes>(block, q + b * kBlockInputs, q_stride, ahead, acc_i32x8);
     }
     for (int t = 0; t < ROWS; ++t) {
       for (int half = 0; half < 2; ++half) {
@@ -147,8 +149,9 @@ struct DpbusdSums {
  private:
   // Inputs 4P .. 4P+3 of a block.
   template <int P, class Codes, int ROWS>
-  static void step(const uint8_t* block, const int8_t* q, int64_t q_stride, __m256i (&acc_i32x8)[ROWS][2]) {
-    if (P < Codes::kLines) ask_ahead<Ymm>(block + P * kBlockBytes);
+  static void step(const uint8_t* block, const int8_t* q, int64_t q_stride, const StreamAhead ahead,
+                   __m256i (&acc_i32x8)[ROWS][2]) {
+    if (P < Codes::kLines) ask_ahead<Ymm>(block + P * kBlockBytes, ahead);
     const __m256i low_u8x32 = code_of<P>(Codes{}, block);
     const __m256i high_u8x32 = code_of<P>(Codes{}, block + 32);
 #pragma GCC unroll 4

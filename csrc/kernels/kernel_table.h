@@ -46,6 +46,19 @@ constexpr int64_t kMaxSparseRows = 4;
 // Columns that ternary_columns interleaves at a time; their number is a multiple of it.
 constexpr int64_t kColumnsAtOnce = 8;
 
+// How far ahead of a stream of weights kernels ask for memory, in bytes. It depends on the processor, not on the
+// instruction set: dispatch.cpp sets it before anybody gets a table.
+struct StreamAhead {
+  int64_t far_bytes;   // towards L2; 0: not at all
+  int64_t near_bytes;  // towards L1
+};
+
+// Requests towards L2 find room while those towards L1, of which there are fewer, are all under way.
+constexpr StreamAhead kStreamThroughL2 = {12288, 1536};
+constexpr StreamAhead kStreamToL1 = {0, 8192};
+
+inline StreamAhead stream_ahead = kStreamThroughL2;
+
 // acc[m][n] = sum_k q[m][k] * w[n][k] and, unless out_dtype is kInt32,
 // out[m][n] = float(acc) * (x_scale[m] * weight_scale[n]) (+ bias[n]), rounded once to out_dtype.
 //

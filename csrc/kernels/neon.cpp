@@ -184,7 +184,7 @@ struct SmullSums {
   // Inputs 4P .. 4P+3 of a block.
   template <int P, class Codes, int ROWS>
   static void step(const uint8_t* block, const int8_t* q, int64_t q_stride, int32x4_t (&acc_i32x4)[ROWS][8]) {
-    if (P < Codes::kLines) ask_ahead<Neon>(block + P * kBlockBytes);
+    if (P < Codes::kLines) ask_ahead<Neon>(block + P * kBlockBytes, kStreamThroughL2);
     int8x16_t code_i8x16[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) code_i8x16[i] = number_of<P>(Codes{}, block + i * kQuarterBytes);

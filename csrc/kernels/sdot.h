@@ -172,7 +172,7 @@ struct SdotSums {
   // Inputs 4P .. 4P+3 of a block.
   template <int P, class Codes, int ROWS>
   static void step(const uint8_t* block, const int8x16_t (&q_i8x16)[ROWS], int32x4_t (&acc_i32x4)[ROWS][4]) {
-    if (P < Codes::kLines) ask_ahead<Neon>(block + P * kBlockBytes);
+    if (P < Codes::kLines) ask_ahead<Neon>(block + P * kBlockBytes, kStreamThroughL2);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const int8x16_t code_i8x16 = number_of<P>(Codes{}, block + i * kQuarterBytes);

@@ -70,16 +70,12 @@ struct CodesIn {
   }
 };
 
-// How far ahead of a stream of codes memory is asked for, towards L2, and that for L1: two tokens then read it in
-// 0.65 of the time that one request towards L1 takes, 4 KB ahead. Requests stand between products: in bursts
-// they cost a tenth (bench/LOG.md).
-constexpr int64_t kCodesAheadBytes = 12288;
-constexpr int64_t kCodesSoonBytes = 1536;
-
+// Asks for what comes after a line of codes. Requests stand between products: in bursts they cost a tenth
+// (bench/LOG.md). `ahead` is the caller's copy of stream_ahead, so that it stays in registers.
 template <class Isa>
-inline void ask_ahead(const uint8_t* line) {
-  Isa::prefetch_far(line + kCodesAheadBytes);
-  Isa::prefetch_near(line + kCodesSoonBytes);
+inline void ask_ahead(const uint8_t* line, const StreamAhead ahead) {
+  if (ahead.far_bytes != 0) Isa::prefetch_far(line + ahead.far_bytes);
+  Isa::prefetch_near(line + ahead.near_bytes);
   __asm__ volatile("" ::: "memory");  // or the compiler gathers them
 }
 

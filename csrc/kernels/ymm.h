@@ -186,6 +186,7 @@ struct YmmLoops {
     if constexpr (ROWS <= Dot::kRowsInPlace) {
       Dot::in_place(tile, begin, end, q, q_stride, low, high);
     } else {
+      const StreamAhead ahead = stream_ahead;
 #pragma GCC unroll 6
       for (int t = 0; t < ROWS; ++t) {
         low[t] = _mm256_setzero_si256();
@@ -193,7 +194,7 @@ struct YmmLoops {
       }
       for (int64_t b = begin; b < end; ++b) {
         const uint8_t* address = tile + b * kBlockBytes;
-        ask_ahead<Ymm>(address);
+        ask_ahead<Ymm>(address, ahead);
         const int8_t* q_block = q + b * kBlockInputs;
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {

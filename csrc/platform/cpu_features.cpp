@@ -1,5 +1,7 @@
 #include "platform/cpu_features.h"
 
+#include <cstring>
+
 #include "platform/system.h"
 
 #if defined(__x86_64__)
@@ -30,6 +32,14 @@ uint64_t read_xcr0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// Measured: AMD's Zen 5 reads a token's weights 1.05 to 1.15 times faster with requests towards L1 alone, Intel's
+// Sapphire Rapids 1.1 to 1.3 times faster with such towards L2 before them (bench/LOG.md).
+bool streams_to_l1() {
+  uint32_t eax, name[3];
+  if (!__get_cpuid(0, &eax, &name[0], &name[2], &name[1])) return false;
+  return std::memcmp(name, "AuthenticAMD", sizeof name) == 0 || std::memcmp(name, "HygonGenuine", sizeof name) == 0;
+}
+
 constexpr uint32_t feature_if(uint32_t word, int bit, CpuFeature feature) {
   return (word >> bit) & 1u ? static_cast<uint32_t>(feature) : 0u;
 }
@@ -42,7 +52,7 @@ uint32_t cpu_features() {
   const uint64_t xcr0 = read_xcr0();
   if ((xcr0 & kSavesYmm) != kSavesYmm) return 0;
 
-  uint32_t features = feature_if(ecx, 12, kFma) | feature_if(ecx, 29, kF16c);
+  uint32_t features = feature_if(ecx, 12, kFma) | feature_if(ecx, 29, kF16c) | (streams_to_l1() ? kStreamsToL1 : 0u);
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return features;
   const uint32_t highest_subleaf = eax;
   features |= feature_if(ebx, 5, kAvx2);

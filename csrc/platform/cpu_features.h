@@ -5,7 +5,7 @@
 
 namespace bitnet_ops {
 
-// One bit per feature that some kernel's target string names, or that decides between kernels.
+// One bit per feature that some kernel's target string names, or that decides between kernels or how they read.
 enum CpuFeature : uint32_t {
   kAvx2 = 1u << 0,
   kFma = 1u << 1,
@@ -19,6 +19,7 @@ enum CpuFeature : uint32_t {
   kAvx512Vbmi = 1u << 9,
   kAmxTile = 1u << 10,
   kAmxInt8 = 1u << 11,
+  kStreamsToL1 = 1u << 12,  // reads a stream fastest if asked towards L1 alone: how kernels ask, not what is possible
 
   kArmV82 = 1u << 16,  // what armv8.2-a lets a compiler use: atomics (LSE), CRC32, rounding multiplies (RDM)
   kDotprod = 1u << 17,

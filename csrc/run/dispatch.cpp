@@ -55,6 +55,7 @@ struct Candidates {
     for (size_t i = 0; i < kCount; ++i) {
       list[i] = {kRequirements[i].table, (kRequirements[i].features & ~features) == 0};
     }
+    if ((features & kStreamsToL1) != 0) stream_ahead = kStreamToL1;
 #if defined(__aarch64__)
     if (!(features & kFastI8mm)) std::swap(list[0], list[1]);  // dotprod before i8mm
 #endif
