@@ -79,7 +79,7 @@ def test_gradcheck(layout: str, bits: int, group_size: int, shape: tuple[int, ..
     w = ternary.double() * by_input.T.double()
     packed = ops.pack_ternary(ternary, layout)
     options = (out_features, layout, bits, group_size)
-    arguments = (packed, scale if group_size else scale[0], *options)
+    arguments = (packed, packing.pack_scales(scale) if group_size else scale[0], *options)
     x = torch.randn(*shape, in_features, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(out_features, dtype=torch.float64, requires_grad=True)
     # Each entry of the Jacobian is one product of a scale below 1.5, rounded once to float32, and zeros. The

@@ -396,7 +396,7 @@ def random_packed(config: DecoderConfig) -> BitNet:
         if isinstance(module, BitLinear):
             w = torch.randint(-1, 2, (module.out_features, module.in_features), dtype=torch.int8)
             module.packed_weight = packing.pack(w)
-            module.weight_scale.uniform_(0.05, 0.2)
+            module.set_scales(torch.empty(module.scale_shape).uniform_(0.05, 0.2))
             if module.bias is not None:
                 module.bias.normal_()
     return model

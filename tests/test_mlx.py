@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from contracts import assert_same_model
 from safetensors.torch import load_file, save_file
-from test_llama import assert_same_model
 from test_ternary_floats import random_floats
 from torch import Tensor, nn
 
 from bitnet_ops import BitLinear, from_pretrained
 from bitnet_ops.checkpoint import CheckpointError
+
+IDS = torch.arange(40).view(2, 20)
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -125,16 +127,16 @@ def test_it_is_the_model_of_the_floats(
     assert (model.config.activation_bits, model.config.group_size) == (16, true_group)
     assert model.config.ternary_embedding
     assert model.config.ternary_head
-    assert_same_model(model, from_pretrained(floats))
-    assert_same_model(from_pretrained(mlx, mmap=True), model)
+    assert_same_model(model, from_pretrained(floats), IDS)
+    assert_same_model(from_pretrained(mlx, mmap=True), model, IDS)
     model.save_pretrained(tmp_path / "packed")
-    assert_same_model(from_pretrained(tmp_path / "packed"), model)
+    assert_same_model(from_pretrained(tmp_path / "packed"), model, IDS)
 
 
 def test_float_projections(tmp_path: Path) -> None:
     mlx, floats = make_pair(tmp_path, 32, torch.float16, 32)
     model = from_pretrained(mlx, linear=nn.Linear)
-    assert_same_model(model, from_pretrained(floats, linear=nn.Linear))
+    assert_same_model(model, from_pretrained(floats, linear=nn.Linear), IDS)
 
 
 def test_only_one_of_the_two_settings(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_only_one_of_the_two_settings(tmp_path: Path) -> None:
     for name in ("quantization", "quantization_config"):
         settings = {"group_size": 128, "bits": 2, "mode": "affine", "lm_head": {"group_size": 128, "bits": 2}}
         change_config(mlx, **({"quantization": None, "quantization_config": None} | {name: settings}))
-        assert_same_model(from_pretrained(mlx), expected)
+        assert_same_model(from_pretrained(mlx), expected, IDS)
 
 
 def test_embedding_and_head_in_floats(tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_embedding_and_head_in_floats(tmp_path: Path) -> None:
     change_config(
         mlx, quantization={"group_size": 128, "bits": 2, "model.embed_tokens": False, "lm_head": False}
     )
-    assert_same_model(from_pretrained(mlx), from_pretrained(floats))
+    assert_same_model(from_pretrained(mlx), from_pretrained(floats), IDS)
 
 
 def test_a_group_with_the_scale_0(folder: Path) -> None:

@@ -6,7 +6,7 @@ from text_models import tiny_model
 from torch import Tensor
 from torch.library import opcheck
 
-from bitnet_ops import KVCache, ops, reference, use_isa
+from bitnet_ops import KVCache, ops, packing, reference, use_isa
 from bitnet_ops.decoder.model import KNOWN
 from bitnet_ops.decoder.plan import collect
 
@@ -393,7 +393,7 @@ def opcheck_cases() -> dict[str, tuple[torch._ops.OpOverload, tuple]]:
         ),
         "ternary_linear, groups": (
             namespace.ternary_linear.default,
-            (grad(x), packed, torch.rand(1, 33), None, 33, "tile16", 8, 64),
+            (grad(x), packed, packing.pack_scales(torch.rand(1, 33)), None, 33, "tile16", 8, 64),
         ),
         "ternary_linear, active rows": (
             namespace.ternary_linear.default,

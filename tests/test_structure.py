@@ -27,7 +27,12 @@ FLOORS = (
 
 ROOM = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Within a floor, too: what training measures is evaluation's, and texts become tokens in one place.
-MAY = {("training", "evaluation"), ("embedding", "generation"), ("reference", "isa")}
+MAY = {
+    ("training", "evaluation"),
+    ("embedding", "generation"),
+    ("reference", "isa"),
+    ("reference", "packing"),
+}
 
 
 def imports(file: Path) -> set[str]:

@@ -304,13 +304,17 @@ struct AmxDriver {
       const int64_t count = p.tokens * (part + 1) / parts - begin;
       for (int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
         const int64_t tiles = tile_end - tile < kTiles ? tile_end - tile : kTiles;
-        if (p.group_blocks == 0) {
-          whole_rows(p, tile, tiles, begin, count, shapes);
-        } else if (p.planes == 1) {
-          in_groups_of<1>(p, tile, tiles, begin, count, shapes);
-        } else {
-          in_groups_of<2>(p, tile, tiles, begin, count, shapes);
+        if constexpr (Codes::kHasGroupScales) {
+          if (p.group_blocks != 0) {
+            if (p.planes == 1) {
+              in_groups_of<1>(p, tile, tiles, begin, count, shapes);
+            } else {
+              in_groups_of<2>(p, tile, tiles, begin, count, shapes);
+            }
+            continue;
+          }
         }
+        whole_rows(p, tile, tiles, begin, count, shapes);
       }
     }
   }

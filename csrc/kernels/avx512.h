@@ -176,6 +176,7 @@ constexpr int64_t kPrefetchBytes = 4096;
 // tile16: a byte is four codes. In place they are 4^p times too large, each p needs its own accumulator.
 struct Tile16Codes {
   static constexpr int kSteps = 4;
+  static constexpr bool kHasGroupScales = true;
 
   using Block = __m512i;
 
@@ -205,6 +206,7 @@ struct TileBlocks {
   // Memory, not arithmetic, limits up to four rows; one tile at a time is then one stream, which
   // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md).
   static constexpr int kRowsStreamed = 4;
+  static constexpr bool kHasGroupScales = Codes::kHasGroupScales;
   static constexpr int kRowsOfGroups = 16 / kSteps;  // 16 accumulators
   static constexpr int64_t kQBytes = int64_t{512} << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
 

@@ -23,6 +23,7 @@ constexpr Base3Table kBase3Table = make_base3_table();
 // one permute of two registers (vpermi2b, 128 bytes) turns it into the four codes of a tile16 byte.
 struct Base3Codes {
   static constexpr int kSteps = 5;
+  static constexpr bool kHasGroupScales = false;  // csrc/ops/packed_checks.h
 
   struct Block {
     __m512i four_u8x64;      // c0 .. c3 as in a byte of tile16

@@ -54,6 +54,7 @@ struct Inner {
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
   static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
+  static constexpr bool kHasGroupScales = true;
   static constexpr int kRowsOfGroups = 0;
   static constexpr int kDecodedRows = 0;
   static constexpr int64_t kQBytes = kQBytesInL2;

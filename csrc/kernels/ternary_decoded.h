@@ -167,11 +167,13 @@ struct DecodedDriver {
 
   static bool multiply_any(const TernaryProduct& p, const Rectangle& area) {
     const bool two = p.planes == 2;
-    if (p.group_blocks == 0) return two ? multiply<WholeRows<2>>(p, area) : multiply<WholeRows<1>>(p, area);
-    if (p.scale_dtype == DType::kFloat16) {
-      return two ? multiply<InGroups<2, Float16>>(p, area) : multiply<InGroups<1, Float16>>(p, area);
+    if constexpr (Inner::kHasGroupScales) {
+      if (p.group_blocks != 0 && p.scale_dtype == DType::kFloat16) {
+        return two ? multiply<InGroups<2, Float16>>(p, area) : multiply<InGroups<1, Float16>>(p, area);
+      }
+      if (p.group_blocks != 0) return two ? multiply<InGroups<2, float>>(p, area) : multiply<InGroups<1, float>>(p, area);
     }
-    return two ? multiply<InGroups<2, float>>(p, area) : multiply<InGroups<1, float>>(p, area);
+    return two ? multiply<WholeRows<2>>(p, area) : multiply<WholeRows<1>>(p, area);
   }
 
   static void ternary_product(const TernaryProduct& p, int64_t tile_begin, int64_t tile_end) {

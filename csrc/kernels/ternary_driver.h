@@ -10,6 +10,7 @@
 //     kTiles, kRows                           largest register block, in tiles and rows of q; kRows is even
 //     kRowsStreamed                           up to so many rows, tiles come one at a time
 //     kQBytes                                 of q that stay in L2 while weights pass
+//     kHasGroupScales                         whether matrices of this layout may have scales of groups
 //     kRowsOfGroups                           0, or up to so many rows a tile with scales of groups has a loop of its own:
 //     groups<PLANES, TOKENS>(p, tile, q, scales, token, sums)          sums[TOKENS][16] as `add_group` adds them up,
 //                                                                      scales[groups][16]
@@ -255,13 +256,17 @@ struct TernaryDriver {
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = begin + (end - begin) * part / parts;
       const int64_t count = begin + (end - begin) * (part + 1) / parts - first;
-      if (p.group_blocks == 0) {
-        whole_rows<TILES>(p, tile, first, count);
-      } else if (p.planes == 1) {
-        in_groups_of<TILES, 1, Inner::kRows>(count, p, tile, first);
-      } else {
-        in_groups_of<TILES, 2, Inner::kRows / 2>(count, p, tile, first);
+      if constexpr (Inner::kHasGroupScales) {
+        if (p.group_blocks != 0) {
+          if (p.planes == 1) {
+            in_groups_of<TILES, 1, Inner::kRows>(count, p, tile, first);
+          } else {
+            in_groups_of<TILES, 2, Inner::kRows / 2>(count, p, tile, first);
+          }
+          continue;
+        }
       }
+      whole_rows<TILES>(p, tile, first, count);
     }
   }
 

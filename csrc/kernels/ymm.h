@@ -231,6 +231,7 @@ struct YmmLoops {
 
   // One group after the other, its sums in registers, as in avx512.h. Only where a group needs no widening on the way:
   // with vpmaddubsw it was no faster (bench/LOG.md).
+  static constexpr bool kHasGroupScales = true;
   static constexpr int kRowsOfGroups = kBlocksPerWidening * kBlockInputs > kMaxGroupInputs ? kRows : 0;
 
   template <int PLANES, int TOKENS, class Scale>
