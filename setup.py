@@ -24,8 +24,8 @@ STABLE_ABI_VERSION = "0x020a000000000000"  # torch 2.10: the oldest libtorch tha
 DEBUGGING = "-g" if "-g" in os.environ.get("CFLAGS", "").split() else "-g0"
 
 PLATFORM_FILES = {  # of csrc/platform, by platform.system()
-    "Linux": ("cpu_features", "linux", "sleep_by_futex"),
-    "Darwin": ("cpu_features", "macos", "sleep_by_condition"),
+    "Linux": ("cpu_features", "posix", "linux", "sleep_by_futex"),
+    "Darwin": ("cpu_features", "posix", "macos", "sleep_by_condition"),
     "Windows": ("cpu_features", "windows"),
 }
 KERNELS = {"x86_64": ("scalar", "avx", "amx"), "aarch64": ("scalar", "neon")}  # beginnings of file names

@@ -21,6 +21,7 @@ SOURCES = (
     "multiply_rate.cpp",
     "region_cost.cpp",
     CSRC / "run/thread_pool.cpp",
+    CSRC / "platform/posix.cpp",
     CSRC / "platform/linux.cpp",
     CSRC / "platform/sleep_by_futex.cpp",
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch  # noqa: F401  brings libtorch, which the extension links against, into the process
 
 try:
-    from bitnet_ops import _C
+    from . import _C
 except ImportError as error:
     raise ImportError(
         "bitnet_ops is not built: its extension module bitnet_ops._C does not load from "

@@ -39,11 +39,13 @@ PACKAGES = {"g++": "g++", "clang++": "clang"}  # Debian's
 MACHINE = platform.machine().lower()
 ARCHITECTURE = {"amd64": "x86_64", "arm64": "aarch64"}.get(MACHINE, MACHINE)
 
-# What QEMU's models of CPUs have. The best table is chosen, and every table named here is compared.
+# What QEMU's models of CPUs have. The first table is chosen, and every table named here is compared. The
+# last is Apple's M2 as far as MIDR_EL1 goes, the register that says who made a core.
 EMULATED_CPUS = {
     "cortex-a53": ["neon", "scalar"],
     "neoverse-n1": ["neon_dotprod", "neon", "scalar"],
     "max": ["neon_i8mm", "neon_dotprod", "neon", "scalar"],
+    "max,midr=0x610f0330": ["neon_dotprod", "neon_i8mm", "neon", "scalar"],
 }
 HANGS_AFTER = 900
 """Seconds. It takes 2 to 20 on a quiet machine, but busy ones are tested on, too."""

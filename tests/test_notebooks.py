@@ -19,7 +19,13 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 def test_there_are_notebooks():
     names = {path.stem for path in NOTEBOOKS}
-    assert names >= {"quick_start", "inside_a_ternary_layer", "train_a_tiny_model", "compile_and_profile"}
+    assert names >= {
+        "quick_start",
+        "inside_a_ternary_layer",
+        "train_a_tiny_model",
+        "compile_and_profile",
+        "in_your_stack",
+    }
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tiny_checkpoints import Sizes, Weights, pack_rows, published_tensors, write
 from torch import Tensor, nn
 
 from bitnet_ops import BitLinear, KVCache, from_pretrained, reference
-from bitnet_ops.checkpoint import hf
+from bitnet_ops.checkpoint.quarters import unpack_quarters
 from bitnet_ops.decoder.cache import Context, rotation_tables
 from bitnet_ops.reference import rotary_embedding
 
@@ -68,7 +68,7 @@ def test_their_packing_is_what_we_unpack() -> None:
     w = torch.randint(-1, 2, (28, 23), dtype=torch.int8)
     theirs = pack_weights(w.clone())
     assert torch.equal(theirs, pack_rows(w))
-    assert torch.equal(hf.unpack_quarters(theirs), w)
+    assert torch.equal(unpack_quarters(theirs), w)
     assert torch.equal(unpack_weights(theirs, dtype=torch.int8), w)
 
 

@@ -20,6 +20,7 @@ FLOORS = (
     ("decoder",),
     ("layers",),
     ("ops",),
+    ("_ops",),
     ("packing", "reference", "isa", "locks", "_C"),
 )
 """From the top down, by the first name below the package."""

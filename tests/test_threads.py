@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -142,7 +143,7 @@ def test_the_pool_alone(build: str, tmp_path: Path) -> None:
     need(compiler, package="clang" if compiler == "clang++" else compiler)
     program = tmp_path / "pool_test"
     sleep = "sleep_by_condition" if "conditions" in build else "sleep_by_futex"
-    parts = ["run/thread_pool.cpp", "platform/linux.cpp", f"platform/{sleep}.cpp"]
+    parts = ["run/thread_pool.cpp", *(f"platform/{part}.cpp" for part in ("posix", "linux", sleep))]
     sources = [ROOT / "tests/threads/pool_test.cpp", *(ROOT / "csrc" / part for part in parts)]
     warnings = ["-Wall", "-Wextra", "-Werror"]
     flags += ["-std=c++17", *warnings, "-pthread", f"-I{ROOT / 'csrc'}"]
@@ -159,28 +160,54 @@ def test_the_pool_alone(build: str, tmp_path: Path) -> None:
     ]
 
 
-def test_several_python_threads_generate_at_once(threads: None) -> None:
-    model = bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL)
-    prompts = torch.randint(5, model.config.vocab_size, (3, 1, 150))
+def first_uses(model: bitnet_ops.BitNet) -> list[Callable[[], Tensor]]:
+    """Ways to use a model, each of which makes something that stays with it."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = torch.randint(5, model.config.vocab_size, (4, 1, 70), generator=generator)
+    padding = torch.ones(2, 70, dtype=torch.int64)
+    padding[0, :20] = 0
+    options = {"max_new_tokens": 12, "eos_token_id": ()}
+    return [
+        lambda: model.generate(prompts[0], do_sample=True, seed=3, **options),
+        lambda: model.generate(prompts[1], do_sample=False, prompt_lookup_num_tokens=10, **options),
+        lambda: model.generate(prompts[2], do_sample=False, cache_dtype=torch.int8, **options),
+        lambda: model.generate(
+            torch.cat([prompts[3]] * 2), attention_mask=padding, do_sample=False, **options
+        ),
+        lambda: model(torch.cat([prompts[2], prompts[3]])),
+        lambda: model.generate(
+            prompts[0], do_sample=True, seed=7, top_k=9, repetition_penalty=1.3, **options
+        ),
+    ]
 
-    def text(i: int) -> Tensor:
-        return model.generate(prompts[i], max_new_tokens=12, do_sample=True, eos_token_id=(), seed=i)
 
+@pytest.mark.parametrize("round_", range(4))
+def test_python_threads_share_a_new_model(round_: int, threads: None) -> None:
+    """Without a global lock they truly meet; with one they are switched as often as Python can."""
     torch.set_num_threads(1)
-    expected = [text(i) for i in range(len(prompts))]
-    found: dict[int, Tensor] = {}
+    expected = [use() for use in first_uses(bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL))]
+    shared = bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL)
+    shared.certified_head = True
+    uses = first_uses(shared)
+    together = threading.Barrier(len(uses), timeout=60)
+    between = sys.getswitchinterval()
 
-    def write(i: int) -> None:
-        torch.set_num_threads(2 + i)
-        found[i] = text(i)
+    def use_it(i: int) -> list[bool]:
+        torch.set_num_threads(1 + i % 3)
+        together.wait()
+        same = []
+        for turn in range(3):
+            same.append(torch.equal(uses[i](), expected[i]))
+            if i == round_ and turn == 0:
+                shared.model.plan().drop()  # as a change of the model does
+        return same
 
-    python_threads = [threading.Thread(target=write, args=(i,)) for i in range(len(prompts))]
-    for thread in python_threads:
-        thread.start()
-    for thread in python_threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-    assert all(torch.equal(found[i], alone) for i, alone in enumerate(expected))
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(uses)) as pool:
+            assert list(pool.map(use_it, range(len(uses)), timeout=120)) == [[True] * 3] * len(uses)
+    finally:
+        sys.setswitchinterval(between)
 
 
 @needs_fork

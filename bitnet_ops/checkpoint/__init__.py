@@ -12,6 +12,7 @@ text_files.py     tokenizer, chat template, generation defaults
 pooling.py        embeddings, in the files of sentence-transformers
 weights.py        what the formats of weights have in common
 hf.py             weights in the published "bitnet" formats (packed, ternary, master)
+quarters.py       how those are packed
 ternary_floats.py float weights that are ternary already: their scales are found
 mlx.py            weights in MLX's 2-bit form
 group_sizes.py    which inputs of a row share a scale

@@ -1,9 +1,15 @@
 """The check that a packed matrix holds codes of weights and nothing else, format by format."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from .. import ops, packing
-from .tensor_source import TensorSource
+
+if TYPE_CHECKING:
+    from .tensor_source import TensorSource
 
 MOST_BASE3 = 3**5 - 1  # the byte of five codes 2
 

@@ -16,7 +16,6 @@ A bias [N] is added to the result, except that "autobitlinear" with a scale mult
 ``(acc * x_scale + bias) * weight_scale``.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,9 @@ from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages
 from .codes import check_codes
 from .errors import CheckpointError
+from .quarters import WEIGHTS_PER_BYTE, unpack_quarters
 from .tensor_source import FLOAT_DTYPES, TensorSource
 from .weights import Projection, WeightReader, check_bias, pack_rows, read_bias
-
-WEIGHTS_PER_BYTE = 4
 
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 MODES = ("offline", "online")
@@ -154,35 +152,3 @@ class PublishedWeights(WeightReader):
                 name, "a finite number above 0 whose reciprocal is finite too", f"{stored.item()!r}"
             )
         return scale
-
-
-def unpack_quarters(packed: Tensor, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
-    """Undoes the published packing.
-
-    Args:
-        packed: uint8 [N / 4, K] with codes in {0, 1, 2}.
-        empty: gives the memory of the result.
-
-    Returns:
-        int8 [N, K] in {-1, 0, 1}.
-    """
-    codes = empty((WEIGHTS_PER_BYTE, *packed.shape), dtype=torch.uint8)
-    for quarter, out in enumerate(codes):
-        torch.bitwise_right_shift(packed, 2 * quarter, out=out).bitwise_and_(3)
-    return codes.view(torch.int8).sub_(1).view(-1, packed.shape[1])
-
-
-def pack_quarters(w: Tensor) -> Tensor:
-    """The published packing.
-
-    Args:
-        w: int8 [N, K] in {-1, 0, 1}, N a multiple of 4.
-
-    Returns:
-        uint8 [N / 4, K].
-    """
-    codes = (w + 1).view(torch.uint8).view(WEIGHTS_PER_BYTE, -1, w.shape[1])
-    packed = codes[0].clone()
-    for quarter in range(1, WEIGHTS_PER_BYTE):
-        packed |= codes[quarter] << 2 * quarter
-    return packed

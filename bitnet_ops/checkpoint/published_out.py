@@ -35,9 +35,9 @@ from ..layers.norm import RMSNorm
 from .config_json import published_json
 from .draft import folder_draft
 from .files import SINGLE_FILE
-from .hf import WEIGHTS_PER_BYTE, pack_quarters
 from .packed import CONFIG_FILE
 from .pooling import save_embedding_settings
+from .quarters import WEIGHTS_PER_BYTE, pack_quarters
 from .saveable import check_saveable
 from .tensor_source import TORCH_DTYPE
 from .text_files import TOKEN_FIELDS, TOKENIZER_CONFIG_FILE, save_text_files

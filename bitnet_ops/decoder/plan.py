@@ -38,9 +38,11 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _C, ops, packing
+from .._ops import add_op_namespace_prefix
 from ..layers.linear import BitLinear, NormedLinear
 from ..layers.matrix import on_replacement
 from ..layers.norm import RMSNorm
+from ..locks import Lock
 from ..ops._decoder import PreparedLayers
 from ..ops._registry import OPS, check_device, fake_kernel
 from .cache import CacheTensors, Context
@@ -292,9 +294,10 @@ class Watch:
 
 _decoders: weakref.WeakValueDictionary[int, Decoder] = weakref.WeakValueDictionary()
 _numbers: Iterator[int] = count()
+_numbers_lock = Lock()  # two threads may get the same where Python has no global lock
 
 torch.library.define(
-    "bitnet_ops::opaque_decoder",
+    add_op_namespace_prefix("opaque_decoder"),
     "(Tensor input_ids, int decoder, Tensor cos, Tensor sin, Tensor? start=None, Tensor(a!)? keys=None, "
     "Tensor(b!)? values=None, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
@@ -303,7 +306,8 @@ torch.library.define(
 
 def number_decoder(decoder: Decoder) -> int:
     """A number that this decoder alone has in this process, by which the operator finds it."""
-    number = next(_numbers)
+    with _numbers_lock:
+        number = next(_numbers)
     _decoders[number] = decoder
     return number
 
@@ -326,7 +330,7 @@ def opaque_decoder(input_ids: Tensor, number: int, context: Context) -> Tensor:
     return hidden
 
 
-@torch.library.impl("bitnet_ops::opaque_decoder", "CPU")
+@torch.library.impl(add_op_namespace_prefix("opaque_decoder"), "CPU")
 def _(
     input_ids: Tensor,
     number: int,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..checkpoint.codes import check_codes
-from ..checkpoint.hf import WEIGHTS_PER_BYTE, unpack_quarters
+from ..checkpoint.quarters import WEIGHTS_PER_BYTE, unpack_quarters
 from ..layers.linear import BitLinear
 
 ErrorMaker = Callable[[str, str], Exception]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._ops import add_op_namespace_prefix
 from ._registry import (
     OPS,
     batch_first,
@@ -97,7 +98,9 @@ def _attention_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None, None, None, None, None
 
 
-torch.library.register_autograd("bitnet_ops::attention", _attention_backward, setup_context=_attention_setup)
+torch.library.register_autograd(
+    add_op_namespace_prefix("attention"), _attention_backward, setup_context=_attention_setup
+)
 
 
 def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -115,7 +118,7 @@ def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any)
     return y.unflatten(0, (size, len(y) // size)), 0
 
 
-torch.library.register_vmap("bitnet_ops::attention", _attention_vmap)
+torch.library.register_vmap(add_op_namespace_prefix("attention"), _attention_vmap)
 
 
 use_on_accelerators("attention", reference.attention)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._ops import add_op_namespace_prefix
 from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators
 
 
@@ -63,7 +64,7 @@ def _glu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None
 
 
-torch.library.register_autograd("bitnet_ops::glu", _glu_backward, setup_context=_glu_setup)
+torch.library.register_autograd(add_op_namespace_prefix("glu"), _glu_backward, setup_context=_glu_setup)
 
 
 use_on_accelerators("glu", reference.glu)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._ops import add_op_namespace_prefix
 from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators, without_gradient
 
 
@@ -54,7 +55,9 @@ def _lm_head_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...
     return grad_x, grad_weight
 
 
-torch.library.register_autograd("bitnet_ops::lm_head", _lm_head_backward, setup_context=_lm_head_setup)
+torch.library.register_autograd(
+    add_op_namespace_prefix("lm_head"), _lm_head_backward, setup_context=_lm_head_setup
+)
 
 
 batch_rows("lm_head")

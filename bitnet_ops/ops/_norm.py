@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._ops import add_op_namespace_prefix
 from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators
 
 
@@ -61,7 +62,9 @@ def _rms_norm_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, None
 
 
-torch.library.register_autograd("bitnet_ops::rms_norm", _rms_norm_backward, setup_context=_rms_norm_setup)
+torch.library.register_autograd(
+    add_op_namespace_prefix("rms_norm"), _rms_norm_backward, setup_context=_rms_norm_setup
+)
 
 
 batch_rows("rms_norm")

@@ -6,16 +6,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import bitnet_ops.isa  # noqa: F401  loads the library, which registers the operators
+from .. import _ops
+from .._ops import add_op_namespace_prefix
 
-OPS = torch.ops.bitnet_ops
+OPS = _ops.ops
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 
 def fake_kernel(operator: str) -> Callable[[_Kernel], _Kernel]:
     """Registers an operator's shapes and dtypes without data, for torch.compile and meta tensors."""
-    decorator: Callable[[_Kernel], _Kernel] = torch.library.register_fake(f"bitnet_ops::{operator}")
+    decorator: Callable[[_Kernel], _Kernel] = torch.library.register_fake(add_op_namespace_prefix(operator))
     return decorator
 
 
@@ -32,7 +33,7 @@ def check_device(operator: str, first: Tensor, **others: Tensor | None) -> None:
 def use_on_accelerators(operator: str, reference: Callable[..., Any]) -> None:
     """Registers the reference for GPUs, where there are no kernels, so that a model trains there too."""
     for backend in ("CUDA", "MPS", "XPU"):
-        torch.library.impl(f"bitnet_ops::{operator}", backend)(reference)
+        torch.library.impl(add_op_namespace_prefix(operator), backend)(reference)
 
 
 def batch_rows(operator: str, *more: int) -> None:
@@ -58,7 +59,7 @@ def batch_rows(operator: str, *more: int) -> None:
         )
         return result, _each(lambda _: 0, result)
 
-    torch.library.register_vmap(f"bitnet_ops::{operator}", rule)
+    torch.library.register_vmap(add_op_namespace_prefix(operator), rule)
 
 
 def batch_first(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._ops import add_op_namespace_prefix
 from ._packing import unpack_ternary
 from ._registry import OPS, batch_rows, check_device, fake_kernel, use_on_accelerators, without_gradient
 
@@ -175,7 +176,7 @@ def _ternary_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, .
 
 
 torch.library.register_autograd(
-    "bitnet_ops::ternary_linear", _ternary_linear_backward, setup_context=_ternary_linear_setup
+    add_op_namespace_prefix("ternary_linear"), _ternary_linear_backward, setup_context=_ternary_linear_setup
 )
 
 

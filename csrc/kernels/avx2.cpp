@@ -137,6 +137,67 @@ struct Maddubs {
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
 };
 
+struct Inner : YmmLoops<Maddubs> {
+  template <int TILES, int ROWS>
+  static void block(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
+                    int32_t* acc) {
+    if constexpr (ROWS == 1) {
+      block_in_place(tile, blocks, q, acc);
+    } else {
+      YmmLoops<Maddubs>::block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc);
+    }
+  }
+
+  // One row of q: steps 0 and 1 of a byte, and 2 and 3 of it shifted by four bits, are multiplied where they stand: one
+  // shift instead of three, and half as many additions in each chain. Steps 1 and 3 are four times too large.
+  static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
+    __m256i acc_i32x8[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (; blocks >= kBlocksInPlace; blocks -= kBlocksInPlace) {
+      few_in_place(tile, kBlocksInPlace, q, acc_i32x8);
+      tile += kBlocksInPlace * kBlockBytes;
+      q += kBlocksInPlace * kBlockInputs;
+    }
+    few_in_place(tile, blocks, q, acc_i32x8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), acc_i32x8[0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), acc_i32x8[1]);
+  }
+
+ private:
+  // Of a block, two pairs in each lane are four times too large and lie in [-3072, 3048] for any byte: ten fit.
+  // Together with the others, in true size, they then lie in [-15360, 15240].
+  static constexpr int64_t kBlocksInPlace = 5;
+
+  __attribute__((always_inline)) static void few_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q,
+                                                           __m256i (&acc_i32x8)[2]) {
+    const __m256i even_u8x32 = _mm256_set1_epi8(0x03);
+    const __m256i odd_u8x32 = _mm256_set1_epi8(0x0c);
+    __m256i ones_i16x16[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    __m256i fours_i16x16[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+#pragma GCC unroll 5
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* address = tile + b * kBlockBytes;
+      const int8_t* q_block = q + b * kBlockInputs;
+      ask_ahead<Ymm>(address);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256i& ones = ones_i16x16[half];
+        __m256i& fours = fours_i16x16[half];
+        const __m256i low_u8x32 = load32(address + 32 * half);
+        const __m256i high_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
+        ones = Maddubs::dot(ones, _mm256_and_si256(low_u8x32, even_u8x32), broadcast4(q_block));
+        fours = Maddubs::dot(fours, _mm256_and_si256(low_u8x32, odd_u8x32), broadcast4(q_block + 4));
+        ones = Maddubs::dot(ones, _mm256_and_si256(high_u8x32, even_u8x32), broadcast4(q_block + 8));
+        fours = Maddubs::dot(fours, _mm256_and_si256(high_u8x32, odd_u8x32), broadcast4(q_block + 12));
+      }
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m256i sum_i16x16 = _mm256_add_epi16(ones_i16x16[half], _mm256_srai_epi16(fours_i16x16[half], 2));
+      acc_i32x8[half] = _mm256_add_epi32(acc_i32x8[half], Maddubs::widen(sum_i16x16));
+    }
+  }
+};
+
 // tile_sums.h, in two ways.
 //
 // Signed bytes: vpmaddubsw would saturate (255 * 128 * 2 > 32767), so numbers and activations widen to
@@ -245,7 +306,7 @@ struct Avx2Sums {
 }  // namespace
 
 extern const KernelTable kAvx2Kernels;
-constexpr KernelTable kAvx2Kernels = make_table<Ymm, YmmLoops<Maddubs>, YmmLoops<Maddubs>, Avx2Sums>("avx2");
+constexpr KernelTable kAvx2Kernels = make_table<Ymm, Inner, Inner, Avx2Sums>("avx2");
 
 }  // namespace bitnet_ops
 

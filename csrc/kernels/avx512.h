@@ -161,6 +161,11 @@ inline void dot(__m512i& acc_i32x16, __m512i code_u8x64, const int8_t* q) {
 #endif
 }
 
+// The same with four bytes of q that are loaded already, for several products.
+inline void dot(__m512i& acc_i32x16, __m512i code_u8x64, __m512i q_i8x64) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc_i32x16) : "v"(code_u8x64), "v"(q_i8x64));
+}
+
 inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
 
 inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
@@ -200,7 +205,6 @@ struct TileBlocks {
   // Memory, not arithmetic, limits up to four rows; one tile at a time is then one stream, which
   // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md).
   static constexpr int kRowsStreamed = 4;
-  static constexpr int kDecodedRows = 0;
   static constexpr int kRowsOfGroups = 16 / kSteps;  // 16 accumulators
   static constexpr int64_t kQBytes = int64_t{512} << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
 
@@ -215,18 +219,36 @@ struct TileBlocks {
   }
 
   // Few rows: codes are multiplied where they stand in the byte, each step into its own accumulator.
-  // No shift inside the loop, and four chains for every row; the shifts at the end are exact.
+  // No shift inside the loop, and four chains for every row; the shifts at the end are exact. One row has two sets of
+  // them, for even and odd blocks: with one, a block cannot take less time than a vpdpbusd.
   template <int ROWS>
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
-    __m512i acc_i32x16[ROWS][kSteps];
+    constexpr int kSets = ROWS == 1 ? 2 : 1;
+    __m512i acc_i32x16[kSets][ROWS][kSteps];
+#pragma GCC unroll 2
+    for (int set = 0; set < kSets; ++set) {
+#pragma GCC unroll 4
+      for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 5
+        for (int p = 0; p < kSteps; ++p) acc_i32x16[set][t][p] = _mm512_setzero_si512();
+      }
+    }
+    int64_t b = 0;
+    for (; b + kSets <= blocks; b += kSets) {
+#pragma GCC unroll 2
+      for (int set = 0; set < kSets; ++set) add_block<ROWS>(tile, q, q_stride, b + set, acc_i32x16[set]);
+    }
+    if (b < blocks) add_block<ROWS>(tile, q, q_stride, b, acc_i32x16[0]);
 #pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
+      if constexpr (kSets == 2) {
 #pragma GCC unroll 5
-      for (int p = 0; p < kSteps; ++p) acc_i32x16[t][p] = _mm512_setzero_si512();
+        for (int p = 0; p < kSteps; ++p) {
+          acc_i32x16[0][t][p] = _mm512_add_epi32(acc_i32x16[0][t][p], acc_i32x16[1][t][p]);
+        }
+      }
+      _mm512_storeu_si512(acc + t * kTileRows, add_steps(acc_i32x16[0][t]));
     }
-    for (int64_t b = 0; b < blocks; ++b) add_block<ROWS>(tile, q, q_stride, b, acc_i32x16);
-#pragma GCC unroll 4
-    for (int t = 0; t < ROWS; ++t) _mm512_storeu_si512(acc + t * kTileRows, add_steps(acc_i32x16[t]));
   }
 
   // block_in_place and add_group for one group after the other, the sums in registers all the while. A group is 8
@@ -347,6 +369,113 @@ struct TileBlocks {
 #pragma GCC unroll 2
       for (int i = 0; i < TILES; ++i) {
         _mm512_storeu_si512(acc + (t * TILES + i) * kTileRows, acc_i32x16[t][i]);
+      }
+    }
+  }
+
+  // Many tokens (ternary_decoded.h). What is left in the loop are loads and products: 12 rows of q and two lines of
+  // codes are loaded for 24 products, which run two a cycle, as loads do.
+  static constexpr int kDecodedRows = 12;
+  static constexpr int kDecodedTiles = 2;
+  static constexpr int64_t kLeastDecodedRows = 24;
+  // Codes of two tiles are 16 or 20 KB: with as many inputs of 12 rows of q less than an L1 of 32 KB.
+  static constexpr int64_t kPieceBlocks = 32;
+  static constexpr int64_t kPieceBytes = kPieceBlocks * kSteps * kBlockBytes;
+
+  // Codes of `blocks` blocks, a byte each: [blocks][kSteps][64].
+  static bool decode(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      prefetch_near(packed + b * kBlockBytes + kPrefetchBytes);
+      const typename Codes::Block block = Codes::load(packed + b * kBlockBytes);
+#pragma GCC unroll 5
+      for (int p = 0; p < kSteps; ++p) {
+        _mm512_store_si512(codes + (b * kSteps + p) * kBlockBytes, Codes::shifted(block, p));
+      }
+    }
+    return true;
+  }
+
+  // Adds codes * q to acc.
+  template <int TILES, int ROWS>
+  __attribute__((always_inline)) static void add_piece(const uint8_t* codes, int64_t blocks, const int8_t* q,
+                                                        int64_t q_stride, __m512i (&acc_i32x16)[ROWS][TILES]) {
+    // An address is that of every third row and 0, 1 or 2 times the distance of rows: so pointers fit the registers.
+    constexpr int kPointers = (ROWS + 2) / 3;
+    const int8_t* rows[kPointers];
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) rows[i] = q + 3 * i * q_stride;
+    for (int64_t b = 0; b < blocks; ++b) {
+#pragma GCC unroll 5
+      for (int p = 0; p < kSteps; ++p) {
+        __m512i code_u8x64[TILES];
+#pragma GCC unroll 2
+        for (int i = 0; i < TILES; ++i) code_u8x64[i] = load64(codes + i * kPieceBytes + p * kBlockBytes);
+#pragma GCC unroll 12
+        for (int t = 0; t < ROWS; ++t) {
+          const __m512i q_i8x64 = broadcast4(rows[t / 3] + t % 3 * q_stride + 4 * p);
+#pragma GCC unroll 2
+          for (int i = 0; i < TILES; ++i) dot(acc_i32x16[t][i], code_u8x64[i], q_i8x64);
+        }
+      }
+      codes += kSteps * kBlockBytes;
+#pragma GCC unroll 4
+      for (int i = 0; i < kPointers; ++i) {
+        rows[i] += kInputs;
+        __asm__("" : "+r"(rows[i]));  // or GCC makes twelve pointers of them again
+      }
+    }
+  }
+
+  template <int TILES, int ROWS>
+  static void piece(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc,
+                    int64_t tile_stride, bool first) {
+    __m512i acc_i32x16[ROWS][TILES];
+#pragma GCC unroll 12
+    for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 2
+      for (int i = 0; i < TILES; ++i) {
+        acc_i32x16[t][i] = first ? _mm512_setzero_si512() : load64(acc + i * tile_stride + t * kTileRows);
+      }
+    }
+    add_piece(codes, blocks, q, q_stride, acc_i32x16);
+#pragma GCC unroll 12
+    for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 2
+      for (int i = 0; i < TILES; ++i) _mm512_store_si512(acc + i * tile_stride + t * kTileRows, acc_i32x16[t][i]);
+    }
+  }
+
+  // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group, has
+  // the order, and why int32 and float32 are exact.
+  template <int PLANES, int TILES, int ROWS>
+  static void piece_of_group(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride,
+                             const DecodedGroup& group) {
+    __m512i acc_i32x16[ROWS][TILES];
+#pragma GCC unroll 12
+    for (int t = 0; t < ROWS; ++t) {
+      // From minus the sums of q, so that codes become weights.
+      const __m512i less_i32x16 = _mm512_set1_epi32(-group.q_sum[t * group.stride]);
+#pragma GCC unroll 2
+      for (int i = 0; i < TILES; ++i) acc_i32x16[t][i] = less_i32x16;
+    }
+    add_piece(codes, blocks, q, q_stride, acc_i32x16);
+    __m512 scale_f32x16[TILES];
+#pragma GCC unroll 2
+    for (int i = 0; i < TILES; ++i) scale_f32x16[i] = Avx512::load(group.scale + i * kTileRows);
+#pragma GCC unroll 12
+    for (int t = 0; t < ROWS; t += PLANES) {
+#pragma GCC unroll 2
+      for (int i = 0; i < TILES; ++i) {
+        float* out = group.sums + i * group.tile_stride + t / PLANES * kTileRows;
+        __m512i sum_i32x16 = acc_i32x16[t][i];
+        __m512 factor_f32x16 = scale_f32x16[i];
+        if constexpr (PLANES == 2) {
+          sum_i32x16 = _mm512_add_epi32(_mm512_slli_epi32(sum_i32x16, 8), acc_i32x16[t + 1][i]);
+        } else {
+          factor_f32x16 = _mm512_mul_ps(_mm512_set1_ps(group.x_scale[t * group.stride]), factor_f32x16);
+        }
+        const __m512 scaled_f32x16 = _mm512_mul_ps(_mm512_cvtepi32_ps(sum_i32x16), factor_f32x16);
+        Avx512::store(out, _mm512_add_ps(Avx512::load(out), scaled_f32x16));
       }
     }
   }

@@ -33,7 +33,7 @@
 namespace bitnet_ops {
 extern const KernelTable kAvx512VbmiKernels;
 constexpr KernelTable kAvx512VbmiKernels = make_table<Avx512, TileBlocks<Tile16Codes>, Sparse, Avx512Sums>(
-    "avx512_vbmi", TernaryDriver<Avx512, TileBlocks<Base3Codes>>::ternary_product);
+    "avx512_vbmi", tile_product<Avx512, TileBlocks<Base3Codes>>);
 
 }  // namespace bitnet_ops
 

@@ -5,7 +5,7 @@
 // Identity:    sum q*w = sum q*c - sum q, with the code c = w + 1 unsigned (docs/layouts.md).
 // Overflow:    vpdpbusd adds four products to an int32 lane without saturating in between. With
 //              shifted codes |acc| <= K * 3 * 128 = 384 K <= 1.0e8; with codes in place (one
-//              row of q) |acc| <= K/4 * (3 << 6) * 128 = 6144 K <= 1.61e9 < 2^31 at K = 2^18, for any byte.
+//              row of q) |acc| <= K/2 * (3 << 2) * 128 = 768 K <= 2.0e8, for any byte.
 //
 // Half a block is one ymm; lane i is row i (or 8 + i):
 //
@@ -50,8 +50,11 @@ struct Dpbusd {
   // 2 x 6 accumulators + 2 codes + 1 mask + 1 activation = 16 registers.
   static constexpr int kRows = 6;
 
+  // In assembly, so that nothing is moved across it: GCC 12 would decode all four steps of a block first, and then lacks
+  // registers for six rows of q (bench/LOG.md).
   static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
-    return _mm256_dpbusd_avx_epi32(acc_i32x8, code_u8x32, q_i8x32);
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc_i32x8) : "x"(code_u8x32), "x"(q_i8x32));
+    return acc_i32x8;
   }
   static constexpr int kDecodedRows = 0;  // slower (bench/LOG.md)
   static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }
@@ -68,35 +71,40 @@ struct Inner : YmmLoops<Dpbusd> {
     }
   }
 
-  // One row of q: codes are multiplied where they stand in the byte, 4^p times too large, each p into its
-  // own accumulator: no shift inside the loop, and eight independent chains to cover the latency of
-  // vpdpbusd (5 cycles). The shifts at the end are exact.
+  // One row of q: steps 0 and 1 of a byte, and 2 and 3 of it shifted by four bits, are multiplied where they stand,
+  // each into its own accumulator: eight independent chains to cover the latency of vpdpbusd (5 cycles). Steps 1 and 3
+  // are four times too large until the end, where the shift is exact. A mask for each step instead of the one shift
+  // needs one register more than there are, and then sums go through memory in every block (bench/LOG.md).
   static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    __m256i low_i32x8[4];
-    __m256i high_i32x8[4];
-    for (int p = 0; p < 4; ++p) {
-      low_i32x8[p] = _mm256_setzero_si256();
-      high_i32x8[p] = _mm256_setzero_si256();
+    const __m256i even_u8x32 = _mm256_set1_epi8(0x03);
+    const __m256i odd_u8x32 = _mm256_set1_epi8(0x0c);
+    __m256i acc_i32x8[2][4];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) acc_i32x8[half][p] = _mm256_setzero_si256();
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
+      const int8_t* q_block = q + b * kBlockInputs;
       ask_ahead<Ymm>(address);
-      const __m256i low_u8x32 = load32(address);
-      const __m256i high_u8x32 = load32(address + 32);
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p) {
-        const __m256i mask_u8x32 = _mm256_set1_epi8(static_cast<char>(0x03 << (2 * p)));
-        const __m256i q_i8x32 = broadcast4(q + b * kBlockInputs + 4 * p);
-        low_i32x8[p] = Dpbusd::dot(low_i32x8[p], _mm256_and_si256(low_u8x32, mask_u8x32), q_i8x32);
-        high_i32x8[p] = Dpbusd::dot(high_i32x8[p], _mm256_and_si256(high_u8x32, mask_u8x32), q_i8x32);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256i(&sums)[4] = acc_i32x8[half];
+        const __m256i low_u8x32 = load32(address + 32 * half);
+        const __m256i high_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
+        sums[0] = Dpbusd::dot(sums[0], _mm256_and_si256(low_u8x32, even_u8x32), broadcast4(q_block));
+        sums[1] = Dpbusd::dot(sums[1], _mm256_and_si256(low_u8x32, odd_u8x32), broadcast4(q_block + 4));
+        sums[2] = Dpbusd::dot(sums[2], _mm256_and_si256(high_u8x32, even_u8x32), broadcast4(q_block + 8));
+        sums[3] = Dpbusd::dot(sums[3], _mm256_and_si256(high_u8x32, odd_u8x32), broadcast4(q_block + 12));
       }
     }
-    for (int p = 1; p < 4; ++p) {
-      low_i32x8[0] = _mm256_add_epi32(low_i32x8[0], _mm256_srai_epi32(low_i32x8[p], 2 * p));
-      high_i32x8[0] = _mm256_add_epi32(high_i32x8[0], _mm256_srai_epi32(high_i32x8[p], 2 * p));
+    for (int half = 0; half < 2; ++half) {
+      const __m256i ones_i32x8 = _mm256_add_epi32(acc_i32x8[half][0], acc_i32x8[half][2]);
+      const __m256i fours_i32x8 = _mm256_add_epi32(acc_i32x8[half][1], acc_i32x8[half][3]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8 * half),
+                          _mm256_add_epi32(ones_i32x8, _mm256_srai_epi32(fours_i32x8, 2)));
     }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), low_i32x8[0]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), high_i32x8[0]);
   }
 };
 

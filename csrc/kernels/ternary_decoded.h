@@ -3,34 +3,42 @@
 // Include this inside a kernel file's target region, after ternary_driver.h.
 //
 // Inner provides, besides what TernaryDriver asks for,
-//     kDecodedRows                                          rows of q in a register block, even; 0: not this way
-//     kPieceBlocks, kPieceBytes                             most blocks of a piece, and the bytes of their codes
-//     decode(packed, blocks, codes)                         codes, a byte each; false where their sums might not fit
-//     piece<ROWS>(codes, blocks, q, q_stride, acc, first)   acc[ROWS][16], set if `first` or added to
-//     piece_of_group<PLANES, ROWS>(codes, blocks, q, q_stride, group)    the same of a group, scaled and added up
+//     kDecodedRows, kDecodedTiles     a register block: rows of q, even, 0: not this way; and tiles, 1 or kTilesAtOnce
+//     kLeastDecodedRows               from so many rows of q on it pays for decoding into memory (bench/LOG.md)
+//     kPieceBlocks, kPieceBytes       most blocks of a piece, and the bytes of their codes in a tile
+//     decode(packed, blocks, codes)   codes, a byte each; false where their sums might not fit
+//     piece<TILES, ROWS>(codes, blocks, q, q_stride, acc, tile_stride, first)    acc[ROWS][16] of each tile, set if
+//                                     `first` or added to
+//     piece_of_group<PLANES, TILES, ROWS>(codes, blocks, q, q_stride, group)    the same of a group, scaled and added up
+//
+// Codes of tile i are kPieceBytes * i further.
 
 namespace bitnet_ops {
 namespace {
 
-// A group of inputs, for some rows of q and one tile.
+// Side by side, so that the activations of a piece are in L1 for all but the first.
+constexpr int64_t kTilesAtOnce = 2;
+
+// A group of inputs, for some rows of q and one or more tiles.
 struct DecodedGroup {
   const int32_t* q_sum;  // of row t at t * stride
   const float* x_scale;  // likewise; unused with two planes
   int64_t stride;
-  const float* scale;  // [16]
-  float* sums;         // [tokens][16]
+  const float* scale;   // [tiles][16]
+  float* sums;          // [tokens][16] of each tile
+  int64_t tile_stride;  // of sums
 };
 
 template <class Isa, class Inner>
 struct DecodedDriver {
   // Rows of q that codes are decoded for. Their sums, 64 bytes each, stay in L2 with the activations of a piece.
   static constexpr int64_t kMostRows = 128;
-  // From so many on it pays for decoding into memory (bench/LOG.md).
-  static constexpr int64_t kLeastRows = 12;
-  // Side by side, so that the activations of a piece are in L1 for all but the first.
-  static constexpr int64_t kTiles = 2;
+  static constexpr int64_t kTiles = kTilesAtOnce;
+  static_assert(Inner::kDecodedTiles == 1 || Inner::kDecodedTiles == kTiles, "a register block is one tile, or all");
 
-  static bool suits(const TernaryProduct& p) { return p.tokens * p.planes >= kLeastRows && p.blocks > 0; }
+  static bool suits(const TernaryProduct& p) {
+    return p.tokens * p.planes >= Inner::kLeastDecodedRows && p.blocks > 0;
+  }
 
   // Some tiles and tokens.
   struct Rectangle {
@@ -50,9 +58,10 @@ struct DecodedDriver {
     int64_t piece_blocks() const { return Inner::kPieceBlocks; }
     void begin_piece(int64_t) {}
 
-    template <int ROWS>
+    template <int TILES, int ROWS>
     void add(int64_t block, const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t i, int64_t token) {
-      Inner::template piece<ROWS>(codes, blocks, q, p.q_stride, acc[i] + token * PLANES * kTileRows, block == 0);
+      Inner::template piece<TILES, ROWS>(codes, blocks, q, p.q_stride, acc[i] + token * PLANES * kTileRows,
+                                         kMostRows * kTileRows, block == 0);
     }
 
     void store(int64_t i, int64_t token) {
@@ -93,11 +102,12 @@ struct DecodedDriver {
       }
     }
 
-    template <int ROWS>
+    template <int TILES, int ROWS>
     void add(int64_t, const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t i, int64_t token) {
       const int64_t row = (area.token + token) * PLANES * p.groups + group;
-      const DecodedGroup terms{p.q_sum + row, p.x_scale + row, p.groups, scale[i], sums[i] + token * kTileRows};
-      Inner::template piece_of_group<PLANES, ROWS>(codes, blocks, q, p.q_stride, terms);
+      const DecodedGroup terms{p.q_sum + row, p.x_scale + row,  p.groups,
+                               scale[i],      sums[i] + token * kTileRows, kMostRows / PLANES * kTileRows};
+      Inner::template piece_of_group<PLANES, TILES, ROWS>(codes, blocks, q, p.q_stride, terms);
     }
 
     void store(int64_t i, int64_t token) {
@@ -108,13 +118,13 @@ struct DecodedDriver {
   };
 
   // Calls sums.add with the number of rows as a compile-time number, up to ROWS.
-  template <int ROWS, class Sums>
+  template <int TILES, int ROWS, class Sums>
   static void add_of(int64_t rows, Sums& sums, int64_t block, const uint8_t* codes, int64_t blocks, const int8_t* q,
                      int64_t i, int64_t token) {
     if constexpr (ROWS > Sums::kPlanes) {
-      if (rows < ROWS) return add_of<ROWS - Sums::kPlanes>(rows, sums, block, codes, blocks, q, i, token);
+      if (rows < ROWS) return add_of<TILES, ROWS - Sums::kPlanes>(rows, sums, block, codes, blocks, q, i, token);
     }
-    sums.template add<ROWS>(block, codes, blocks, q, i, token);
+    sums.template add<TILES, ROWS>(block, codes, blocks, q, i, token);
   }
 
   // False, and results are undefined, where a code is 3: the file is corrupt, and slower loops have to take it.
@@ -140,8 +150,15 @@ struct DecodedDriver {
       for (int64_t part = 0, token = 0; part < parts; ++part) {
         const int64_t count = part < more ? least + 1 : least;
         const int8_t* q_part = q + token * Sums::kPlanes * p.q_stride;
-        for (int64_t i = 0; i < area.tiles; ++i) {
-          add_of<Inner::kDecodedRows>(count * Sums::kPlanes, sums, block, codes[i], blocks, q_part, i, token);
+        const int64_t rows = count * Sums::kPlanes;
+        int64_t i = 0;
+        for (; i + Inner::kDecodedTiles <= area.tiles; i += Inner::kDecodedTiles) {
+          add_of<Inner::kDecodedTiles, Inner::kDecodedRows>(rows, sums, block, codes[i], blocks, q_part, i, token);
+        }
+        if constexpr (Inner::kDecodedTiles > 1) {
+          for (; i < area.tiles; ++i) {
+            add_of<1, Inner::kDecodedRows>(rows, sums, block, codes[i], blocks, q_part, i, token);
+          }
         }
         if (last) {  // one after another: stores of all tokens at once would wait for memory
           for (int64_t t = token; t < token + count; ++t) {

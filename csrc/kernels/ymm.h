@@ -216,6 +216,8 @@ struct YmmLoops {
   // Many tokens (ternary_decoded.h): a piece of a tile is decoded once, into L1, for all of them. With few rows of q
   // decoding hides behind products; with many it takes ports from them.
   static constexpr int kDecodedRows = Dot::kDecodedRows;
+  static constexpr int kDecodedTiles = 1;
+  static constexpr int64_t kLeastDecodedRows = 12;
   static constexpr int64_t kPieceBlocks = kMaxGroupInputs / kBlockInputs;
   static constexpr int64_t kPieceBytes = kPieceBlocks * 4 * kBlockBytes;
 
@@ -238,8 +240,10 @@ struct YmmLoops {
   }
 
   // acc[ROWS][16], set or added to.
-  template <int ROWS>
-  static void piece(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc, bool first) {
+  template <int TILES, int ROWS>
+  static void piece(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc, int64_t,
+                    bool first) {
+    static_assert(TILES == 1, "the driver asks for kDecodedTiles at most");
     __m256i low[ROWS];
     __m256i high[ROWS];
     Dot::piece(codes, blocks, q, q_stride, low, high);
@@ -252,9 +256,10 @@ struct YmmLoops {
 
   // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group, has
   // the order, and why int32 and float32 are exact.
-  template <int PLANES, int ROWS>
+  template <int PLANES, int TILES, int ROWS>
   static void piece_of_group(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride,
                              const DecodedGroup& group) {
+    static_assert(TILES == 1, "the driver asks for kDecodedTiles at most");
     __m256i low[ROWS];
     __m256i high[ROWS];
     Dot::piece(codes, blocks, q, q_stride, low, high);

@@ -18,6 +18,16 @@
 #include "ops/ternary.h"
 #include "run/parallel.h"
 
+// The namespace of the operators. Builds that stand beside a wheel in one process have one of their own
+// (.ci/hub_kernel.py); errors say `bitnet_ops` in all of them.
+#ifndef BITNET_OPS_NAMESPACE
+#define BITNET_OPS_NAMESPACE bitnet_ops
+#endif
+
+// torch's macros do not expand the name of a namespace; an argument of these is expanded.
+#define BITNET_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define BITNET_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
 namespace bitnet_ops {
 namespace {
 
@@ -30,7 +40,7 @@ const bool uses_threads_of_torch = [] {
 }  // namespace
 }  // namespace bitnet_ops
 
-STABLE_TORCH_LIBRARY(bitnet_ops, m) {
+BITNET_LIBRARY(BITNET_OPS_NAMESPACE, m) {
   m.def("quantize_activations(Tensor x, int bits=8) -> (Tensor q, Tensor x_scale)");
   m.def("pack_ternary(Tensor w, str layout=\"tile16\") -> Tensor");
   m.def(
@@ -71,7 +81,7 @@ STABLE_TORCH_LIBRARY(bitnet_ops, m) {
   m.def("release_layers(int prepared) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
+BITNET_LIBRARY_IMPL(BITNET_OPS_NAMESPACE, CPU, m) {
   m.impl("quantize_activations", BITNET_BOX(&bitnet_ops::quantize_activations));
   m.impl("pack_ternary", BITNET_BOX(&bitnet_ops::pack_ternary));
   m.impl("pack_two_bits", BITNET_BOX(&bitnet_ops::pack_two_bits));
@@ -94,6 +104,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CPU, m) {
   m.impl("run_prepared_layers", BITNET_BOX(&bitnet_ops::run_prepared_layers));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bitnet_ops, CompositeExplicitAutograd, m) {
+BITNET_LIBRARY_IMPL(BITNET_OPS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("release_layers", BITNET_BOX(&bitnet_ops::release_layers));
 }

@@ -1,6 +1,7 @@
 // The Python module bitnet_ops._C: importing it loads the library, which registers the operators
 // (library.cpp). Its functions see and set the instruction set for bitnet_ops.isa, look at dictionaries for
-// bitnet_ops.decoder.plan, and are told which memory is a file by bitnet_ops.layers.memory.
+// bitnet_ops.decoder.plan, and are told which memory is a file by bitnet_ops.layers.memory. The builder says with
+// TORCH_EXTENSION_NAME what the module is called: _C, or as the builders of hub kernels like (.ci/hub_kernel.py).
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -9,6 +10,10 @@
 #include "run/dispatch.h"
 #include "run/file_memory.h"
 #include "ops/same_objects.h"
+
+// With its argument expanded.
+#define BITNET_JOINED(a, b) a##b
+#define BITNET_INIT(name) BITNET_JOINED(PyInit_, name)
 
 namespace {
 
@@ -81,4 +86,4 @@ PyModuleDef module = {
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&module); }
+PyMODINIT_FUNC BITNET_INIT(TORCH_EXTENSION_NAME)() { return PyModuleDef_Init(&module); }

@@ -1,4 +1,5 @@
-// Linux: affinity, CPU clocks of threads, transparent huge pages, the page table. Threads sleep as in sleep_by_futex.cpp.
+// Linux, beside posix.cpp: affinity, CPU clocks of threads, transparent huge pages, the page table. Threads sleep as in
+// sleep_by_futex.cpp.
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -11,8 +12,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstdlib>
 #include <cstring>
 
 #include "platform/system.h"
@@ -21,23 +20,11 @@ namespace bitnet_ops {
 
 // ---- memory ---------------------------------------------------------------------------------------
 
-void* allocate_aligned(size_t alignment, size_t bytes) {
-  void* memory;
-  return posix_memalign(&memory, alignment, bytes) == 0 ? memory : nullptr;
-}
-
-void free_aligned(void* memory) { std::free(memory); }
-
 void prefer_huge_pages(void* begin, size_t bytes) {
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + bytes) / kPage * kPage;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-}
-
-size_t page_bytes() {
-  static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
 }
 
 namespace {
@@ -119,23 +106,6 @@ int find_resident_ranges(uintptr_t begin, uintptr_t end, ByteRange* ranges, int 
   return count;
 }
 
-// ---- files ----------------------------------------------------------------------------------------
-
-bool read_at(int descriptor, int64_t offset, void* out, size_t bytes) {
-  char* next = static_cast<char*>(out);
-  while (bytes > 0) {
-    const ssize_t count = pread(descriptor, next, bytes, offset);
-    if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) return false;
-    next += count;
-    offset += count;
-    bytes -= static_cast<size_t>(count);
-  }
-  return true;
-}
-
-void close_file(int descriptor) { close(descriptor); }
-
 // ---- registers ------------------------------------------------------------------------------------
 
 bool may_use_amx() {
@@ -210,9 +180,5 @@ uint64_t ThreadHandle::time_run() const {
   if (clock_ == 0 || clock_gettime(static_cast<clockid_t>(clock_), &time) != 0) return 0;
   return static_cast<uint64_t>(time.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(time.tv_nsec);
 }
-
-void call_in_forked_children(void (*work)()) { pthread_atfork(nullptr, nullptr, work); }
-
-void call_around_forks(void (*before)(), void (*after)()) { pthread_atfork(before, after, after); }
 
 }  // namespace bitnet_ops

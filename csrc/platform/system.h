@@ -1,5 +1,5 @@
 // What is asked of an operating system beyond standard C++: memory, files, sleep, and a say in where threads run. Each
-// system has a file with its name; how threads sleep may be in a file of its own (setup.py lists them). What a system
+// system has a file with its name; what several do alike has one of its own (setup.py lists them). What a system
 // cannot do is left undone there, where a function here allows it.
 #pragma once
 

@@ -1,7 +1,9 @@
 """Builds the extension, and the C++ tests, for other systems with zig's clang (PyPI's `ziglang`).
 
 Zig brings the headers and C libraries of these systems. What of PyTorch is linked against comes from its own
-wheel for the system; of Python's library the names are enough. Used by tests/test_cross.py and .ci/wheels.py.
+wheel for the system; of Python's library the names are enough. Zig keeps what it has compiled in its cache.
+At most MAX_JOBS files are compiled at once, as in setup.py. Used by tests/test_cross.py,
+tests/test_wheels.py and .ci/wheels.py.
 """
 
 import os
@@ -14,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from cross.mach_o import keep_names_local
 from sources import ROOT, setup_py
 
 TORCH = "2.13.0"
@@ -88,16 +91,21 @@ typedef ptrdiff_t Py_ssize_t;
 """
 
 
-def zig(*arguments: str | Path) -> None:
-    """Runs zig, which keeps what it has compiled of its own libraries in its cache.
+def run_python(*arguments: str | Path, folder: Path | None = None) -> None:
+    """Runs this Python.
 
     Raises:
         RuntimeError: with what it wrote, where it failed.
     """
-    command = [sys.executable, "-m", "ziglang", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-6000:]}")
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-2000:]}{result.stderr[-6000:]}")
+
+
+def zig(*arguments: str | Path) -> None:
+    """Runs zig."""
+    run_python("-m", "ziglang", *arguments)
 
 
 def compile_all(target: Target, sources: list[str], flags: list[str], objects: Path) -> list[Path]:
@@ -116,7 +124,7 @@ def compile_all(target: Target, sources: list[str], flags: list[str], objects: P
     def one(source: str) -> None:
         zig("c++", *fixed, f"-I{ROOT / 'csrc'}", *flags, "-c", ROOT / source, "-o", named[source])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         missing = [source for source in sources if not named[source].exists()]
         list(pool.map(one, sorted(missing, key=lambda source: -(ROOT / source).stat().st_size)))
     return list(named.values())
@@ -130,33 +138,46 @@ def build_program(target: Target, sources: list[str], folder: Path, name: str) -
     return program
 
 
-def build_extension(target: Target, folder: Path, downloads: Path) -> Path:
+def build_kernel_test(target: Target, folder: Path) -> Path:
+    """Builds the program of tests/kernels, of the same objects as the extension."""
+    tests = [file.relative_to(ROOT).as_posix() for file in (ROOT / "tests/kernels").glob("*.cpp")]
+    sources = [*tests, *setup_py().torch_free_sources(target.system, target.machine)]
+    return build_program(target, sources, folder, "kernel_test")
+
+
+def build_extension(
+    target: Target, folder: Path, downloads: Path, module: str = "_C", defines: tuple[str, ...] = ()
+) -> Path:
     """Builds the extension for a target.
 
     Args:
         target: the system.
         folder: for what is made.
         downloads: keeps PyTorch's wheels.
+        module: what Python calls it.
+        defines: more flags for the files that know torch.
 
     Returns:
         The extension. What it leaves unresolved is for the system to find: see `unresolved`.
     """
     python, torch = python_headers(folder), torch_headers()
     headers = [f"-isystem{torch}", f"-isystem{torch / 'torch/csrc/api/include'}", f"-I{python}"]
-    defines = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_EXTENSION_NAME=_C"]
+    defines = ("-DPy_LIMITED_API=0x030A0000", f"-DTORCH_EXTENSION_NAME={module}", *defines)
     setup = setup_py()
     objects = [
         *compile_all(target, setup.files("ops/*.cpp"), [*headers, *defines], folder / "objects"),
         *compile_all(target, setup.torch_free_sources(target.system, target.machine), [], folder / "objects"),
     ]
-    extension = folder / target.extension
+    extension = folder / target.extension.replace("_C", module, 1)
     libraries = torch_libraries(target, folder, downloads)
     link = ["-shared", *objects, *libraries, *system_libraries(target), *python_library(target, folder)]
     strip = ["-s"]
     if target.system == "Darwin":
         strip = []  # it would take the names of what is imported, too, which tests read
-        link += ["-Wl,-undefined,dynamic_lookup", f"-Wl,-install_name,@rpath/{target.extension}"]
+        link += ["-Wl,-undefined,dynamic_lookup", f"-Wl,-install_name,@rpath/{extension.name}"]
     zig("c++", "-target", target.zig, *strip, *link, "-o", extension)
+    if target.system == "Darwin":
+        keep_names_local(extension)
     return extension
 
 
@@ -222,7 +243,8 @@ def torch_wheel(target: Target, downloads: Path) -> Path:
     found = sorted(downloads.glob(f"torch-{TORCH}-*-{target.wheel}.whl"))
     if not found:
         where = ["--platform", target.wheel, "--python-version", "3.11", "--only-binary=:all:"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *where, "-d", downloads]
-        subprocess.run([*command, f"torch=={TORCH}"], check=True)
+        run_python(
+            "-m", "pip", "download", "--quiet", "--no-deps", *where, "-d", downloads, f"torch=={TORCH}"
+        )
         found = sorted(downloads.glob(f"torch-{TORCH}-*-{target.wheel}.whl"))
     return found[0]

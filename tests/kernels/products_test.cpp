@@ -343,8 +343,8 @@ void test_prompts() {
   }
   for (int weights = 0; weights < kWeightKinds; ++weights) {
     for (int activations = 0; activations < kActivationKinds; ++activations) {
-      test_tile16<T>({33, 600, 20, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
-      test_base3<T>({33, 130, 20, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
+      test_tile16<T>({33, 600, 25, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
+      test_base3<T>({33, 130, 25, static_cast<Weights>(weights), static_cast<Activations>(activations)}, random);
     }
   }
 }
@@ -370,7 +370,7 @@ void test_prompts_in_groups() {
   // Sums of the largest group at the edge of the lanes that avx2 keeps them in.
   for (const Weights weights : {kAllMinus, kAllPlus, kAllThree}) {
     for (const Activations activations : {kAll127, kAllMinus128}) {
-      for (const int64_t planes : {1, 2}) test_tile16<T>({33, 512, 20, weights, activations, false, planes, 16}, random);
+      for (const int64_t planes : {1, 2}) test_tile16<T>({33, 512, 25, weights, activations, false, planes, 16}, random);
     }
   }
 }

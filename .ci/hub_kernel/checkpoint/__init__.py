@@ -1,0 +1,1 @@
+"""How transformers stores ternary weights."""
