@@ -342,7 +342,7 @@ def write_hub_kernel(
             target, folder = TARGETS[system], Path(place) / system
             folder.mkdir()
             extension = build_extension(target, folder, downloads or Path(place), name, (NAMESPACE_FLAG,))
-            check_extension(extension, target)
+            check_extension(extension, target, name)
             written.append(write_variant(out, variant_name(target.system, target.machine), name, extension))
         if not systems:
             extension = build_here(out, sources, name, Path(place))

@@ -33,8 +33,13 @@ SYSTEM_SETS = "api-ms-win-"
 """What begins so is a name for a part of Windows."""
 
 
-def check_extension(extension: Path, target: Target) -> None:
+def check_extension(extension: Path, target: Target, module: str = "_C") -> None:
     """Checks an extension as torch-abi-audit does, which reads no files of Windows and macOS here, and more.
+
+    Args:
+        extension: the file.
+        target: what it is for.
+        module: what Python imports it as.
 
     Raises:
         ValueError: with what is wrong.
@@ -52,8 +57,8 @@ def check_extension(extension: Path, target: Target) -> None:
         wrong.append(f"needs torch {of_torch.min_torch_version}: {of_torch.version_defining_symbols}")
     if not of_python.compliant:
         wrong.append(f"outside Python's stable ABI: {of_python.violations}")
-    if "PyInit__C" not in exports(extension):
-        wrong.append("no module _C of Python")
+    if f"PyInit_{module}" not in exports(extension):
+        wrong.append(f"no module {module} of Python")
     foreign = {name for name in libraries - LIBRARIES[target.system] if not name.startswith(SYSTEM_SETS)}
     if foreign:
         wrong.append(f"linked against {sorted(foreign)}")
