@@ -35,14 +35,64 @@
 namespace bitnet_ops {
 namespace {
 
-// How far ahead of a stream of keys or values memory is asked for: as for rows of the LM head.
+// How far ahead of its use the cache is asked for: as for rows of the LM head.
 constexpr int64_t kCacheAheadBytes = kStreamAheadBytes;
+
+// Asks for the keys and values that a span reads, in the order in which it reads them. Blocks of keys and of values lie
+// apart, so a processor that follows streams by itself begins anew at each of them (bench/LOG.md).
+template <class Isa>
+class CacheStream {
+ public:
+  static constexpr int64_t kLine = 64;
+
+  // `lines` cache lines that begin `step` bytes apart.
+  void add(const void* begin, int64_t lines, int64_t step) {
+    if (lines > 0) pieces_[count_++] = {static_cast<const char*>(begin), lines, step};
+  }
+
+  // The next lines, or as many as there are.
+  __attribute__((always_inline)) void ask(int64_t lines) {
+    if (left_ <= 0) {
+      if (next_ == count_) return;
+      at_ = pieces_[next_].begin;
+      left_ = pieces_[next_].lines;
+      step_ = pieces_[next_].step;
+      ++next_;
+    }
+    // A few lines more, perhaps, where a piece is no multiple.
+    left_ -= lines;
+    for (; lines > 0; --lines, at_ += step_) {
+      if (to_l1_) {
+        Isa::prefetch_near(at_);
+      } else {
+        Isa::prefetch_far(at_);
+      }
+    }
+  }
+
+ private:
+  struct Piece {
+    const char* begin;
+    int64_t lines, step;
+  };
+  // Keys and values of each block of a span and of one more; keys of the last block of these in four pieces at most.
+  static constexpr int kMostPieces = 2 * (static_cast<int>(kAttentionSpan / kAttentionBlock) + 1) + 3;
+
+  Piece pieces_[kMostPieces];
+  int count_ = 0;
+  int next_ = 0;
+  const char* at_ = nullptr;
+  int64_t left_ = 0;
+  int64_t step_ = 0;
+  const bool to_l1_ = stream_ahead.far_bytes == 0;
+};
 
 template <class Isa, class Sums>
 struct AttentionKernels {
   using Int8 = Int8Attention<Isa, Sums>;
   using F32 = typename Isa::F32;
   using Float = FloatKernels<Isa>;
+  using Stream = CacheStream<Isa>;
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kRows = Isa::kAttentionRows;
   static constexpr int kRegisters = static_cast<int>(kAttentionBlock) / kLanes;  // of the scores of one row
@@ -59,10 +109,11 @@ struct AttentionKernels {
 
   // ---- rows x lanes -----------------------------------------------------------------------------
 
-  // c[row][lane] = fma chain over k of a[row][k] * b[k][lane], from +0, or from c * factor[row] if given.
+  // c[row][lane] = fma chain over k of a[row][k] * b[k][lane], from +0, or from c * factor[row] if given. For each
+  // k asks for `lines` of the stream, if there is one.
   template <int ROWS, int REGISTERS, class T>
   static void block(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count, float* c,
-                    int64_t c_stride, const float* factor) {
+                    int64_t c_stride, const float* factor, Stream* stream, int64_t lines) {
     F32 acc[ROWS][REGISTERS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
@@ -74,11 +125,7 @@ struct AttentionKernels {
     }
     for (int64_t k = 0; k < count; ++k) {
       const T* b_row = b + k * b_stride;
-      const char* ahead = reinterpret_cast<const char*>(b_row) + kCacheAheadBytes;
-#pragma GCC unroll 8
-      for (int64_t line = 0; line < REGISTERS * kLanes * static_cast<int64_t>(sizeof(T)); line += 64) {
-        Isa::prefetch_far(ahead + line);
-      }
+      if (stream != nullptr) stream->ask(lines);
       F32 lanes[REGISTERS];
 #pragma GCC unroll 16
       for (int i = 0; i < REGISTERS; ++i) lanes[i] = Isa::load(b_row + i * kLanes);
@@ -98,26 +145,30 @@ struct AttentionKernels {
 
   template <int ROWS, int REGISTERS, class T>
   static void block_of(int rows, const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count,
-                       float* c, int64_t c_stride, const float* factor) {
+                       float* c, int64_t c_stride, const float* factor, Stream* stream, int64_t lines) {
     if constexpr (ROWS > 1) {
       if (rows < ROWS) {
-        return block_of<ROWS - 1, REGISTERS>(rows, a, a_stride, b, b_stride, count, c, c_stride, factor);
+        return block_of<ROWS - 1, REGISTERS>(rows, a, a_stride, b, b_stride, count, c, c_stride, factor, stream, lines);
       }
     }
-    block<ROWS, REGISTERS>(a, a_stride, b, b_stride, count, c, c_stride, factor);
+    block<ROWS, REGISTERS>(a, a_stride, b, b_stride, count, c, c_stride, factor, stream, lines);
   }
 
   // Lanes [0, width), a multiple of kLanes; at most kRows rows.
   template <class T>
   static void multiply(int rows, int64_t width, const float* a, int64_t a_stride, const T* b, int64_t b_stride,
-                       int64_t count, float* c, int64_t c_stride, const float* factor) {
+                       int64_t count, float* c, int64_t c_stride, const float* factor, Stream* stream = nullptr) {
+    // All that takes the place of these rows is asked for while their first lanes pass: then all of it comes from memory.
+    const int64_t lines = divide_up(width * static_cast<int64_t>(sizeof(T)), Stream::kLine);
     int64_t lane = 0;
     for (; lane + kPanel <= width; lane += kPanel) {
       block_of<kRows, Isa::kAttentionRegisters>(rows, a, a_stride, b + lane, b_stride, count, c + lane, c_stride,
-                                                factor);
+                                                factor, stream, lines);
+      stream = nullptr;
     }
     for (; lane < width; lane += kLanes) {
-      block_of<kRows, 1>(rows, a, a_stride, b + lane, b_stride, count, c + lane, c_stride, factor);
+      block_of<kRows, 1>(rows, a, a_stride, b + lane, b_stride, count, c + lane, c_stride, factor, stream, lines);
+      stream = nullptr;
     }
   }
 
@@ -166,8 +217,10 @@ struct AttentionKernels {
                           T* converted) {
     const int64_t d = p.head_dim;
     const int64_t width = value_width(d);
-    convert(key, d, converted);
     T* keys = static_cast<T*>(p.keys) + (place - position % kAttentionBlock) * d + position % kAttentionBlock;
+    // Every element is in a line of its own: asked for together, they do not wait for each other.
+    for (int64_t i = 0; i < d; ++i) Isa::prefetch_near(keys + i * kAttentionBlock);
+    convert(key, d, converted);
     for (int64_t i = 0; i < d; ++i) keys[i * kAttentionBlock] = converted[i];
     T* values = static_cast<T*>(p.values) + place * width;
     convert(value, d, values);
@@ -305,7 +358,7 @@ struct AttentionKernels {
   // Keys (or rows of values) of one block against all rows, from the cache itself or widened from it.
   template <class T>
   static void attend_block(const Attention& p, const AttentionRows& rows, int64_t key, const float* q, const T* keys,
-                           const T* values, const AttentionState& state, float* scores) {
+                           const T* values, const AttentionState& state, float* scores, Stream* stream) {
     const int64_t width = value_width(p.head_dim);
     const Seers seers(p, rows, key, kAttentionBlock);
     for (int64_t row = seers.begin; row < seers.end; row += kRows) {
@@ -320,7 +373,7 @@ struct AttentionKernels {
       const float one = 1.0f;
       float* out = state.out + row * width;
       multiply(n, most, q + row * p.head_dim, p.head_dim, keys, kAttentionBlock, p.head_dim, scores, kAttentionBlock,
-               nullptr);
+               nullptr, stream);
       float factor[kRows + kLanes];
       soften(n, scores, hidden, visible, state.max + row, state.sum + row, factor);
       // Keys in order for each row: those before the common ones alone, then the common ones, then the rest alone.
@@ -332,7 +385,8 @@ struct AttentionKernels {
         }
       }
       multiply(n, width, scores + begin, kAttentionBlock, values + begin * width, width, least - begin, out, width,
-               factor);
+               factor, stream);
+      stream = nullptr;  // the rows that are left find this block in the cache
       for (int i = 1; i < n; ++i) {
         const int64_t from = hidden[i] > least ? hidden[i] : least;
         if (visible[i] > from) {
@@ -352,7 +406,7 @@ struct AttentionKernels {
 
   template <class T>
   static void attend_block_of(const Attention& p, const AttentionRows& rows, int64_t key, int64_t end,
-                              const AttentionState& state, float* scratch) {
+                              const AttentionState& state, float* scratch, Stream& stream) {
     const int64_t d = p.head_dim;
     const int64_t width = value_width(d);
     const int64_t count = p.group * (rows.token_end - rows.token_begin);
@@ -362,13 +416,13 @@ struct AttentionKernels {
     float* q = queries_in(scratch);
     // Widening costs about as much as it saves one register block; few rows read the cache itself.
     if (p.cache == CacheType::kFloat32 || count <= 2 * kRows) {
-      return attend_block(p, rows, key, q, keys, values, state, scratch);
+      return attend_block(p, rows, key, q, keys, values, state, scratch, &stream);
     }
     float* wide_keys = q + count * d;
     float* wide_values = wide_keys + kAttentionBlock * d;
     widen_block(keys, values, d, width, end - key < kAttentionBlock ? end - key : kAttentionBlock, wide_keys,
                 wide_values);
-    attend_block(p, rows, key, q, wide_keys, wide_values, state, scratch);
+    attend_block<float>(p, rows, key, q, wide_keys, wide_values, state, scratch, nullptr);
   }
 
   template <class T>
@@ -386,9 +440,38 @@ struct AttentionKernels {
     const int64_t first = first_seen(p.window, position_of(p, rows, 0));
     const int64_t from_first = first - first % kAttentionBlock;
     const int64_t begin = from_first > index * kAttentionSpan ? from_first : index * kAttentionSpan;
+    Stream stream;
     for (int64_t key = begin; key < end; key += kAttentionBlock) {
-      attend_block_of<T>(p, rows, key, end, state, scratch);
+      const int64_t keys = end - key < kAttentionBlock ? end - key : kAttentionBlock;
+      add_block<T>(p, rows.batch * p.kv_heads + rows.kv_head, key, keys, stream);
     }
+    // Where this thread goes on, most likely.
+    if (p.tokens == 1 && seen > end) {
+      add_block<T>(p, rows.batch * p.kv_heads + rows.kv_head, end, kAttentionBlock, stream);
+    } else if (p.tokens == 1 && rows.kv_head + 1 < p.kv_heads) {
+      add_block<T>(p, rows.batch * p.kv_heads + rows.kv_head + 1, from_first, kAttentionBlock, stream);
+    }
+    stream.ask(kCacheAheadBytes / Stream::kLine);
+    for (int64_t key = begin; key < end; key += kAttentionBlock) {
+      attend_block_of<T>(p, rows, key, end, state, scratch, stream);
+    }
+  }
+
+  // Keys [key, key + keys) of a block and their values, for head `head` of all sequences.
+  template <class T>
+  static void add_block(const Attention& p, int64_t head, int64_t key, int64_t keys, Stream& stream) {
+    constexpr int64_t kBytes = static_cast<int64_t>(sizeof(T));
+    constexpr int64_t kRowBytes = kAttentionBlock * kBytes;  // of an element of the keys
+    const int64_t place = head * p.capacity + key;
+    const int64_t width = value_width(p.head_dim);
+    const char* of_keys = reinterpret_cast<const char*>(static_cast<const T*>(p.keys) + place * p.head_dim);
+    const int64_t used = divide_up(keys * kBytes, Stream::kLine) * Stream::kLine;
+    if (used == kRowBytes) {
+      stream.add(of_keys, p.head_dim * kRowBytes / Stream::kLine, Stream::kLine);
+    } else {
+      for (int64_t byte = 0; byte < used; byte += Stream::kLine) stream.add(of_keys + byte, p.head_dim, kRowBytes);
+    }
+    stream.add(static_cast<const T*>(p.values) + place * width, keys * width * kBytes / Stream::kLine, Stream::kLine);
   }
 
   static void span_int8(const Attention& p, const AttentionRows& rows, int64_t index, const AttentionState& state,

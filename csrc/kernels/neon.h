@@ -36,8 +36,8 @@ struct Neon {
   static F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }
   static F32 div(F32 a, F32 b) { return vdivq_f32(a, b); }
   static F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
-  static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
-  static void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
+  __attribute__((always_inline)) static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+  __attribute__((always_inline)) static void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
   // 16-bit elements are copied by memcpy: BFloat16 and Float16 are types of their own.
   static uint16x4_t load_u16x4(const void* p) {

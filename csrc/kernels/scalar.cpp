@@ -69,8 +69,8 @@ struct Scalar {
   static F32 power_of_two(F32 v) { return bits_float((float_bits(v) << 23) + kOneBits); }
   static F32 zero_below(F32 x, F32 limit, F32 v) { return x < limit ? 0.0f : v; }
   static F32 choose_at_most(F32 x, F32 limit, F32 a, F32 b) { return x <= limit ? a : b; }
-  static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
-  static void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
+  __attribute__((always_inline)) static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+  __attribute__((always_inline)) static void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
   static I32 zero_i32() { return 0; }
   static int32_t sum(I32 v) { return v; }

@@ -79,15 +79,14 @@ struct Units {
 int64_t element_bytes(CacheType type) { return type == CacheType::kFloat32 ? 4 : type == CacheType::kBFloat16 ? 2 : 1; }
 
 // Keys and values of a unit lie apart from those before, so the processor does not foresee the first of them. As much
-// as kernels ask for ahead of themselves.
+// as kernels ask for ahead of themselves; of floats, kernels ask themselves.
 void ask_for_start(const Attention& attention, const AttentionRows& at, int64_t span) {
+  if (attention.cache != CacheType::kInt8) return;
   constexpr int64_t kBytes = 12288;
-  const int64_t element = element_bytes(attention.cache);
   const int64_t width = value_width(attention.head_dim);
   const int64_t place = (at.batch * attention.kv_heads + at.kv_head) * attention.capacity + span * kAttentionSpan;
-  const int64_t key_width = attention.cache == CacheType::kInt8 ? width : attention.head_dim;
-  const char* keys = static_cast<const char*>(attention.keys) + place * key_width * element;
-  const char* values = static_cast<const char*>(attention.values) + place * width * element;
+  const char* keys = static_cast<const char*>(attention.keys) + place * width;
+  const char* values = static_cast<const char*>(attention.values) + place * width;
   for (int64_t byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(keys + byte, 0, 2);
   for (int64_t byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(values + byte, 0, 2);
 }
@@ -112,6 +111,10 @@ void store_keys_and_values(const Attention& attention, const KernelTable& table)
   });
 }
 
+// Of a single token, whoever attends to its key stores it: that costs a few scattered lines, which then need not pass from
+// one core to another. It lies in the last span.
+bool stores_on_the_way(const Attention& attention) { return attention.tokens == 1; }
+
 // A unit's spans one after another.
 void attend_whole_units(const Attention& attention, const KernelTable& table, const Units& units, double ns_per_span,
                         int64_t most_spans) {
@@ -131,6 +134,7 @@ void attend_whole_units(const Attention& attention, const KernelTable& table, co
         ask_for_start(attention, next, units.first_span(next));
       }
       clear(state, rows, attention.head_dim);
+      if (stores_on_the_way(attention)) table.attention_store(attention, at, memory + 2 * floats);
       table.attention_queries(attention, at, memory + 2 * floats);
       for (int64_t span = units.first_span(at); span < units.end_span(at); ++span) {
         table.attention_span(attention, at, span, part, memory + 2 * floats);
@@ -163,6 +167,10 @@ void attend_spans(const Attention& attention, const KernelTable& table, const Un
       const int64_t first = units.first_span(at);
       const int64_t span = first + i % most_spans;
       if (span < units.end_span(at)) {
+        if (stores_on_the_way(attention) && span + 1 == units.end_span(at)) {
+          table.attention_store(attention, at, memory + floats);
+          unit_of_queries = -1;  // their scratch has been used
+        }
         if (unit != unit_of_queries) {
           ask_for_start(attention, at, span);
           table.attention_queries(attention, at, memory + floats);
@@ -184,7 +192,7 @@ void attend_spans(const Attention& attention, const KernelTable& table, const Un
 
 void run_attention(const Attention& attention) {
   const KernelTable& table = kernels();
-  store_keys_and_values(attention, table);
+  if (!stores_on_the_way(attention)) store_keys_and_values(attention, table);
   const Units units(attention);
   int64_t most_spans = 1;
   for (int64_t b = 0; b < attention.batch; ++b) {
