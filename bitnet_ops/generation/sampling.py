@@ -258,7 +258,7 @@ class Sampler:
 
 def check_finite(best: Tensor) -> None:
     """Raises FloatingPointError unless the best score of every row [B] is a finite number."""
-    if not bool(best.isfinite().all()):
+    if not all(map(math.isfinite, best.tolist())):  # isfinite() takes 0.2 ms with cold caches
         row = int(best.isfinite().logical_not().nonzero()[0])
         raise FloatingPointError(
             f"logits: expected finite scores of the next token, got {float(best[row])} in row {row}: "
