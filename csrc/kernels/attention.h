@@ -158,7 +158,7 @@ struct AttentionKernels {
   template <class T>
   static void multiply(int rows, int64_t width, const float* a, int64_t a_stride, const T* b, int64_t b_stride,
                        int64_t count, float* c, int64_t c_stride, const float* factor, Stream* stream = nullptr) {
-    // All that takes the place of these rows is asked for while their first lanes pass: then all of it comes from memory.
+    // As much as these rows take is asked for while their first lanes pass: then all of them come from memory.
     const int64_t lines = divide_up(width * static_cast<int64_t>(sizeof(T)), Stream::kLine);
     int64_t lane = 0;
     for (; lane + kPanel <= width; lane += kPanel) {
@@ -445,7 +445,7 @@ struct AttentionKernels {
       const int64_t keys = end - key < kAttentionBlock ? end - key : kAttentionBlock;
       add_block<T>(p, rows.batch * p.kv_heads + rows.kv_head, key, keys, stream);
     }
-    // Where this thread goes on, most likely.
+    // Where this thread most likely goes on.
     if (p.tokens == 1 && seen > end) {
       add_block<T>(p, rows.batch * p.kv_heads + rows.kv_head, end, kAttentionBlock, stream);
     } else if (p.tokens == 1 && rows.kv_head + 1 < p.kv_heads) {

@@ -21,7 +21,8 @@
 //     load_even_odd(const BFloat16*, F32& even, F32& odd)   2 * kLanes elements
 //     fold(F32)                            the folds kLanes -> 1 above
 //     fold_all(F32[n], float* out)         the same for n vectors, n = 1 and kLogitsRows
-//     prefetch_far(p) prefetch_near(p)     asks for a cache line, towards L2 or L1
+//     prefetch_far(p) prefetch_near(p)     asks for a cache line, towards L2 or L1; always_inline, or GCC 12 may
+//                                          find that nothing comes of a call and leave it out
 //     I32, zero_i32(), sum(I32)            int32 x kLanes
 //     max_magnitude(I32 m, F32 v)          larger of m and the bits of |v|, as integers
 //     highest(I32)                         the largest lane

@@ -111,8 +111,8 @@ void store_keys_and_values(const Attention& attention, const KernelTable& table)
   });
 }
 
-// Of a single token, whoever attends to its key stores it: that costs a few scattered lines, which then need not pass from
-// one core to another. It lies in the last span.
+// Of a single token, whoever attends to its key stores it: it is scattered over as many lines as it has elements, which
+// then need not pass from one core to another. It lies in the last span.
 bool stores_on_the_way(const Attention& attention) { return attention.tokens == 1; }
 
 // A unit's spans one after another.
