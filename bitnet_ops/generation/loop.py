@@ -104,7 +104,7 @@ def decode(model: GenerationMixin, request: Request, watch_stop_strings: bool = 
     lookup = _prompt_lookup(model, request)
     eos = frozenset(settings.eos_token_ids)
     watchers = _watchers(model, request) if watch_stop_strings and settings.stop_strings else []
-    running = [True] * batch  # in Python: with caches full of weights an operator of PyTorch takes 20 us and more
+    running = [True] * batch  # in Python: each operator of PyTorch takes 20 us or more here
 
     new_ids, mask = _read_prompt(model, request)
     drafting = False  # not in the pass that ends the prompt

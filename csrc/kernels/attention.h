@@ -52,20 +52,23 @@ class CacheStream {
 
   // The next lines, or as many as there are.
   __attribute__((always_inline)) void ask(int64_t lines) {
-    if (left_ <= 0) {
-      if (next_ == count_) return;
-      at_ = pieces_[next_].begin;
-      left_ = pieces_[next_].lines;
-      step_ = pieces_[next_].step;
-      ++next_;
-    }
-    // A few lines more, perhaps, where a piece is no multiple.
-    left_ -= lines;
-    for (; lines > 0; --lines, at_ += step_) {
-      if (to_l1_) {
-        Isa::prefetch_near(at_);
-      } else {
-        Isa::prefetch_far(at_);
+    while (lines > 0) {
+      if (left_ == 0) {
+        if (next_ == count_) return;
+        at_ = pieces_[next_].begin;
+        left_ = pieces_[next_].lines;
+        step_ = pieces_[next_].step;
+        ++next_;
+      }
+      const int64_t now = lines < left_ ? lines : left_;
+      lines -= now;
+      left_ -= now;
+      for (int64_t i = 0; i < now; ++i, at_ += step_) {
+        if (to_l1_) {
+          Isa::prefetch_near(at_);
+        } else {
+          Isa::prefetch_far(at_);
+        }
       }
     }
   }
