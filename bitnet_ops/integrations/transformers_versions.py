@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 OLDEST = (5, 3)
-"""The oldest version that `register_transformers` is tested with. 5.0 and 5.1 have its hooks, too, but with them
-they load another model than that of the file."""
+"""The oldest version that `register_transformers` is tested with. 5.0 and 5.1 have its hooks, too, but load
+another model than that of the file with them."""
 
 THEIR_MODULE = "transformers.integrations.bitnet"
 
