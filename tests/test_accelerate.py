@@ -147,6 +147,18 @@ def test_old_weights_are_freed_layer_by_layer(tmp_path: Path, monkeypatch: pytes
     assert all(ref() is None for ref in old)
 
 
+def test_the_head_is_moved_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays the table of the embedding."""
+    model = shipped_model()
+    before = model.lm_head.weight.data
+    monkeypatch.setattr(accelerating, "LEAST_BYTES", 0)
+    bitnet_ops.accelerate(model)
+    table = model.lm_head.weight
+    assert table is model.model.embed_tokens.weight
+    assert table.data_ptr() != before.data_ptr()
+    assert torch.equal(table, before)
+
+
 def test_what_older_versions_leave_in_a_layer() -> None:
     """Unpacked weights in uint8, and a hook by which a layer holds itself."""
     old = their_layer("offline", norm=False)

@@ -6,9 +6,10 @@ import sys
 import warnings
 from typing import Any, NoReturn, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..decoder.head import LEAST_BYTES
 from ..layers.linear import BitLinear, best_layout
 from ..layers.memory import HugePages, give_back_freed_memory
 from . import transformers_versions as versions
@@ -71,8 +72,17 @@ def accelerate(model: ModelT) -> ModelT:
         for name in names:
             model.set_submodule(name, layer)
         versions.free(old)
+    _move_head(model, memory)
     give_back_freed_memory()
     return finish(model)
+
+
+def _move_head(model: Any, memory: HugePages) -> None:
+    """Puts the table of a head into 2 MB pages, where a token's scores take half as long as from the file."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_cpu and weight.nbytes >= LEAST_BYTES:
+        weight.data = memory.copy(weight.data)
 
 
 def finish(model: ModelT) -> ModelT:
