@@ -338,7 +338,7 @@ def test_new_weights_are_seen(kernelized: Any, kind: str) -> None:
 
 @pytest.mark.slow
 def test_use_kernels(tmp_path: Path, folder: Path, kernelized: Any) -> None:
-    """transformers' own argument, where the installed `kernels` is one that it takes."""
+    """Transformers' own argument, where the installed `kernels` is one that it takes."""
     pytest.importorskip("transformers")
     from kernels import LocalLayerRepository, use_kernel_mapping
     from transformers import AutoModelForCausalLM
