@@ -1,5 +1,6 @@
 """What sees a change of a model: dictionaries compared by identity, and no crash from wrong arguments."""
 
+import threading
 from array import array
 from collections import OrderedDict
 from typing import Any
@@ -55,3 +56,30 @@ def test_wrong_arguments() -> None:
         same_items([{}], ([],), [None])
     with pytest.raises(TypeError):
         _C.same_values([], b"", ())  # type: ignore[arg-type]
+
+
+def test_dictionaries_that_another_thread_changes() -> None:
+    """Either answer is right; without a global lock an error or a crash would show that no lock is held."""
+    value = [1]
+    dicts = [{i: value for i in range(1 + j % 3)} for j in range(60)]
+    counts = list(map(len, dicts))
+    values = [value] * sum(counts)
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for changed in dicts:
+                changed.update({key: [2] for key in range(10, 40)})
+                for key in range(10, 40):
+                    del changed[key]
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        for _ in range(100):
+            assert same_values(dicts, counts, values) in (True, False)
+            assert same_items(dicts, (0, 10), [value, None] * len(dicts)) in (True, False)
+    finally:
+        done.set()
+        changer.join(timeout=60)
+    assert same_values(dicts, counts, values)

@@ -9,9 +9,9 @@ namespace {
 // So far ahead that memory answers before a dictionary's turn comes.
 constexpr Py_ssize_t kAhead = 16;
 
-// Without a global lock other threads may change a dictionary meanwhile, hence the critical sections. No other object here
-// needs one: tuples do not change, and a dictionary's value is compared by its address alone, never looked into. The limited
-// API of 3.10 has no name for critical sections, nor any need.
+// Without a global lock other threads may change a dictionary meanwhile, hence the critical sections. No other object
+// here needs one: tuples do not change, and a dictionary's value is compared by its address alone, never looked into.
+// The limited API of 3.10 has no name for critical sections, nor any need.
 #if !defined(Py_BEGIN_CRITICAL_SECTION)
 #define Py_BEGIN_CRITICAL_SECTION(object) {
 #define Py_END_CRITICAL_SECTION() }
@@ -40,7 +40,8 @@ PyObject* same_values(PyObject*, PyObject* args) {
   }
   const Py_ssize_t size = PyTuple_Size(dicts), n_values = PyTuple_Size(values);
   if (bytes != size * static_cast<Py_ssize_t>(sizeof(uint32_t))) {
-    return PyErr_Format(PyExc_ValueError, "counts: expected 4 bytes for each of %zd dictionaries, got %zd", size, bytes);
+    return PyErr_Format(PyExc_ValueError, "counts: expected 4 bytes for each of %zd dictionaries, got %zd", size,
+                        bytes);
   }
   Py_ssize_t next = 0;
   for (Py_ssize_t i = 0; i < size; ++i) {
@@ -66,7 +67,8 @@ PyObject* same_values(PyObject*, PyObject* args) {
 
 PyObject* same_items(PyObject*, PyObject* args) {
   PyObject *dicts, *keys, *values;
-  if (!PyArg_ParseTuple(args, "O!O!O!:same_items", &PyTuple_Type, &dicts, &PyTuple_Type, &keys, &PyTuple_Type, &values)) {
+  if (!PyArg_ParseTuple(args, "O!O!O!:same_items", &PyTuple_Type, &dicts, &PyTuple_Type, &keys, &PyTuple_Type,
+                        &values)) {
     return nullptr;
   }
   const Py_ssize_t size = PyTuple_Size(dicts), n_keys = PyTuple_Size(keys);
