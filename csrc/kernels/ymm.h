@@ -214,6 +214,17 @@ struct YmmLoops {
   template <int TILES, int ROWS>
   static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
+    if constexpr (ROWS <= Dot::kRowsInPlace) {
+      __m256i low[ROWS];
+      __m256i high[ROWS];
+      Dot::in_place(tile, 0, blocks, q, q_stride, low, high);
+#pragma GCC unroll 2
+      for (int t = 0; t < ROWS; ++t) {
+        put(acc + t * kTileRows, low[t], true);
+        put(acc + t * kTileRows + 8, high[t], true);
+      }
+      return;
+    }
     int64_t begin = 0;
     do {
       const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
@@ -232,7 +243,7 @@ struct YmmLoops {
   // One group after the other, its sums in registers, as in avx512.h. Only where a group needs no widening on the way:
   // with vpmaddubsw it was no faster (bench/LOG.md).
   static constexpr bool kHasGroupScales = true;
-  static constexpr int kRowsOfGroups = kBlocksPerWidening * kBlockInputs > kMaxGroupInputs ? kRows : 0;
+  static constexpr int kRowsOfGroups = kBlocksPerWidening * kBlockInputs > kMaxGroupInputs ? kRows : Dot::kRowsInPlace;
 
   template <int PLANES, int TOKENS, class Scale>
   static void groups(const TernaryProduct& p, const uint8_t* tile, const int8_t* q, const Scale* scales, int64_t token,
