@@ -248,20 +248,40 @@ struct YmmLoops {
   template <int PLANES, int TOKENS, class Scale>
   static void groups(const TernaryProduct& p, const uint8_t* tile, const int8_t* q, const Scale* scales, int64_t token,
                      float* sums) {
-    constexpr int kRowsHere = PLANES * TOKENS;
     const int32_t* q_sum = p.q_sum + token * PLANES * p.groups;
     const float* x_scale = p.x_scale + token * p.groups;  // read with one plane
     for (int64_t group = 0; group < p.groups; ++group) {
       const int64_t begin = group * p.group_blocks;
       const int64_t end = p.blocks - begin < p.group_blocks ? p.blocks : begin + p.group_blocks;
       prefetch_near(reinterpret_cast<const char*>(scales) + kScalesAheadBytes);
-      __m256i low_i32x8[kRowsHere];
-      __m256i high_i32x8[kRowsHere];
-      some_blocks<kRowsHere>(tile, begin, end, q, p.q_stride, low_i32x8, high_i32x8);
-      add_scaled<PLANES>(low_i32x8, high_i32x8, q_sum + group, x_scale + group, p.groups, Ymm::load(scales),
-                         Ymm::load(scales + 8), sums);
+      if constexpr (PLANES * TOKENS <= Dot::kRowsInPlace) {
+        one_group<PLANES, TOKENS>(tile, begin, end, q, p.q_stride, q_sum + group, x_scale + group, p.groups, scales,
+                                  sums);
+      } else {
+        one_group_apart<PLANES, TOKENS>(tile, begin, end, q, p.q_stride, q_sum + group, x_scale + group, p.groups,
+                                        scales, sums);
+      }
       scales += kTileRows;
     }
+  }
+
+  template <int PLANES, int TOKENS, class Scale>
+  __attribute__((always_inline)) static void one_group(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
+                                                       int64_t q_stride, const int32_t* q_sum, const float* x_scale,
+                                                       int64_t stride, const Scale* scale, float* sums) {
+    __m256i low_i32x8[PLANES * TOKENS];
+    __m256i high_i32x8[PLANES * TOKENS];
+    some_blocks<PLANES * TOKENS>(tile, begin, end, q, q_stride, low_i32x8, high_i32x8);
+    add_scaled<PLANES>(low_i32x8, high_i32x8, q_sum, x_scale, stride, Ymm::load(scale), Ymm::load(scale + 8), sums);
+  }
+
+  // A function of its own, or clang 14 moves sums of many rows to memory and back within the loop over blocks.
+  template <int PLANES, int TOKENS, class Scale>
+  __attribute__((noinline)) static void one_group_apart(const uint8_t* tile, int64_t begin, int64_t end,
+                                                        const int8_t* q, int64_t q_stride, const int32_t* q_sum,
+                                                        const float* x_scale, int64_t stride, const Scale* scale,
+                                                        float* sums) {
+    one_group<PLANES, TOKENS>(tile, begin, end, q, q_stride, q_sum, x_scale, stride, scale, sums);
   }
 
   // Many tokens (ternary_decoded.h): a piece of a tile is decoded once, into L1, for all of them. With few rows of q
