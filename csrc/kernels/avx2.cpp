@@ -153,7 +153,7 @@ struct Maddubs {
 
  private:
   // Of a block, two pairs in each lane are four times too large and lie in [-6144, 6096] for any byte: five blocks fit.
-  // In true size they lie in [-1536, 1524], as the others do: ten blocks of both fit.
+  // In true size they lie in [-1536, 1524], as the others do: ten blocks of both fit. Four and eight end with a group.
   static constexpr int64_t kBlocksOfFours = 4;
   static constexpr int64_t kBlocksInPlace = 8;
 
@@ -161,29 +161,30 @@ struct Maddubs {
   template <int ROWS>
   __attribute__((always_inline)) static void all_in_place(const uint8_t* tile, int64_t begin, int64_t end,
                                                           const int8_t* q, int64_t q_stride, const StreamAhead ahead,
-                                                          __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
+                                                          __m256i (&low_i32x8)[ROWS], __m256i (&high_i32x8)[ROWS]) {
     tile += begin * kBlockBytes;
     q += begin * kBlockInputs;
     int64_t blocks = end - begin;
 #pragma GCC unroll 2
-    for (int t = 0; t < ROWS; ++t) low[t] = high[t] = _mm256_setzero_si256();
+    for (int t = 0; t < ROWS; ++t) low_i32x8[t] = high_i32x8[t] = _mm256_setzero_si256();
     for (; blocks >= kBlocksInPlace; blocks -= kBlocksInPlace) {
-      __m256i ones[2][ROWS];
-      zero(ones);
-      few_in_place(tile, kBlocksOfFours, q, q_stride, ahead, ones);
+      __m256i sums_i16x16[2][ROWS];
+      zero(sums_i16x16);
+      // Not a loop: with one, what GCC 12 makes of it is slower by a twentieth.
+      few_in_place(tile, kBlocksOfFours, q, q_stride, ahead, sums_i16x16);
       tile += kBlocksOfFours * kBlockBytes;
       q += kBlocksOfFours * kBlockInputs;
-      few_in_place(tile, kBlocksOfFours, q, q_stride, ahead, ones);
+      few_in_place(tile, kBlocksOfFours, q, q_stride, ahead, sums_i16x16);
       tile += kBlocksOfFours * kBlockBytes;
       q += kBlocksOfFours * kBlockInputs;
-      add_widened(ones, low, high);
+      add_widened(sums_i16x16, low_i32x8, high_i32x8);
     }
     while (blocks > 0) {
       const int64_t few = blocks < kBlocksOfFours ? blocks : kBlocksOfFours;
-      __m256i ones[2][ROWS];
-      zero(ones);
-      few_in_place(tile, few, q, q_stride, ahead, ones);
-      add_widened(ones, low, high);
+      __m256i sums_i16x16[2][ROWS];
+      zero(sums_i16x16);
+      few_in_place(tile, few, q, q_stride, ahead, sums_i16x16);
+      add_widened(sums_i16x16, low_i32x8, high_i32x8);
       tile += few * kBlockBytes;
       q += few * kBlockInputs;
       blocks -= few;
@@ -197,20 +198,20 @@ struct Maddubs {
   }
 
   template <int ROWS>
-  __attribute__((always_inline)) static void add_widened(const __m256i (&ones)[2][ROWS], __m256i (&low)[ROWS],
-                                                         __m256i (&high)[ROWS]) {
+  __attribute__((always_inline)) static void add_widened(const __m256i (&sums_i16x16)[2][ROWS],
+                                                         __m256i (&low_i32x8)[ROWS], __m256i (&high_i32x8)[ROWS]) {
 #pragma GCC unroll 2
     for (int t = 0; t < ROWS; ++t) {
-      low[t] = _mm256_add_epi32(low[t], widen(ones[0][t]));
-      high[t] = _mm256_add_epi32(high[t], widen(ones[1][t]));
+      low_i32x8[t] = _mm256_add_epi32(low_i32x8[t], widen(sums_i16x16[0][t]));
+      high_i32x8[t] = _mm256_add_epi32(high_i32x8[t], widen(sums_i16x16[1][t]));
     }
   }
 
-  // Adds at most kBlocksOfFours blocks to ones_i16x16[half of the tile][row].
+  // Adds at most kBlocksOfFours blocks to sums[half of the tile][row].
   template <int ROWS>
   __attribute__((always_inline)) static void few_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q,
                                                           int64_t q_stride, const StreamAhead ahead,
-                                                          __m256i (&ones_i16x16)[2][ROWS]) {
+                                                          __m256i (&sums_i16x16)[2][ROWS]) {
     __m256i fours_i16x16[2][ROWS];
     zero(fours_i16x16);
     const __m256i mask_u8x32[2] = {_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)};
@@ -232,8 +233,8 @@ struct Maddubs {
 #pragma GCC unroll 2
         for (int t = 0; t < ROWS; ++t) {
           const __m256i q_i8x32 = broadcast4(q_block + t * q_stride + 4 * p);
-          __m256i& low_sum = p % 2 == 0 ? ones_i16x16[0][t] : fours_i16x16[0][t];
-          __m256i& high_sum = p % 2 == 0 ? ones_i16x16[1][t] : fours_i16x16[1][t];
+          __m256i& low_sum = p % 2 == 0 ? sums_i16x16[0][t] : fours_i16x16[0][t];
+          __m256i& high_sum = p % 2 == 0 ? sums_i16x16[1][t] : fours_i16x16[1][t];
           low_sum = dot(low_sum, low_code_u8x32, q_i8x32);
           high_sum = dot(high_sum, high_code_u8x32, q_i8x32);
         }
@@ -243,8 +244,7 @@ struct Maddubs {
     for (int t = 0; t < ROWS; ++t) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        ones_i16x16[half][t] =
-            _mm256_add_epi16(ones_i16x16[half][t], _mm256_srai_epi16(fours_i16x16[half][t], 2));
+        sums_i16x16[half][t] = _mm256_add_epi16(sums_i16x16[half][t], _mm256_srai_epi16(fours_i16x16[half][t], 2));
       }
     }
   }

@@ -105,8 +105,12 @@ struct DecodedDriver {
     template <int TILES, int ROWS>
     void add(int64_t, const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t i, int64_t token) {
       const int64_t row = (area.token + token) * PLANES * p.groups + first_group;
-      DecodedGroup terms{p.q_sum + row, p.x_scale + row,  p.groups,
-                         scale[0][i],   sums[i] + token * kTileRows, kMostRows / PLANES * kTileRows};
+      DecodedGroup terms{p.q_sum + row,
+                         p.x_scale + row,
+                         p.groups,
+                         scale[0][i],
+                         sums[i] + token * kTileRows,
+                         kMostRows / PLANES * kTileRows};
       for (; blocks > 0; blocks -= p.group_blocks) {
         const int64_t of_group = blocks < p.group_blocks ? blocks : p.group_blocks;
         Inner::template piece_of_group<PLANES, TILES, ROWS>(codes, of_group, q, p.q_stride, terms);

@@ -164,8 +164,8 @@ inline __m256i code_of(Codes codes, const uint8_t* half) {
 //     widen(acc)                       acc as int32 x 8
 //     kDotsPerWidening                 how many times dot may add to acc before that
 //     kRows                            rows of q in a register block, two accumulators each
-//     kRowsInPlace, in_place(tile, begin, end, q, q_stride, low, high)    0, or up to so many rows of q have a loop of
-//                                      their own: sums of blocks [begin, end), which are widened already
+//     kRowsInPlace, in_place(tile, begin, end, q, q_stride, low, high)    up to so many rows of q have a loop of their
+//                                      own: sums of any number of blocks [begin, end), which are widened already
 //     kDecodedRows                     likewise where codes are decoded already
 //     piece(codes, blocks, q, q_stride, low, high)    if kDecodedRows: sums of up to 64 dots of decoded codes below 3
 template <class Dot>
@@ -178,7 +178,8 @@ struct YmmLoops {
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
   static constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
 
-  // Sums of blocks [begin, end), at most kBlocksPerWidening of them, not widened yet: rows 0-7 of the tile, and 8-15.
+  // Sums of blocks [begin, end): rows 0-7 of the tile, and 8-15. Above kRowsInPlace at most kBlocksPerWidening blocks,
+  // and not widened yet.
   template <int ROWS>
   __attribute__((always_inline)) static void some_blocks(const uint8_t* tile, int64_t begin, int64_t end,
                                                          const int8_t* q, int64_t q_stride, __m256i (&low)[ROWS],
@@ -223,25 +224,25 @@ struct YmmLoops {
         put(acc + t * kTileRows, low[t], true);
         put(acc + t * kTileRows + 8, high[t], true);
       }
-      return;
-    }
-    int64_t begin = 0;
-    do {
-      const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
-      __m256i acc_low[ROWS];
-      __m256i acc_high[ROWS];
-      some_blocks<ROWS>(tile, begin, end, q, q_stride, acc_low, acc_high);
+    } else {
+      int64_t begin = 0;
+      do {
+        const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
+        __m256i acc_low[ROWS];
+        __m256i acc_high[ROWS];
+        some_blocks<ROWS>(tile, begin, end, q, q_stride, acc_low, acc_high);
 #pragma GCC unroll 6
-      for (int t = 0; t < ROWS; ++t) {
-        put(acc + t * kTileRows, Dot::widen(acc_low[t]), begin == 0);
-        put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), begin == 0);
-      }
-      begin = end;
-    } while (begin < blocks);
+        for (int t = 0; t < ROWS; ++t) {
+          put(acc + t * kTileRows, Dot::widen(acc_low[t]), begin == 0);
+          put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), begin == 0);
+        }
+        begin = end;
+      } while (begin < blocks);
+    }
   }
 
-  // One group after the other, its sums in registers, as in avx512.h. Only where a group needs no widening on the way:
-  // with vpmaddubsw it was no faster (bench/LOG.md).
+  // One group after the other, its sums in registers, as in avx512.h. Only where a group needs no widening on the way,
+  // or in_place has done it.
   static constexpr bool kHasGroupScales = true;
   static constexpr int kRowsOfGroups = kBlocksPerWidening * kBlockInputs > kMaxGroupInputs ? kRows : Dot::kRowsInPlace;
 
@@ -325,8 +326,8 @@ struct YmmLoops {
     }
   }
 
-  // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group, has
-  // the order, and why int32 and float32 are exact.
+  // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group,
+  // has the order, and why int32 and float32 are exact.
   template <int PLANES, int TILES, int ROWS>
   static void piece_of_group(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride,
                              const DecodedGroup& group) {
