@@ -195,7 +195,9 @@ struct YmmLoops {
       }
       for (int64_t b = begin; b < end; ++b) {
         const uint8_t* address = tile + b * kBlockBytes;
-        ask_ahead<Ymm>(address, ahead);
+        StreamAhead here = ahead;
+        __asm__ volatile("" : "+r"(here.far_bytes));  // or clang makes a loop for each case, and spills in one of them
+        ask_ahead<Ymm>(address, here);
         const int8_t* q_block = q + b * kBlockInputs;
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
@@ -212,8 +214,10 @@ struct YmmLoops {
     }
   }
 
+  // A function of its own, so that what is around it takes no registers from the loop.
   template <int TILES, int ROWS>
-  static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  __attribute__((noinline)) static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q,
+                                              int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
     if constexpr (ROWS <= Dot::kRowsInPlace) {
       __m256i low[ROWS];
@@ -276,7 +280,7 @@ struct YmmLoops {
     add_scaled<PLANES>(low_i32x8, high_i32x8, q_sum, x_scale, stride, Ymm::load(scale), Ymm::load(scale + 8), sums);
   }
 
-  // A function of its own, or clang 14 moves sums of many rows to memory and back within the loop over blocks.
+  // A function of its own, as `block` is.
   template <int PLANES, int TOKENS, class Scale>
   __attribute__((noinline)) static void one_group_apart(const uint8_t* tile, int64_t begin, int64_t end,
                                                         const int8_t* q, int64_t q_stride, const int32_t* q_sum,
