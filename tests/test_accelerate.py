@@ -6,6 +6,7 @@ there both are compared with float64.
 """
 
 import copy
+import gc
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bitnet_ops
 from bitnet_ops import BitLinear, reference
 from bitnet_ops.integrations import transformers as accelerating
+from bitnet_ops.integrations import transformers_versions as versions
 from bitnet_ops.integrations.transformers_weights import NormedBitLinear
 
 transformers = pytest.importorskip("transformers")
@@ -143,6 +145,42 @@ def test_old_weights_are_freed_layer_by_layer(tmp_path: Path, monkeypatch: pytes
     bitnet_ops.accelerate(model)
     assert alive == list(range(len(old), 0, -1))
     assert all(ref() is None for ref in old)
+
+
+def test_the_head_is_moved_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays the table of the embedding."""
+    model = shipped_model()
+    before = model.lm_head.weight.data
+    monkeypatch.setattr(accelerating, "LEAST_BYTES", 0)
+    bitnet_ops.accelerate(model)
+    table = model.lm_head.weight
+    assert table is model.model.embed_tokens.weight
+    assert table.data_ptr() != before.data_ptr()
+    assert torch.equal(table, before)
+
+
+def test_what_older_versions_leave_in_a_layer() -> None:
+    """Unpacked weights in uint8, and a hook by which a layer holds itself."""
+    old = their_layer("offline", norm=False)
+    expected = copy.deepcopy(old)
+    old.weight = nn.Parameter(old.weight.to(torch.int8).view(torch.uint8), requires_grad=False)
+    assert old.weight.max() == 255
+
+    def load_hook(*arguments: object, layer: nn.Module = old) -> None:
+        pass
+
+    load_hook.__module__ = versions.THEIR_MODULE
+    old._load_state_dict_pre_hooks.clear()
+    old._load_state_dict_pre_hooks[0] = load_hook
+    alive, net = weakref.ref(old), nn.Sequential(old)
+    del old, load_hook
+    gc.disable()
+    try:
+        new = bitnet_ops.accelerate(net)[0]
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert torch.equal(new.unpack().float(), expected.weight)
 
 
 def test_a_llama_with_biases_and_norms() -> None:
@@ -334,7 +372,8 @@ def test_plain_calls_keep_nothing_for_gradients(trained) -> None:
 
 def test_a_version_that_lacks_private_names(monkeypatch, recwarn) -> None:
     """Layers run as modules then; one warning says so."""
-    monkeypatch.delattr("transformers.cache_utils.DynamicLayer")
+    # One that transformers itself does without, once it is imported.
+    monkeypatch.delattr("transformers.generation.logits_process.TopKLogitsWarper")
     for name in ("transformers_cache", "transformers_decoder"):
         monkeypatch.delitem(sys.modules, f"bitnet_ops.integrations.{name}", raising=False)
         monkeypatch.delattr(f"bitnet_ops.integrations.{name}", raising=False)
@@ -343,7 +382,7 @@ def test_a_version_that_lacks_private_names(monkeypatch, recwarn) -> None:
     again = bitnet_ops.accelerate(shipped_model())
     warned = [str(one.message) for one in recwarn if "bitnet_ops:" in str(one.message)]
     assert len(warned) == 1
-    assert "DynamicLayer" in warned[0]
+    assert "TopKLogitsWarper" in warned[0]
     assert type(model.model).__module__.startswith("transformers.")
     ids = torch.tensor([[5, 6, 7, 8]])
     fast = bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL)(ids)

@@ -155,7 +155,10 @@ def test_the_config(gemma: GemmaPair, case: dict[str, Any]) -> None:
 
 
 def test_both_styles_of_the_config() -> None:
-    """Transformers 4 wrote the fields of kinds of layers one by one; 5 writes rope_parameters."""
+    """Transformers 4 wrote the fields of kinds of layers one by one; 5 writes rope_parameters.
+
+    Some versions of 5 put more beside the kinds, which counts for nothing.
+    """
     old = {"rope_parameters": None, "rope_theta": 500.0, "rope_local_base_freq": 70.0,
            "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
     new = {
@@ -164,13 +167,14 @@ def test_both_styles_of_the_config() -> None:
             "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
         }
     }
+    more = {"rope_parameters": {**new["rope_parameters"], "rope_theta": 3.0, "rope_type": "default"}}
     pattern = {"layer_types": None, "sliding_window_pattern": 3}
-    configs = [parse(**rope, **kinds) for rope in (old, new) for kinds in ({}, pattern)]
+    configs = [parse(**rope, **kinds) for rope in (old, new, more) for kinds in ({}, pattern)]
     for config in configs:
         assert config.rope_theta == 500.0
         assert config.rope_scaling == RopeScaling("linear", 8.0)
         assert config.local_rope_theta == 70.0
-    assert [config.local_layers for config in configs] == [(0, 1, 2, 3, 4, 6), (0, 1, 3, 4, 6)] * 2
+    assert [config.local_layers for config in configs] == [(0, 1, 2, 3, 4, 6), (0, 1, 3, 4, 6)] * 3
 
 
 def test_absent_fields_are_as_in_transformers() -> None:

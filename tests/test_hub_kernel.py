@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -335,6 +337,34 @@ def test_new_weights_are_seen(kernelized: Any, kind: str) -> None:
 
 
 @pytest.mark.slow
+def test_use_kernels(tmp_path: Path, folder: Path, kernelized: Any) -> None:
+    """Transformers' own argument, where the installed `kernels` is one that it takes."""
+    pytest.importorskip("transformers")
+    from kernels import LocalLayerRepository, use_kernel_mapping
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.import_utils import is_kernels_available
+
+    if not is_kernels_available():
+        pytest.skip("this transformers wants another version of kernels")
+    ours = bitnet_ops.from_pretrained(bitnet_ops.DEFAULT_MODEL)
+    bitnet_ops.save_published(ours, tmp_path / "published")
+    kernelized(nn.Sequential(), their_names())  # marks the classes
+    mapping = {
+        name: {"cpu": LocalLayerRepository(folder, layer_name=name)} for name in their_names().values()
+    }
+    options = {"dtype": torch.float32}
+    with torch.compiler.set_stance("force_eager"):
+        with use_kernel_mapping(mapping):
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "published", use_kernels=True, **options)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "published", **options)
+        layer = model.model.layers[0].mlp.up_proj
+        x = torch.randn(1, 3, layer.in_features)
+        name = "model.layers.0.mlp.up_proj"
+        expected = bitnet_ops.accelerate(theirs).get_submodule(name)(x)
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.slow
 def test_packed_copies_go_with_the_weights(kernel: Any, kernelized: Any) -> None:
     pytest.importorskip("transformers")
     kept = sys.modules[f"{kernel.__name__}.layers.repacked"]._kept
@@ -345,6 +375,28 @@ def test_packed_copies_go_with_the_weights(kernel: Any, kernelized: Any) -> None
         del model
         gc.collect()
     assert len(kept) <= before + 1
+
+
+@pytest.mark.slow
+def test_threads_that_come_first_pack_once(
+    kernel: Any, kernelized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    repacked = sys.modules[f"{kernel.__name__}.layers.repacked"]
+    pack, packed = repacked._packed, []
+
+    def slowly(*arguments: Any) -> Any:
+        packed.append(arguments)
+        time.sleep(0.2)
+        return pack(*arguments)
+
+    monkeypatch.setattr(repacked, "_packed", slowly)
+    model = kernelized(nn.Sequential(their_layers()["bitlinear"]).eval(), their_names())
+    x = torch.randn(1, 80)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(model, [x] * 4))
+    assert len(packed) == 1
+    assert all(torch.equal(y, results[0]) for y in results)
 
 
 @pytest.mark.slow

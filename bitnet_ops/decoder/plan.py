@@ -265,9 +265,9 @@ class Watch:
 
     def __init__(self, root: nn.Module, known: Known) -> None:
         modules = list(root.modules())
-        self._tables = [vars(module)[name] for module in modules for name in self.TABLES]
+        self._tables = tuple(vars(module)[name] for module in modules for name in self.TABLES)
         self._counts = array("I", map(len, self._tables)).tobytes()
-        self._values = [value for table in self._tables for value in table.values()]
+        self._values = tuple(value for table in self._tables for value in table.values())
         # A cast gives a parameter another dtype in place; buffers are replaced.
         self._dtypes = [(parameter, parameter.dtype) for parameter in root.parameters()]
         self._options = [self._items(modules, self.OPTIONS)]
@@ -278,8 +278,9 @@ class Watch:
     @staticmethod
     def _items(
         modules: list[nn.Module], names: tuple[str, ...]
-    ) -> tuple[list[dict[str, Any]], tuple[str, ...], list[Any]]:
-        return [vars(m) for m in modules], names, [vars(m).get(name) for m in modules for name in names]
+    ) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[Any, ...]]:
+        values = tuple(vars(m).get(name) for m in modules for name in names)
+        return tuple(vars(m) for m in modules), names, values
 
     def is_current(self) -> bool:
         """Whether nothing has changed since the beginning."""

@@ -16,7 +16,8 @@ Norms are stored as w of (1 + w), but for those inside projections.
 
 A folder of transformers 5 has rotary settings for each kind of layer, ``{"full_attention": {...},
 "sliding_attention": {...}}`` in "rope_parameters"; before, there were "rope_theta", "rope_scaling" and
-"rope_local_base_freq".
+"rope_local_base_freq". Versions before 5.18 add "rope_theta" and "rope_type" beside the two where
+all layers are of one kind, and do not look at them.
 """
 
 from typing import Any
@@ -41,7 +42,7 @@ def _normalize(data: dict[str, Any]) -> dict[str, Any]:
     both = data.get("rope_parameters")
     if not isinstance(both, dict) or not both.keys() & {LOCAL, GLOBAL}:
         return data
-    unknown = both.keys() - {LOCAL, GLOBAL}
+    unknown = both.keys() - {LOCAL, GLOBAL, "rope_theta", "rope_type"}
     if unknown:
         raise SettingError("rope_parameters", f"{GLOBAL} and {LOCAL}", f"also {sorted(unknown)!r:.200}")
     moved = data | {"rope_parameters": both.get(GLOBAL)}

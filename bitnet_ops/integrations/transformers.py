@@ -6,17 +6,19 @@ import sys
 import warnings
 from typing import Any, NoReturn, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..decoder.head import LEAST_BYTES
 from ..layers.linear import BitLinear, best_layout
 from ..layers.memory import HugePages, give_back_freed_memory
+from . import transformers_versions as versions
+from .transformers_versions import THEIR_MODULE
 from .transformers_weights import NormedBitLinear, ternary_weights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 LAYER_TYPES = ("AutoBitLinear", "BitLinear")
-THEIR_MODULE = "transformers.integrations.bitnet"
 
 
 def accelerate(model: ModelT) -> ModelT:
@@ -63,13 +65,24 @@ def accelerate(model: ModelT) -> ModelT:
     memory = HugePages()
     # disable=None: a bar on a terminal, silence elsewhere.
     for names in tqdm(places, desc="accelerating", unit="layer", disable=None, leave=False):
-        layer = _converted(names[0], model.get_submodule(names[0]), memory)
+        old = model.get_submodule(names[0])
+        layer = _converted(names[0], old, memory)
         if names[0] == "":
             return layer  # type: ignore[return-value]
         for name in names:
             model.set_submodule(name, layer)
+        versions.free(old)
+    _move_head(model, memory)
     give_back_freed_memory()
     return finish(model)
+
+
+def _move_head(model: Any, memory: HugePages) -> None:
+    """Puts the table of a head into 2 MB pages, where a token's scores take half as long as from the file."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_cpu and weight.nbytes >= LEAST_BYTES:
+        weight.data = memory.copy(weight.data)
 
 
 def finish(model: ModelT) -> ModelT:
@@ -148,7 +161,7 @@ def _check(name: str, module: nn.Module) -> None:
             )
     # accelerate's hook, which moves weights from other devices or the disk, replaces the forward method.
     if "forward" in vars(module) or any(
-        getattr(hook, "__module__", None) != THEIR_MODULE  # before 5.19 offline layers unpack what they load
+        not versions.is_own_hook(hook)
         for key, hooks in vars(module).items()
         if key.endswith("_hooks")
         for hook in hooks.values()
@@ -169,7 +182,8 @@ def _converted(name: str, module: Any, memory: HugePages) -> BitLinear:
         kind = "online" if module.online_quant else "offline"
     shape = (module.out_features, module.in_features)
     scale = None if kind == "online" else module.weight_scale
-    weights = ternary_weights(kind, shape, module.weight, scale, module.bias, error)
+    weight = versions.unpacked_weight(module) if kind == "offline" else module.weight
+    weights = ternary_weights(kind, shape, weight, scale, module.bias, error)
     layer_type = BitLinear if module.rms_norm is None else NormedBitLinear
     layer = layer_type.from_ternary(*weights, layout=best_layout())
     layer.packed_weight = memory.copy(layer.packed_weight)

@@ -35,12 +35,12 @@ from ..decoder.plan import Plan, Watch
 from ..layers.embedding import Embedding
 from ..layers.linear import BitLinear, NormedLinear
 from ..layers.norm import RMSNorm
+from . import transformers_versions as versions
 from .transformers_cache import shared_cache
 from .transformers_tables import TERNARY_HEADS
 from .transformers_weights import NormedBitLinear
 
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls a cache, in arguments and in outputs; before 5.2x it was the second."""
+CACHE = versions.cache_name()
 
 HARMLESS = {"cache_position", "use_cache", "return_dict", "logits_to_keep", "num_items_in_batch"}
 """Other arguments of a forward pass that change nothing here."""
@@ -394,7 +394,7 @@ def install(model: nn.Module) -> None:
         module.__class__ = derived
         if isinstance(module, FastModel):
             module.fast, module.float32_output = _Derived(), False
-            _keep_recording(module)
+            versions.keep_recording(module)
             embedding: Any = module.embed_tokens
             if type(embedding) is nn.Embedding and embedding.max_norm is None:
                 embedding.__class__ = Embedding
@@ -406,16 +406,6 @@ def install(model: nn.Module) -> None:
                 head.__class__ = FastHead
                 head.screened = _Derived()
             me.model.float32_output = isinstance(head, (FastHead, *TERNARY_HEADS))
-
-
-def _keep_recording(module: Any) -> None:
-    """Hidden states and attentions as outputs, which transformers registers by the class of a model."""
-    from transformers import modeling_utils
-
-    registry = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
-    if registry is not None:
-        key = module if type(registry) is not dict else str(type(module))
-        registry[key] = module._can_record_outputs
 
 
 def prepare_heads(model: nn.Module, done: Callable[[Tensor], None]) -> None:

@@ -29,6 +29,7 @@ from ..layers.embedding import TernaryEmbedding
 from ..layers.linear import BitLinear, best_layout, native_layouts
 from ..layers.matrix import TernaryMatrix
 from ..layers.memory import HugePages, give_back_freed_memory
+from . import transformers_versions as versions
 from .transformers import fast_decoder, finish
 from .transformers_tables import Tables, TernaryHead, TiedTernaryHead, forget_file_pages
 from .transformers_weights import Complaints, NormedBitLinear, ternary_weights
@@ -111,7 +112,7 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         for name, linear in chosen.items():
             model.set_submodule(name, self._empty_layer(name, linear, options))
-        self.filling = _Filling(set(chosen), from_files)
+        self.filling = _Filling(set(chosen), from_files, _dtypes(model))
 
     def _empty_layer(self, name: str, linear: nn.Linear, options: dict[str, Any]) -> BitLinear:
         config = self.quantization_config
@@ -143,6 +144,8 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{first}: expected its weights in the checkpoint, got none for it and {len(others)} more"
             )
         give_back_freed_memory()
+        if not versions.casts_renamed():
+            _cast(model, filling.dtypes)
         finish(model)
         if filling.from_files:
             # Now, while nobody has written to the tables.
@@ -308,10 +311,12 @@ class _Filling:
             them would leave holes between what stays.
         from_files: whether tensors come from files, whose pages are not needed when a layer is packed, and
             not from a dictionary of the caller's.
+        dtypes: those that were asked for, by the names of parameters.
     """
 
-    def __init__(self, missing: set[str], from_files: bool) -> None:
+    def __init__(self, missing: set[str], from_files: bool, dtypes: dict[str, torch.dtype]) -> None:
         self.missing = missing
+        self.dtypes = dtypes
         self.memory, self.workspace = HugePages(), HugePages()
         self.from_files = from_files
 
@@ -355,7 +360,9 @@ class PackPublished(_Load):
     ) -> dict[str, Tensor]:
         """Is called by transformers with the tensors of one layer."""
         name, layer, filling = self.layer_of(model, full_layer_name)
-        weight, scale, bias = (_only(input_dict.get(part)) for part in ("weight", "weight_scale", "bias"))
+        weight, scale, bias = (
+            versions.only(input_dict.get(part)) for part in ("weight", "weight_scale", "bias")
+        )
         error = _error_maker(name)
         if weight is None:
             raise error("a weight", "none")
@@ -384,7 +391,7 @@ class CheckOwn(_Load):
     ) -> dict[str, Tensor]:
         """Is called by transformers with the tensors of one layer."""
         name, layer, filling = self.layer_of(model, full_layer_name)
-        found = {part: _only(input_dict.get(part)) for part in PARTS}
+        found = {part: versions.only(input_dict.get(part)) for part in PARTS}
         error = _error_maker(name)
         stored = self.hf_quantizer._stored_layout(name)
         sizes = (layer.out_features, layer.in_features)
@@ -426,7 +433,7 @@ class SubtractOffset(_Load):
         self, input_dict: dict[str, Any], full_layer_name: str = "", **options: Any
     ) -> dict[str, Tensor]:
         """Is called by transformers with the weight of one norm."""
-        weight = _only(input_dict.get("norm.weight"))
+        weight = versions.only(input_dict.get("norm.weight"))
         assert weight is not None, "transformers calls with what it has found"
         # Norms inside projections come from the quantizer, not from the family.
         offset = 0.0 if "rms_norm" in full_layer_name else self.hf_quantizer.norm_offset
@@ -447,10 +454,16 @@ def _error_maker(name: str) -> Any:
     return lambda expected, got: ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def _only(tensors: Any) -> Tensor | None:
-    """The tensor of a list of one, which older versions do not wrap."""
-    tensor: Tensor | None = tensors[0] if isinstance(tensors, list) else tensors
-    return tensor
+def _dtypes(model: Any) -> dict[str, torch.dtype]:
+    """Of the empty parameters of a model; none of them where some are to stay float32."""
+    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        return {}
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+
+def _cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

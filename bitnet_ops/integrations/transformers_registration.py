@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from types import TracebackType
 from typing import Any
 
 from ..checkpoint.config_json import QUANT_METHOD
-
-OLDEST = (5, 6)
-"""The oldest version of transformers that is tested. Older ones have the hooks, too, but with them 5.0, 5.1
-give another model than that of the file, and 5.3 does so for a state_dict of the caller."""
+from . import transformers_versions as versions
 
 _originals: dict[str, Any] | None = None  # entries of their tables before ours; None while not registered
 _ABSENT = object()
@@ -113,19 +109,14 @@ def _their_tables() -> Any:
     except (ImportError, AttributeError, KeyError) as error:
         raise _too_old(transformers.__version__, f" ({error})") from None
     assert all(hook is not None for hook in hooks)
-    if _numbers(transformers.__version__) < OLDEST:
+    if versions.numbers(transformers.__version__) < versions.OLDEST:
         raise _too_old(transformers.__version__)
     return auto
 
 
 def _too_old(version: str, why: str = "") -> ImportError:
-    oldest = ".".join(map(str, OLDEST))
+    oldest = ".".join(map(str, versions.OLDEST))
     return ImportError(
         f"register_transformers: expected transformers {oldest} or later, whose quantizers convert weights "
         f"as they are loaded, got {version}{why}"
     )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The first two of a version: 5 and 24 of "5.24.0.dev0"."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, packing, reference
+from ..locks import Lock
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,11 +23,13 @@ class Holder(Protocol):
 
 
 _holders: WeakKeyDictionary[nn.Module, WeakSet[Holder]] = WeakKeyDictionary()
+_holders_lock = Lock()  # without a global lock, one thread may add to what another goes through
 
 
 def on_replacement(layer: TernaryMatrix, holder: Holder) -> None:
     """Has ``holder.drop()`` called when the layer stores its weights anew: they would be there twice."""
-    _holders.setdefault(layer, WeakSet()).add(holder)
+    with _holders_lock:
+        _holders.setdefault(layer, WeakSet()).add(holder)
 
 
 class TernaryMatrix(nn.Module):
@@ -193,7 +196,9 @@ class TernaryMatrix(nn.Module):
             ValueError: unknown layout, or one that has no group scales for a layer that has.
         """
         packing.check_layout(layout)
-        for holder in _holders.pop(self, ()):
+        with _holders_lock:
+            holders = list(_holders.pop(self, ()))
+        for holder in holders:
             holder.drop()
         if layout not in self.layouts:
             why = "the only one of an embedding" if self.only_tile16 else "which has group scales"

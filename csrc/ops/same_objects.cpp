@@ -9,7 +9,9 @@ namespace {
 // So far ahead that memory answers before a dictionary's turn comes.
 constexpr Py_ssize_t kAhead = 16;
 
-// Without a global lock other threads may change a dictionary meanwhile. The limited API has no name for this, nor any need.
+// Without a global lock other threads may change a dictionary meanwhile, hence the critical sections. No other object
+// here needs one: tuples do not change, and a dictionary's value is compared by its address alone, never looked into.
+// The limited API of 3.10 has no name for critical sections, nor any need.
 #if !defined(Py_BEGIN_CRITICAL_SECTION)
 #define Py_BEGIN_CRITICAL_SECTION(object) {
 #define Py_END_CRITICAL_SECTION() }
@@ -18,8 +20,8 @@ constexpr Py_ssize_t kAhead = 16;
 // The dictionary at `index`, borrowed; nullptr and a TypeError where there is none.
 PyObject* dict_at(PyObject* dicts, Py_ssize_t index) {
   const Py_ssize_t ahead = index + kAhead;
-  if (ahead < PyList_Size(dicts)) __builtin_prefetch(PyList_GetItem(dicts, ahead));
-  PyObject* dict = PyList_GetItem(dicts, index);
+  if (ahead < PyTuple_Size(dicts)) __builtin_prefetch(PyTuple_GetItem(dicts, ahead));
+  PyObject* dict = PyTuple_GetItem(dicts, index);
   if (dict != nullptr && !PyDict_Check(dict)) {
     PyErr_Format(PyExc_TypeError, "dicts: expected dictionaries, got %R at %zd", Py_TYPE(dict), index);
     return nullptr;
@@ -33,12 +35,13 @@ PyObject* same_values(PyObject*, PyObject* args) {
   PyObject *dicts, *values;
   const char* counts;
   Py_ssize_t bytes;
-  if (!PyArg_ParseTuple(args, "O!y#O!:same_values", &PyList_Type, &dicts, &counts, &bytes, &PyList_Type, &values)) {
+  if (!PyArg_ParseTuple(args, "O!y#O!:same_values", &PyTuple_Type, &dicts, &counts, &bytes, &PyTuple_Type, &values)) {
     return nullptr;
   }
-  const Py_ssize_t size = PyList_Size(dicts);
+  const Py_ssize_t size = PyTuple_Size(dicts), n_values = PyTuple_Size(values);
   if (bytes != size * static_cast<Py_ssize_t>(sizeof(uint32_t))) {
-    return PyErr_Format(PyExc_ValueError, "counts: expected 4 bytes for each of %zd dictionaries, got %zd", size, bytes);
+    return PyErr_Format(PyExc_ValueError, "counts: expected 4 bytes for each of %zd dictionaries, got %zd", size,
+                        bytes);
   }
   Py_ssize_t next = 0;
   for (Py_ssize_t i = 0; i < size; ++i) {
@@ -46,15 +49,15 @@ PyObject* same_values(PyObject*, PyObject* args) {
     if (dict == nullptr) return nullptr;
     uint32_t count;
     std::memcpy(&count, counts + i * sizeof(count), sizeof(count));
-    if (PyDict_Size(dict) != static_cast<Py_ssize_t>(count)) Py_RETURN_FALSE;
-    if (count > PyList_Size(values) - next) {
-      return PyErr_Format(PyExc_ValueError, "values: expected as many as counts add up to, got %zd", PyList_Size(values));
+    if (count > n_values - next) {
+      return PyErr_Format(PyExc_ValueError, "values: expected as many as counts add up to, got %zd", n_values);
     }
-    bool same = true;
+    bool same;
     Py_BEGIN_CRITICAL_SECTION(dict);
+    same = PyDict_Size(dict) == static_cast<Py_ssize_t>(count);
     Py_ssize_t position = 0;
     for (PyObject* value; same && PyDict_Next(dict, &position, nullptr, &value);) {
-      same = value == PyList_GetItem(values, next++);
+      same = value == PyTuple_GetItem(values, next++);
     }
     Py_END_CRITICAL_SECTION();
     if (!same) Py_RETURN_FALSE;
@@ -64,13 +67,14 @@ PyObject* same_values(PyObject*, PyObject* args) {
 
 PyObject* same_items(PyObject*, PyObject* args) {
   PyObject *dicts, *keys, *values;
-  if (!PyArg_ParseTuple(args, "O!O!O!:same_items", &PyList_Type, &dicts, &PyTuple_Type, &keys, &PyList_Type, &values)) {
+  if (!PyArg_ParseTuple(args, "O!O!O!:same_items", &PyTuple_Type, &dicts, &PyTuple_Type, &keys, &PyTuple_Type,
+                        &values)) {
     return nullptr;
   }
-  const Py_ssize_t size = PyList_Size(dicts), n_keys = PyTuple_Size(keys);
-  if (PyList_Size(values) != size * n_keys) {
+  const Py_ssize_t size = PyTuple_Size(dicts), n_keys = PyTuple_Size(keys);
+  if (PyTuple_Size(values) != size * n_keys) {
     return PyErr_Format(PyExc_ValueError, "values: expected %zd for each of %zd dictionaries, got %zd", n_keys, size,
-                        PyList_Size(values));
+                        PyTuple_Size(values));
   }
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* dict = dict_at(dicts, i);
@@ -79,7 +83,7 @@ PyObject* same_items(PyObject*, PyObject* args) {
     Py_BEGIN_CRITICAL_SECTION(dict);
     for (Py_ssize_t k = 0; same && k < n_keys; ++k) {
       PyObject* value = PyDict_GetItemWithError(dict, PyTuple_GetItem(keys, k));
-      same = (value == nullptr ? Py_None : value) == PyList_GetItem(values, i * n_keys + k);
+      same = (value == nullptr ? Py_None : value) == PyTuple_GetItem(values, i * n_keys + k);
       if (value == nullptr && PyErr_Occurred()) same = false;
     }
     Py_END_CRITICAL_SECTION();

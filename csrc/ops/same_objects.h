@@ -7,11 +7,11 @@
 
 namespace bitnet_ops {
 
-// same_values(dicts: list[dict], counts: bytes, values: list) -> bool: whether the values of the dictionaries, one
-// dictionary after another, are these very objects. `counts` is a uint32 for each dictionary, its number of values.
+// same_values(dicts: tuple[dict, ...], counts: bytes, values: tuple) -> bool: whether the values of the dictionaries,
+// one dictionary after another, are these very objects. `counts` is a uint32 for each dictionary, its number of values.
 PyObject* same_values(PyObject* self, PyObject* args);
 
-// same_items(dicts: list[dict], keys: tuple, values: list) -> bool: whether dict.get(key) is the very object in
+// same_items(dicts: tuple[dict, ...], keys: tuple, values: tuple) -> bool: whether dict.get(key) is the very object in
 // `values`, for each key of each dictionary.
 PyObject* same_items(PyObject* self, PyObject* args);
 

@@ -11,6 +11,7 @@ of sums in float32; in bfloat16 and float16 they are more exact (`bitnet_ops.acc
 from torch import Tensor, nn
 
 from .. import ops
+from .matrix import TernaryMatrix
 from .repacked import repacked_linear
 
 
@@ -83,18 +84,7 @@ class PackedBitLinear(nn.Module):
     activation_bits: int
     group_size: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [..., in_features] to [..., out_features] in the dtype of ``x``."""
-        return ops.ternary_linear(
-            x,
-            self.packed_weight,
-            self.weight_scale,
-            self.bias,
-            self.out_features,
-            self.layout,
-            self.activation_bits,
-            self.group_size,
-        )
+    forward = TernaryMatrix.product
 
 
 __all__ = ["AutoBitLinear", "BitLinear", "PackedBitLinear", "RMSNorm"]

@@ -123,10 +123,12 @@ def _layer(
     kept = _kept.get(key)
     if kept is None or kept.state != state:
         with _lock:
-            kept = _Kept(state, _packed(weight, weight_scale, bias, kind, out_features))
-            for old in [old for old in _kept if old[0].expired()]:
-                del _kept[old]
-            _kept[key] = kept
+            kept = _kept.get(key)  # another thread may have made it meanwhile
+            if kept is None or kept.state != state:
+                kept = _Kept(state, _packed(weight, weight_scale, bias, kind, out_features))
+                for old in [old for old in _kept if old[0].expired()]:
+                    del _kept[old]
+                _kept[key] = kept
     return kept.layer
 
 

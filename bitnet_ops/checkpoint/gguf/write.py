@@ -112,7 +112,9 @@ def _header(metadata: dict[str, Any], entries: list[TensorToWrite]) -> bytes:
         out += _string(key)
         try:
             out += _value(value)
-        except (ValueError, OverflowError, struct.error) as error:
+        except struct.error as error:  # whose words differ between Pythons
+            raise ValueError(f"write_gguf: metadata {key!r}: out of the range of its type: {error}") from None
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"write_gguf: metadata {key!r}: {error}") from None
     offset = 0
     seen: set[str] = set()
