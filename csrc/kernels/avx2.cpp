@@ -51,7 +51,10 @@ struct Maddubs {
   static constexpr int64_t kDotsPerWidening = 32;  // a pair each: see Overflow above
   // 2 x 4 accumulators + 2 codes + 1 mask + 1 activation + 2 products = 14 of 16 registers.
   static constexpr int kRows = 4;
-  static constexpr int kRowsInPlace = 0;  // int16 lanes do not hold codes that stand higher
+
+  // One or two rows of q: steps 0 and 1 of a byte, and 2 and 3 of it shifted by four bits, are multiplied where they
+  // stand: one shift instead of three. Steps 1 and 3 are four times too large, and have accumulators of their own.
+  static constexpr int kRowsInPlace = 2;
 
   static __m256i dot(__m256i acc_i16x16, __m256i code_u8x32, __m256i q_i8x32) {
     acc_i16x16 = _mm256_add_epi16(acc_i16x16, _mm256_maddubs_epi16(code_u8x32, q_i8x32));
@@ -59,6 +62,17 @@ struct Maddubs {
     // than there are: six rows of q ran at half the speed (bench/LOG.md).
     __asm__("" : "+x"(acc_i16x16));
     return acc_i16x16;
+  }
+
+  // Sums of blocks [begin, end), widened.
+  template <int ROWS>
+  __attribute__((always_inline)) static void in_place(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
+                                                      int64_t q_stride, __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
+    if (stream_ahead.far_bytes != 0) {
+      all_in_place(tile, begin, end, q, q_stride, kStreamThroughL2, low, high);
+    } else {
+      all_in_place(tile, begin, end, q, q_stride, kStreamToL1, low, high);
+    }
   }
 
   static constexpr int kDecodedRows = 6;
@@ -136,75 +150,102 @@ struct Maddubs {
 #undef BITNET_OPS_SUMS
 
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
-};
-
-struct Inner : YmmLoops<Maddubs> {
-  template <int TILES, int ROWS>
-  static void block(const uint8_t* tile, int64_t tile_bytes, int64_t blocks, const int8_t* q, int64_t q_stride,
-                    int32_t* acc) {
-    if constexpr (ROWS == 1) {
-      block_in_place(tile, blocks, q, acc);
-    } else {
-      YmmLoops<Maddubs>::block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc);
-    }
-  }
-
-  // One row of q: steps 0 and 1 of a byte, and 2 and 3 of it shifted by four bits, are multiplied where they stand: one
-  // shift instead of three, and half as many additions in each chain. Steps 1 and 3 are four times too large.
-  static void block_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q, int32_t* acc) {
-    __m256i acc_i32x8[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    if (stream_ahead.far_bytes != 0) {
-      all_in_place(tile, blocks, q, kStreamThroughL2, acc_i32x8);
-    } else {
-      all_in_place(tile, blocks, q, kStreamToL1, acc_i32x8);
-    }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), acc_i32x8[0]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), acc_i32x8[1]);
-  }
 
  private:
-  // Of a block, two pairs in each lane are four times too large and lie in [-3072, 3048] for any byte: ten fit.
-  // Together with the others, in true size, they then lie in [-15360, 15240].
-  static constexpr int64_t kBlocksInPlace = 5;
+  // Of a block, two pairs in each lane are four times too large and lie in [-6144, 6096] for any byte: five blocks fit.
+  // In true size they lie in [-1536, 1524], as the others do: ten blocks of both fit. Four and eight end with a group.
+  static constexpr int64_t kBlocksOfFours = 4;
+  static constexpr int64_t kBlocksInPlace = 8;
 
   // Inlined, so that distances are constants.
-  __attribute__((always_inline)) static void all_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q,
-                                                           const StreamAhead ahead, __m256i (&acc_i32x8)[2]) {
+  template <int ROWS>
+  __attribute__((always_inline)) static void all_in_place(const uint8_t* tile, int64_t begin, int64_t end,
+                                                          const int8_t* q, int64_t q_stride, const StreamAhead ahead,
+                                                          __m256i (&low_i32x8)[ROWS], __m256i (&high_i32x8)[ROWS]) {
+    tile += begin * kBlockBytes;
+    q += begin * kBlockInputs;
+    int64_t blocks = end - begin;
+#pragma GCC unroll 2
+    for (int t = 0; t < ROWS; ++t) low_i32x8[t] = high_i32x8[t] = _mm256_setzero_si256();
     for (; blocks >= kBlocksInPlace; blocks -= kBlocksInPlace) {
-      few_in_place(tile, kBlocksInPlace, q, ahead, acc_i32x8);
-      tile += kBlocksInPlace * kBlockBytes;
-      q += kBlocksInPlace * kBlockInputs;
+      __m256i sums_i16x16[2][ROWS];
+      zero(sums_i16x16);
+      // Not a loop: with one, what GCC 12 makes of it is slower by a twentieth.
+      few_in_place(tile, kBlocksOfFours, q, q_stride, ahead, sums_i16x16);
+      tile += kBlocksOfFours * kBlockBytes;
+      q += kBlocksOfFours * kBlockInputs;
+      few_in_place(tile, kBlocksOfFours, q, q_stride, ahead, sums_i16x16);
+      tile += kBlocksOfFours * kBlockBytes;
+      q += kBlocksOfFours * kBlockInputs;
+      add_widened(sums_i16x16, low_i32x8, high_i32x8);
     }
-    few_in_place(tile, blocks, q, ahead, acc_i32x8);
+    while (blocks > 0) {
+      const int64_t few = blocks < kBlocksOfFours ? blocks : kBlocksOfFours;
+      __m256i sums_i16x16[2][ROWS];
+      zero(sums_i16x16);
+      few_in_place(tile, few, q, q_stride, ahead, sums_i16x16);
+      add_widened(sums_i16x16, low_i32x8, high_i32x8);
+      tile += few * kBlockBytes;
+      q += few * kBlockInputs;
+      blocks -= few;
+    }
   }
 
+  template <int ROWS>
+  __attribute__((always_inline)) static void zero(__m256i (&sums)[2][ROWS]) {
+#pragma GCC unroll 2
+    for (int t = 0; t < ROWS; ++t) sums[0][t] = sums[1][t] = _mm256_setzero_si256();
+  }
+
+  template <int ROWS>
+  __attribute__((always_inline)) static void add_widened(const __m256i (&sums_i16x16)[2][ROWS],
+                                                         __m256i (&low_i32x8)[ROWS], __m256i (&high_i32x8)[ROWS]) {
+#pragma GCC unroll 2
+    for (int t = 0; t < ROWS; ++t) {
+      low_i32x8[t] = _mm256_add_epi32(low_i32x8[t], widen(sums_i16x16[0][t]));
+      high_i32x8[t] = _mm256_add_epi32(high_i32x8[t], widen(sums_i16x16[1][t]));
+    }
+  }
+
+  // Adds at most kBlocksOfFours blocks to sums[half of the tile][row].
+  template <int ROWS>
   __attribute__((always_inline)) static void few_in_place(const uint8_t* tile, int64_t blocks, const int8_t* q,
-                                                           const StreamAhead ahead, __m256i (&acc_i32x8)[2]) {
-    const __m256i even_u8x32 = _mm256_set1_epi8(0x03);
-    const __m256i odd_u8x32 = _mm256_set1_epi8(0x0c);
-    __m256i ones_i16x16[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    __m256i fours_i16x16[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-#pragma GCC unroll 5
+                                                          int64_t q_stride, const StreamAhead ahead,
+                                                          __m256i (&sums_i16x16)[2][ROWS]) {
+    __m256i fours_i16x16[2][ROWS];
+    zero(fours_i16x16);
+    const __m256i mask_u8x32[2] = {_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)};
+#pragma GCC unroll 4
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* address = tile + b * kBlockBytes;
       const int8_t* q_block = q + b * kBlockInputs;
       ask_ahead<Ymm>(address, ahead);
+      __m256i low_u8x32 = load32(address);
+      __m256i high_u8x32 = load32(address + 32);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        if (p == 2) {  // moves bits across bytes, but only into places that the masks clear
+          low_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
+          high_u8x32 = _mm256_srli_epi16(high_u8x32, 4);
+        }
+        const __m256i low_code_u8x32 = _mm256_and_si256(low_u8x32, mask_u8x32[p % 2]);
+        const __m256i high_code_u8x32 = _mm256_and_si256(high_u8x32, mask_u8x32[p % 2]);
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        __m256i& ones = ones_i16x16[half];
-        __m256i& fours = fours_i16x16[half];
-        const __m256i low_u8x32 = load32(address + 32 * half);
-        const __m256i high_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
-        ones = Maddubs::dot(ones, _mm256_and_si256(low_u8x32, even_u8x32), broadcast4(q_block));
-        fours = Maddubs::dot(fours, _mm256_and_si256(low_u8x32, odd_u8x32), broadcast4(q_block + 4));
-        ones = Maddubs::dot(ones, _mm256_and_si256(high_u8x32, even_u8x32), broadcast4(q_block + 8));
-        fours = Maddubs::dot(fours, _mm256_and_si256(high_u8x32, odd_u8x32), broadcast4(q_block + 12));
+        for (int t = 0; t < ROWS; ++t) {
+          const __m256i q_i8x32 = broadcast4(q_block + t * q_stride + 4 * p);
+          __m256i& low_sum = p % 2 == 0 ? sums_i16x16[0][t] : fours_i16x16[0][t];
+          __m256i& high_sum = p % 2 == 0 ? sums_i16x16[1][t] : fours_i16x16[1][t];
+          low_sum = dot(low_sum, low_code_u8x32, q_i8x32);
+          high_sum = dot(high_sum, high_code_u8x32, q_i8x32);
+        }
       }
     }
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const __m256i sum_i16x16 = _mm256_add_epi16(ones_i16x16[half], _mm256_srai_epi16(fours_i16x16[half], 2));
-      acc_i32x8[half] = _mm256_add_epi32(acc_i32x8[half], Maddubs::widen(sum_i16x16));
+    for (int t = 0; t < ROWS; ++t) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        sums_i16x16[half][t] = _mm256_add_epi16(sums_i16x16[half][t], _mm256_srai_epi16(fours_i16x16[half][t], 2));
+      }
     }
   }
 };
@@ -320,7 +361,7 @@ struct Avx2Sums {
 }  // namespace
 
 extern const KernelTable kAvx2Kernels;
-constexpr KernelTable kAvx2Kernels = make_table<Ymm, Inner, Inner, Avx2Sums>("avx2");
+constexpr KernelTable kAvx2Kernels = make_table<Ymm, YmmLoops<Maddubs>, YmmLoops<Maddubs>, Avx2Sums>("avx2");
 
 }  // namespace bitnet_ops
 

@@ -471,8 +471,10 @@ struct TileBlocks {
     __m512i acc_i32x16[ROWS][TILES];
 #pragma GCC unroll 12
     for (int t = 0; t < ROWS; ++t) {
-      // From minus the sums of q, so that codes become weights.
-      const __m512i less_i32x16 = _mm512_set1_epi32(-group.q_sum[t * group.stride]);
+      // From minus the sums of q, so that codes become weights. Negated as a vector: a number that is in memory is
+      // broadcast by the load.
+      const __m512i less_i32x16 =
+          _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(group.q_sum[t * group.stride]));
 #pragma GCC unroll 2
       for (int i = 0; i < TILES; ++i) acc_i32x16[t][i] = less_i32x16;
     }

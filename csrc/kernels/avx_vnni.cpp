@@ -67,7 +67,19 @@ struct Dpbusd {
   template <int ROWS>
   __attribute__((always_inline)) static void in_place(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
                                                       int64_t q_stride, __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
-    const StreamAhead ahead = stream_ahead;
+    if (stream_ahead.far_bytes != 0) {
+      all_in_place(tile, begin, end, q, q_stride, kStreamThroughL2, low, high);
+    } else {
+      all_in_place(tile, begin, end, q, q_stride, kStreamToL1, low, high);
+    }
+  }
+
+ private:
+  // Inlined, so that distances are constants.
+  template <int ROWS>
+  __attribute__((always_inline)) static void all_in_place(const uint8_t* tile, int64_t begin, int64_t end,
+                                                          const int8_t* q, int64_t q_stride, const StreamAhead ahead,
+                                                          __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
     constexpr int kChains = 4 / ROWS;  // of half a tile, of a row of q; the odd ones are of odd steps
     __m256i low_i32x8[ROWS][kChains];
     __m256i high_i32x8[ROWS][kChains];
@@ -79,28 +91,16 @@ struct Dpbusd {
         high_i32x8[t][chain] = _mm256_setzero_si256();
       }
     }
-    for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* address = tile + b * kBlockBytes;
-      ask_ahead<Ymm>(address, ahead);
-      __m256i low_u8x32 = load32(address);
-      __m256i high_u8x32 = load32(address + 32);
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p) {
-        if (p == 2) {  // moves bits across bytes, but only into places that the masks clear
-          low_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
-          high_u8x32 = _mm256_srli_epi16(high_u8x32, 4);
-        }
-        const __m256i mask_u8x32 = _mm256_set1_epi8(p % 2 == 0 ? 0x03 : 0x0c);
-#pragma GCC unroll 2
-        for (int t = 0; t < ROWS; ++t) {
-          const __m256i q_i8x32 = broadcast4(q + t * q_stride + b * kBlockInputs + 4 * p);
-          __m256i& low_sum = low_i32x8[t][p % kChains];
-          __m256i& high_sum = high_i32x8[t][p % kChains];
-          low_sum = dot(low_sum, _mm256_and_si256(low_u8x32, mask_u8x32), q_i8x32);
-          high_sum = dot(high_sum, _mm256_and_si256(high_u8x32, mask_u8x32), q_i8x32);
-        }
-      }
+    tile += begin * kBlockBytes;
+    q += begin * kBlockInputs;
+    int64_t blocks = end - begin;
+    for (; blocks >= 2; blocks -= 2) {
+      add_block(tile, q, q_stride, ahead, low_i32x8, high_i32x8);
+      add_block(tile + kBlockBytes, q + kBlockInputs, q_stride, ahead, low_i32x8, high_i32x8);
+      tile += 2 * kBlockBytes;
+      q += 2 * kBlockInputs;
     }
+    if (blocks > 0) add_block(tile, q, q_stride, ahead, low_i32x8, high_i32x8);
 #pragma GCC unroll 2
     for (int t = 0; t < ROWS; ++t) {
       low[t] = add_chains(low_i32x8[t]);
@@ -108,7 +108,31 @@ struct Dpbusd {
     }
   }
 
- private:
+  template <int ROWS, int CHAINS>
+  __attribute__((always_inline)) static void add_block(const uint8_t* block, const int8_t* q, int64_t q_stride,
+                                                       const StreamAhead ahead, __m256i (&low_i32x8)[ROWS][CHAINS],
+                                                       __m256i (&high_i32x8)[ROWS][CHAINS]) {
+    ask_ahead<Ymm>(block, ahead);
+    __m256i low_u8x32 = load32(block);
+    __m256i high_u8x32 = load32(block + 32);
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+      if (p == 2) {  // moves bits across bytes, but only into places that the masks clear
+        low_u8x32 = _mm256_srli_epi16(low_u8x32, 4);
+        high_u8x32 = _mm256_srli_epi16(high_u8x32, 4);
+      }
+      const __m256i mask_u8x32 = _mm256_set1_epi8(p % 2 == 0 ? 0x03 : 0x0c);
+#pragma GCC unroll 2
+      for (int t = 0; t < ROWS; ++t) {
+        const __m256i q_i8x32 = broadcast4(q + t * q_stride + 4 * p);
+        __m256i& low_sum = low_i32x8[t][p % CHAINS];
+        __m256i& high_sum = high_i32x8[t][p % CHAINS];
+        low_sum = dot(low_sum, _mm256_and_si256(low_u8x32, mask_u8x32), q_i8x32);
+        high_sum = dot(high_sum, _mm256_and_si256(high_u8x32, mask_u8x32), q_i8x32);
+      }
+    }
+  }
+
   template <int CHAINS>
   __attribute__((always_inline)) static __m256i add_chains(const __m256i (&sum_i32x8)[CHAINS]) {
     __m256i even = sum_i32x8[0];

@@ -56,7 +56,7 @@ struct DecodedDriver {
     WholeRows(const TernaryProduct& p, const Rectangle& area) : p(p), area(area) {}
 
     int64_t piece_blocks() const { return Inner::kPieceBlocks; }
-    void begin_piece(int64_t) {}
+    void begin_piece(int64_t, int64_t) {}
 
     template <int TILES, int ROWS>
     void add(int64_t block, const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t i, int64_t token) {
@@ -69,15 +69,16 @@ struct DecodedDriver {
     }
   };
 
-  // A weight scale for each group, which is a piece.
+  // A weight scale for each group. A piece is some groups.
   template <int PLANES, class Scale>
   struct InGroups {
-    static_assert(Inner::kPieceBlocks * kBlockInputs >= kMaxGroupInputs, "a group is one piece");
+    static_assert(Inner::kPieceBlocks * kBlockInputs >= kMaxGroupInputs, "a piece has room for a group");
     static constexpr int kPlanes = PLANES;
+    static constexpr int64_t kCodeBytes = Inner::kPieceBytes / Inner::kPieceBlocks;  // of a block
     const TernaryProduct& p;
     const Rectangle& area;
-    int64_t group = -1;
-    alignas(64) float scale[kTiles][kTileRows];
+    int64_t first_group;  // of the piece
+    alignas(64) float scale[Inner::kPieceBlocks][kTiles][kTileRows];  // of its groups
     alignas(64) float sums[kTiles][kMostRows / PLANES * kTileRows];
 
     InGroups(const TernaryProduct& p, const Rectangle& area) : p(p), area(area) {
@@ -86,22 +87,40 @@ struct DecodedDriver {
       }
     }
 
-    int64_t piece_blocks() const { return p.group_blocks; }
+    int64_t piece_blocks() const { return Inner::kPieceBlocks / p.group_blocks * p.group_blocks; }
 
-    void begin_piece(int64_t) {
-      ++group;
+    void begin_piece(int64_t block, int64_t blocks) {
+      first_group = block / p.group_blocks;
+      const int64_t groups = divide_up(blocks, p.group_blocks);
       for (int64_t i = 0; i < area.tiles; ++i) {
-        const Scale* from = scales_of_tile<Scale>(p, area.tile + i) + group * kTileRows;
-        for (int64_t r = 0; r < kTileRows; r += Isa::kLanes) Isa::store(scale[i] + r, Isa::load(from + r));
+        const Scale* from = scales_of_tile<Scale>(p, area.tile + i) + first_group * kTileRows;
+        for (int64_t g = 0; g < groups; ++g) {
+          for (int64_t r = 0; r < kTileRows; r += Isa::kLanes) {
+            Isa::store(scale[g][i] + r, Isa::load(from + g * kTileRows + r));
+          }
+        }
       }
     }
 
     template <int TILES, int ROWS>
     void add(int64_t, const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t i, int64_t token) {
-      const int64_t row = (area.token + token) * PLANES * p.groups + group;
-      const DecodedGroup terms{p.q_sum + row, p.x_scale + row,  p.groups,
-                               scale[i],      sums[i] + token * kTileRows, kMostRows / PLANES * kTileRows};
-      Inner::template piece_of_group<PLANES, TILES, ROWS>(codes, blocks, q, p.q_stride, terms);
+      const int64_t row = (area.token + token) * PLANES * p.groups + first_group;
+      DecodedGroup terms{p.q_sum + row,
+                         p.x_scale + row,
+                         p.groups,
+                         scale[0][i],
+                         sums[i] + token * kTileRows,
+                         kMostRows / PLANES * kTileRows};
+      for (; blocks > 0; blocks -= p.group_blocks) {
+        const int64_t of_group = blocks < p.group_blocks ? blocks : p.group_blocks;
+        Inner::template piece_of_group<PLANES, TILES, ROWS>(codes, of_group, q, p.q_stride, terms);
+        codes += of_group * kCodeBytes;
+        q += of_group * Inner::kInputs;
+        ++terms.q_sum;
+        ++terms.x_scale;
+        terms.scale += kTiles * kTileRows;
+        __asm__ volatile("" ::: "memory");  // or GCC keeps sums for the next group, which takes registers from this one
+      }
     }
 
     void store(int64_t i, int64_t token) {
@@ -139,7 +158,7 @@ struct DecodedDriver {
         const uint8_t* packed = p.packed + ((area.tile + i) * p.blocks + block) * kBlockBytes;
         if (!Inner::decode(packed, blocks, codes[i])) return false;
       }
-      sums.begin_piece(block);
+      sums.begin_piece(block, blocks);
       const int8_t* q = p.q + area.token * Sums::kPlanes * p.q_stride + block * Inner::kInputs;
       for (int64_t part = 0, token = 0; part < parts; ++part) {
         const int64_t count = part < more ? least + 1 : least;

@@ -168,8 +168,8 @@ inline __m256i code_of(Codes codes, const uint8_t* half) {
 //     widen(acc)                       acc as int32 x 8
 //     kDotsPerWidening                 how many times dot may add to acc before that
 //     kRows                            rows of q in a register block, two accumulators each
-//     kRowsInPlace, in_place(tile, begin, end, q, q_stride, low, high)    0, or up to so many rows of q have a loop of
-//                                      their own: sums of blocks [begin, end), which are widened already
+//     kRowsInPlace, in_place(tile, begin, end, q, q_stride, low, high)    up to so many rows of q have a loop of their
+//                                      own: sums of any number of blocks [begin, end), which are widened already
 //     kDecodedRows                     likewise where codes are decoded already
 //     piece(codes, blocks, q, q_stride, low, high)    if kDecodedRows: sums of up to 64 dots of decoded codes below 3
 template <class Dot>
@@ -182,7 +182,8 @@ struct YmmLoops {
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
   static constexpr int64_t kBlocksPerWidening = Dot::kDotsPerWidening / 4;
 
-  // Sums of blocks [begin, end), at most kBlocksPerWidening of them, not widened yet: rows 0-7 of the tile, and 8-15.
+  // Sums of blocks [begin, end): rows 0-7 of the tile, and 8-15. Above kRowsInPlace at most kBlocksPerWidening blocks,
+  // and not widened yet.
   template <int ROWS>
   __attribute__((always_inline)) static void some_blocks(const uint8_t* tile, int64_t begin, int64_t end,
                                                          const int8_t* q, int64_t q_stride, __m256i (&low)[ROWS],
@@ -198,7 +199,9 @@ struct YmmLoops {
       }
       for (int64_t b = begin; b < end; ++b) {
         const uint8_t* address = tile + b * kBlockBytes;
-        ask_ahead<Ymm>(address, ahead);
+        StreamAhead here = ahead;
+        __asm__ volatile("" : "+r"(here.far_bytes));  // or clang makes a loop for each case, and spills in one of them
+        ask_ahead<Ymm>(address, here);
         const int8_t* q_block = q + b * kBlockInputs;
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
@@ -215,46 +218,79 @@ struct YmmLoops {
     }
   }
 
+  // A function of its own, so that what is around it takes no registers from the loop.
   template <int TILES, int ROWS>
-  static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  __attribute__((noinline)) static void block(const uint8_t* tile, int64_t, int64_t blocks, const int8_t* q,
+                                              int64_t q_stride, int32_t* acc) {
     static_assert(TILES == 1, "the driver asks for kTiles at most");
-    int64_t begin = 0;
-    do {
-      const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
-      __m256i acc_low[ROWS];
-      __m256i acc_high[ROWS];
-      some_blocks<ROWS>(tile, begin, end, q, q_stride, acc_low, acc_high);
-#pragma GCC unroll 6
+    if constexpr (ROWS <= Dot::kRowsInPlace) {
+      __m256i low[ROWS];
+      __m256i high[ROWS];
+      Dot::in_place(tile, 0, blocks, q, q_stride, low, high);
+#pragma GCC unroll 2
       for (int t = 0; t < ROWS; ++t) {
-        put(acc + t * kTileRows, Dot::widen(acc_low[t]), begin == 0);
-        put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), begin == 0);
+        put(acc + t * kTileRows, low[t], true);
+        put(acc + t * kTileRows + 8, high[t], true);
       }
-      begin = end;
-    } while (begin < blocks);
+    } else {
+      int64_t begin = 0;
+      do {
+        const int64_t end = blocks - begin < kBlocksPerWidening ? blocks : begin + kBlocksPerWidening;
+        __m256i acc_low[ROWS];
+        __m256i acc_high[ROWS];
+        some_blocks<ROWS>(tile, begin, end, q, q_stride, acc_low, acc_high);
+#pragma GCC unroll 6
+        for (int t = 0; t < ROWS; ++t) {
+          put(acc + t * kTileRows, Dot::widen(acc_low[t]), begin == 0);
+          put(acc + t * kTileRows + 8, Dot::widen(acc_high[t]), begin == 0);
+        }
+        begin = end;
+      } while (begin < blocks);
+    }
   }
 
-  // One group after the other, its sums in registers, as in avx512.h. Only where a group needs no widening on the way:
-  // with vpmaddubsw it was no faster (bench/LOG.md).
+  // One group after the other, its sums in registers, as in avx512.h. Only where a group needs no widening on the way,
+  // or in_place has done it.
   static constexpr bool kHasGroupScales = true;
-  static constexpr int kRowsOfGroups = kBlocksPerWidening * kBlockInputs > kMaxGroupInputs ? kRows : 0;
+  static constexpr int kRowsOfGroups = kBlocksPerWidening * kBlockInputs > kMaxGroupInputs ? kRows : Dot::kRowsInPlace;
 
   template <int PLANES, int TOKENS, class Scale>
   static void groups(const TernaryProduct& p, const uint8_t* tile, const int8_t* q, const Scale* scales, int64_t token,
                      float* sums) {
-    constexpr int kRowsHere = PLANES * TOKENS;
     const int32_t* q_sum = p.q_sum + token * PLANES * p.groups;
     const float* x_scale = p.x_scale + token * p.groups;  // read with one plane
     for (int64_t group = 0; group < p.groups; ++group) {
       const int64_t begin = group * p.group_blocks;
       const int64_t end = p.blocks - begin < p.group_blocks ? p.blocks : begin + p.group_blocks;
       prefetch_near(reinterpret_cast<const char*>(scales) + kScalesAheadBytes);
-      __m256i low_i32x8[kRowsHere];
-      __m256i high_i32x8[kRowsHere];
-      some_blocks<kRowsHere>(tile, begin, end, q, p.q_stride, low_i32x8, high_i32x8);
-      add_scaled<PLANES>(low_i32x8, high_i32x8, q_sum + group, x_scale + group, p.groups, Ymm::load(scales),
-                         Ymm::load(scales + 8), sums);
+      if constexpr (PLANES * TOKENS <= Dot::kRowsInPlace) {
+        one_group<PLANES, TOKENS>(tile, begin, end, q, p.q_stride, q_sum + group, x_scale + group, p.groups, scales,
+                                  sums);
+      } else {
+        one_group_apart<PLANES, TOKENS>(tile, begin, end, q, p.q_stride, q_sum + group, x_scale + group, p.groups,
+                                        scales, sums);
+      }
       scales += kTileRows;
     }
+  }
+
+  template <int PLANES, int TOKENS, class Scale>
+  __attribute__((always_inline)) static void one_group(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
+                                                       int64_t q_stride, const int32_t* q_sum, const float* x_scale,
+                                                       int64_t stride, const Scale* scale, float* sums) {
+    __m256i low_i32x8[PLANES * TOKENS];
+    __m256i high_i32x8[PLANES * TOKENS];
+    some_blocks<PLANES * TOKENS>(tile, begin, end, q, q_stride, low_i32x8, high_i32x8);
+    add_scaled<PLANES>(low_i32x8, high_i32x8, q_sum, x_scale, stride, Ymm::load(scale), Ymm::load(scale + 8), sums);
+  }
+
+  // A function of its own, as `block` is.
+  template <int PLANES, int TOKENS, class Scale>
+  __attribute__((noinline)) static void one_group_apart(const uint8_t* tile, int64_t begin, int64_t end,
+                                                        const int8_t* q, int64_t q_stride, const int32_t* q_sum,
+                                                        const float* x_scale, int64_t stride, const Scale* scale,
+                                                        float* sums) {
+    one_group<PLANES, TOKENS>(tile, begin, end, q, q_stride, q_sum, x_scale, stride, scale, sums);
   }
 
   // Many tokens (ternary_decoded.h): a piece of a tile is decoded once, into L1, for all of them. With few rows of q
@@ -298,8 +334,8 @@ struct YmmLoops {
     }
   }
 
-  // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group, has
-  // the order, and why int32 and float32 are exact.
+  // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group,
+  // has the order, and why int32 and float32 are exact.
   template <int PLANES, int TILES, int ROWS>
   static void piece_of_group(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride,
                              const DecodedGroup& group) {

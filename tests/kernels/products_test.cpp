@@ -302,7 +302,7 @@ template <class T>
 void test_planes_and_groups() {
   Random random;
   for (int64_t tokens = 1; tokens <= 13; ++tokens) {
-    for (const int64_t group_blocks : {0, 4, 16}) {
+    for (const int64_t group_blocks : {0, 3, 8, 16}) {
       for (const int64_t planes : {1, 2}) {
         if (planes == 1 && group_blocks == 0) continue;
         ProductCase c{40, 300, tokens, kAnyByte, kAnyInt8, true, planes, group_blocks};
@@ -355,7 +355,7 @@ template <class T>
 void test_prompts_in_groups() {
   Random random;
   for (const int64_t tokens : {9, 17, 33}) {
-    for (const int64_t group_blocks : {0, 4, 8, 16}) {
+    for (const int64_t group_blocks : {0, 4, 8, 12}) {  // the last leaves room in a piece of codes
       for (const int64_t planes : {1, 2}) {
         if (planes == 1 && group_blocks == 0) continue;
         for (const Weights weights : {kAnyByte, kAnyTernary}) {
@@ -368,10 +368,15 @@ void test_prompts_in_groups() {
       }
     }
   }
-  // Sums of the largest group at the edge of the lanes that avx2 keeps them in.
+  // Sums of the largest groups at the edge of the lanes that avx2 keeps them in.
   for (const Weights weights : {kAllMinus, kAllPlus, kAllThree}) {
     for (const Activations activations : {kAll127, kAllMinus128}) {
-      for (const int64_t planes : {1, 2}) test_tile16<T>({33, 512, 25, weights, activations, false, planes, 16}, random);
+      for (const int64_t planes : {1, 2}) {
+        for (const int64_t tokens : {1, 2, 25}) {
+          test_tile16<T>({33, 512, tokens, weights, activations, false, planes, 8}, random);
+          test_tile16<T>({33, 512, tokens, weights, activations, false, planes, 16}, random);
+        }
+      }
     }
   }
 }
