@@ -24,16 +24,16 @@ constexpr int kChains = 12;  // with two operands and one temporary 15 registers
 
 // Loops over kChains independent chains. INSTRUCTION names its chain %0, its operands %1 and %2; after it come
 // the registers it overwrites besides.
-#define REPEAT(name, Vector, constraint, INSTRUCTION, ...)                                                        \
-  void name(int64_t rounds) {                                                                                     \
-    const Vector codes = Vector{} + 0x02;                                                                         \
-    const Vector activations = Vector{} + 0x5a;                                                                   \
-    Vector chains[kChains] = {};                                                                                  \
-    for (int64_t i = 0; i < rounds; ++i) {                                                                        \
-      _Pragma("GCC unroll 12") for (Vector& chain : chains) {                                                     \
-        asm volatile(INSTRUCTION : "+" constraint(chain) : constraint(codes), constraint(activations) : __VA_ARGS__);\
-      }                                                                                                           \
-    }                                                                                                             \
+#define REPEAT(name, Vector, constraint, INSTRUCTION, ...)                                                            \
+  void name(int64_t rounds) {                                                                                         \
+    const Vector codes = Vector{} + 0x02;                                                                             \
+    const Vector activations = Vector{} + 0x5a;                                                                       \
+    Vector chains[kChains] = {};                                                                                      \
+    for (int64_t i = 0; i < rounds; ++i) {                                                                            \
+      _Pragma("GCC unroll 12") for (Vector& chain : chains) {                                                         \
+        asm volatile(INSTRUCTION : "+" constraint(chain) : constraint(codes), constraint(activations) : __VA_ARGS__); \
+      }                                                                                                               \
+    }                                                                                                                 \
   }
 
 #if defined(__x86_64__)
@@ -112,7 +112,8 @@ constexpr int64_t kRounds = 1 << 20;  // 3 to 7 ms
 
 }  // namespace
 
-// Multiplications a second of `threads` threads together, one on each of `cpus`; 0 where this CPU lacks the instruction.
+// Multiplications a second of `threads` threads together, one on each of `cpus`; 0 where this CPU lacks the
+// instruction.
 extern "C" double multiply_rate(const char* name, int threads, const int* cpus) {
   for (const Instruction* i = kInstructions; i->name != nullptr; ++i) {
     if (std::strcmp(name, i->name) != 0) continue;

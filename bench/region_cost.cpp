@@ -24,8 +24,8 @@ void compute(int64_t rounds) {
 
 }  // namespace
 
-// Seconds of `rounds` rounds of work in `parts` parts on `threads` threads, after the caller has slept, or computed, for
-// `gap_seconds`.
+// Seconds of `rounds` rounds of work in `parts` parts on `threads` threads, after the caller has slept, or computed,
+// for `gap_seconds`.
 extern "C" double region_seconds(int threads, int64_t rounds, int64_t parts, double gap_seconds, bool asleep) {
   if (asleep) {
     std::this_thread::sleep_for(std::chrono::duration<double>(gap_seconds));

@@ -27,8 +27,10 @@
 
 // This list equals the requirement in dispatch.cpp, feature for feature.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                                 \
+    __attribute__((                                                                                           \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8")
@@ -50,9 +52,9 @@
 namespace bitnet_ops {
 namespace {
 
-constexpr int64_t kRegisterRows = 16;                           // of a tile register
-constexpr int64_t kLineBytes = 64;                              // of one of them
-constexpr int64_t kRegisterInputs = 4 * kRegisterRows;          // that a tile product adds up
+constexpr int64_t kRegisterRows = 16;                   // of a tile register
+constexpr int64_t kLineBytes = 64;                      // of one of them
+constexpr int64_t kRegisterInputs = 4 * kRegisterRows;  // that a tile product adds up
 constexpr int64_t kRegisterBytes = kRegisterRows * kLineBytes;
 
 // What ldtilecfg reads, palette 1.
@@ -118,10 +120,10 @@ struct AmxDriver {
   // From so many rows of q on this is faster than vpdpbusd, which has more to do to decode base 3 (bench/LOG.md).
   static constexpr int64_t kLeastRows = Codes::kSteps == 5 ? 4 : 5;
   static constexpr int64_t kTiles = 2;
-  static constexpr int64_t kRows = 2 * kRegisterRows;       // at a time
-  static constexpr int64_t kWidth = kTiles * kTileRows;     // of sums
-  static constexpr int64_t kMostRows = 256;                 // that pass over decoded weights; their sums are 32 KB
-  static constexpr int64_t kQBytes = int64_t{1} << 20;      // half of an L2 of 2 MB
+  static constexpr int64_t kRows = 2 * kRegisterRows;    // at a time
+  static constexpr int64_t kWidth = kTiles * kTileRows;  // of sums
+  static constexpr int64_t kMostRows = 256;              // that pass over decoded weights; their sums are 32 KB
+  static constexpr int64_t kQBytes = int64_t{1} << 20;   // half of an L2 of 2 MB
   // Blocks decoded at a time, whole registers of them. The codes of two tiles, 16 or 20 KB, and as much of 32 rows of q
   // stay in an L1 of 48 KB: twice as many are a quarter slower (bench/LOG.md).
   static constexpr int64_t kPieceBlocks = 2 * kRegisterRows;
@@ -227,7 +229,8 @@ struct AmxDriver {
         if (block + blocks < p.blocks) continue;
         for (int64_t t = row / p.planes; t < (row + count) / p.planes; ++t) {  // while the sums are in L1
           for (int64_t i = 0; i < tiles; ++i) {
-            store_rows<Avx512>(p, acc + t * p.planes * kWidth + i * kTileRows, kWidth, token + t, (tile + i) * kTileRows);
+            store_rows<Avx512>(p, acc + t * p.planes * kWidth + i * kTileRows, kWidth, token + t,
+                               (tile + i) * kTileRows);
           }
         }
       }
@@ -269,8 +272,8 @@ struct AmxDriver {
           for (int64_t i = 0; i < tiles; ++i) {
             const Scale* scale = scales_of_tile<Scale>(p, tile + i) + group * kTileRows;
             for (int64_t j = 0; j < count; ++j) {
-              add_group<Avx512, PLANES>(p, acc + j * PLANES * kWidth + i * kTileRows, kWidth, token + t + j, group, scale,
-                                        sums + (t + j) * kWidth + i * kTileRows);
+              add_group<Avx512, PLANES>(p, acc + j * PLANES * kWidth + i * kTileRows, kWidth, token + t + j, group,
+                                        scale, sums + (t + j) * kWidth + i * kTileRows);
             }
           }
         }

@@ -122,8 +122,8 @@ struct AttentionKernels {
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 16
       for (int i = 0; i < REGISTERS; ++i) {
-        acc[r][i] = factor == nullptr ? Isa::zero()
-                                      : Isa::mul(Isa::load(c + r * c_stride + i * kLanes), Isa::set1(factor[r]));
+        acc[r][i] =
+            factor == nullptr ? Isa::zero() : Isa::mul(Isa::load(c + r * c_stride + i * kLanes), Isa::set1(factor[r]));
       }
     }
     for (int64_t k = 0; k < count; ++k) {

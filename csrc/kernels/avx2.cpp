@@ -7,7 +7,8 @@
 //              and 65 do not; with code 3 (a corrupt file) a pair lies in [-768, 762] and 42 fit.
 //              After 32 pairs |sum| <= 24576 for any byte, and the lanes are widened to int32; after 64 (256 inputs,
 //              the largest group) where codes are decoded first and seen to be valid: 64 pairs, and so all
-//              sums of fewer, lie in [-32768, 32512], which is all that fits below 0. In int32 |acc| <= 384 K <= 1.0e8 < 2^31.
+//              sums of fewer, lie in [-32768, 32512], which is all that fits below 0. In int32 |acc| <= 384 K <= 1.0e8
+//              < 2^31.
 //
 // Half a block is one ymm; a row is one 32-bit group, two int16 sums, one int32 sum:
 //
@@ -79,8 +80,8 @@ struct Maddubs {
 
   template <int ROWS>
   __attribute__((always_inline)) static void piece(const uint8_t* codes, int64_t blocks, const int8_t* q,
-                                                    int64_t q_stride, __m256i (&low_i16x16)[ROWS],
-                                                    __m256i (&high_i16x16)[ROWS]) {
+                                                   int64_t q_stride, __m256i (&low_i16x16)[ROWS],
+                                                   __m256i (&high_i16x16)[ROWS]) {
 #if !defined(__SANITIZE_ADDRESS__)  // which sees what an intrinsic reads, not what assembly does
     if constexpr (ROWS == kDecodedRows) return six_rows(codes, blocks, q, q_stride, low_i16x16, high_i16x16);
 #endif
@@ -101,6 +102,7 @@ struct Maddubs {
     }
   }
 
+  // clang-format off
 #define BITNET_OPS_ROW(four, t)                        \
   "vpbroadcastd " four ", %%ymm14\n\t"                 \
   "vpmaddubsw %%ymm14, %%ymm12, %%ymm15\n\t"           \
@@ -144,6 +146,7 @@ struct Maddubs {
         : [stride] "r"(q_stride), [end] "r"(end)
         : "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory");
   }
+// clang-format on
 #undef BITNET_OPS_ROW
 #undef BITNET_OPS_STEP
 #undef BITNET_OPS_ZERO
@@ -264,7 +267,8 @@ struct Maddubs {
 struct Avx2Sums {
   template <class Codes>
   static constexpr int32_t kExcess = Codes::kLines == SixBitCodes::kLines ? SixBitCodes::kZero : 0;
-  // Signed bytes: 2 x 4 accumulators + 2 activations + 1 code + 1 product; six bits: 4 x 2 and two codes. Both 12 of 16.
+  // Signed bytes: 2 x 4 accumulators + 2 activations + 1 code + 1 product; six bits: 4 x 2 and two codes. Both 12
+  // of 16.
   static constexpr int kRows = 4;
 
   template <class Codes, int ROWS>

@@ -159,9 +159,7 @@ inline void dot(__m512i& acc_i32x16, __m512i code_u8x64, const int8_t* q) {
   struct __attribute__((packed, may_alias)) Four {
     int32_t bytes;
   };
-  __asm__("vpdpbusd %2%{1to16%}, %1, %0"
-          : "+v"(acc_i32x16)
-          : "v"(code_u8x64), "m"(*reinterpret_cast<const Four*>(q)));
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc_i32x16) : "v"(code_u8x64), "m"(*reinterpret_cast<const Four*>(q)));
 #endif
 }
 
@@ -211,7 +209,7 @@ struct TileBlocks {
   // reads 1.5 to 1.8 times faster than two side by side (bench/LOG.md).
   static constexpr int kRowsStreamed = 4;
   static constexpr bool kHasGroupScales = Codes::kHasGroupScales;
-  static constexpr int kRowsOfGroups = 16 / kSteps;  // 16 accumulators
+  static constexpr int kRowsOfGroups = 16 / kSteps;       // 16 accumulators
   static constexpr int64_t kQBytes = int64_t{512} << 10;  // half of a 1 MB L2 (Zen 4; 2 MB on newer Intel)
 
   template <int TILES, int ROWS>
@@ -298,8 +296,7 @@ struct TileBlocks {
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; ++t) {
         const int32_t* of_token = q_sum + t * PLANES * p.groups + group;
-        __m512i group_i32x16 =
-            _mm512_sub_epi32(add_steps(acc_i32x16[t * PLANES]), _mm512_set1_epi32(of_token[0]));
+        __m512i group_i32x16 = _mm512_sub_epi32(add_steps(acc_i32x16[t * PLANES]), _mm512_set1_epi32(of_token[0]));
         __m512 factor_f32x16 = scale_f32x16;
         if constexpr (PLANES == 2) {
           const __m512i low_i32x16 =
@@ -308,8 +305,7 @@ struct TileBlocks {
         } else {
           factor_f32x16 = _mm512_mul_ps(_mm512_set1_ps(x_scale[t * p.groups + group]), scale_f32x16);
         }
-        sum_f32x16[t] =
-            _mm512_add_ps(sum_f32x16[t], _mm512_mul_ps(_mm512_cvtepi32_ps(group_i32x16), factor_f32x16));
+        sum_f32x16[t] = _mm512_add_ps(sum_f32x16[t], _mm512_mul_ps(_mm512_cvtepi32_ps(group_i32x16), factor_f32x16));
       }
       scales += kTileRows;
     }
@@ -416,7 +412,7 @@ struct TileBlocks {
   // Adds codes * q to acc.
   template <int TILES, int ROWS>
   __attribute__((always_inline)) static void add_piece(const uint8_t* codes, int64_t blocks, const int8_t* q,
-                                                        int64_t q_stride, __m512i (&acc_i32x16)[ROWS][TILES]) {
+                                                       int64_t q_stride, __m512i (&acc_i32x16)[ROWS][TILES]) {
     // An address is that of every third row and 0, 1 or 2 times the distance of rows: so pointers fit the registers.
     constexpr int kPointers = (ROWS + 2) / 3;
     const int8_t* rows[kPointers];
@@ -463,8 +459,8 @@ struct TileBlocks {
     }
   }
 
-  // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group, has
-  // the order, and why int32 and float32 are exact.
+  // A piece that is a group: its sums, scaled, are added to those of the groups before. ternary_driver.h, add_group,
+  // has the order, and why int32 and float32 are exact.
   template <int PLANES, int TILES, int ROWS>
   static void piece_of_group(const uint8_t* codes, int64_t blocks, const int8_t* q, int64_t q_stride,
                              const DecodedGroup& group) {
@@ -504,8 +500,8 @@ struct TileBlocks {
 // Layouts that skip: one row, or eight columns, at a time.
 struct Sparse {
   template <int ROWS, int ASKS>
-  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* const* ahead,
-                       int32_t* acc) {
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride,
+                       const uint8_t* const* ahead, int32_t* acc) {
     __m512i acc_i32x16[ROWS][4];
 #pragma GCC unroll 4
     for (int t = 0; t < ROWS; ++t) {
@@ -574,8 +570,7 @@ struct Sparse {
             for (int u = 0; u < 4; ++u) {
               int32_t* place = sums + 64 * p + 16 * u;
               __m512i sum_i32x16 = load64(place);
-              sum_i32x16 =
-                  _mm512_dpbusd_epi32(sum_i32x16, _mm512_and_si512(first_u8x64[u], mask_u8x64), first_q_i8x64);
+              sum_i32x16 = _mm512_dpbusd_epi32(sum_i32x16, _mm512_and_si512(first_u8x64[u], mask_u8x64), first_q_i8x64);
               sum_i32x16 =
                   _mm512_dpbusd_epi32(sum_i32x16, _mm512_and_si512(second_u8x64[u], mask_u8x64), second_q_i8x64);
               _mm512_storeu_si512(place, sum_i32x16);

@@ -26,7 +26,7 @@ struct Base3Codes {
   static constexpr bool kHasGroupScales = false;  // csrc/ops/packed_checks.h
 
   struct Block {
-    __m512i four_u8x64;      // c0 .. c3 as in a byte of tile16
+    __m512i four_u8x64;     // c0 .. c3 as in a byte of tile16
     __m512i fifth81_u8x64;  // 81 * c4
   };
 

@@ -50,8 +50,8 @@ struct Dpbusd {
   // 2 x 6 accumulators + 2 codes + 1 mask + 1 activation = 16 registers.
   static constexpr int kRows = 6;
 
-  // In assembly, so that nothing is moved across it: GCC 12 would decode all four steps of a block first, and then lacks
-  // registers for six rows of q (bench/LOG.md).
+  // In assembly, so that nothing is moved across it: GCC 12 would decode all four steps of a block first, and then
+  // lacks registers for six rows of q (bench/LOG.md).
   static __m256i dot(__m256i acc_i32x8, __m256i code_u8x32, __m256i q_i8x32) {
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc_i32x8) : "x"(code_u8x32), "x"(q_i8x32));
     return acc_i32x8;
@@ -59,9 +59,9 @@ struct Dpbusd {
   static constexpr int kDecodedRows = 0;  // slower (bench/LOG.md)
   static __m256i widen(__m256i acc_i32x8) { return acc_i32x8; }
 
-  // One or two rows of q: odd steps are multiplied where they stand in the byte, four times too large, into accumulators
-  // of their own, and shifted back at the end, which is exact. So there are eight chains, which cover the latency of
-  // vpdpbusd (4 or 5 cycles), one shift for two steps, and two masks: with four GCC ran out of registers.
+  // One or two rows of q: odd steps are multiplied where they stand in the byte, four times too large, into
+  // accumulators of their own, and shifted back at the end, which is exact. So there are eight chains, which cover the
+  // latency of vpdpbusd (4 or 5 cycles), one shift for two steps, and two masks: with four GCC ran out of registers.
   static constexpr int kRowsInPlace = 2;
 
   template <int ROWS>

@@ -28,7 +28,8 @@ typename Isa::F32 exp2_of_parts(typename Isa::F32 shifted, typename Isa::F32 r) 
 }
 
 // 2^x for x <= 0, or NaN; +0 below -126, where results would be subnormal. With n the integer nearest to x,
-// 2^x = 2^n * 2^r. Rounding adds less than 1.1 ulp to the polynomial's error: at most 1.3e-7 in all, over every float32.
+// 2^x = 2^n * 2^r. Rounding adds less than 1.1 ulp to the polynomial's error: at most 1.3e-7 in all, over every
+// float32.
 template <class Isa>
 typename Isa::F32 exp2(typename Isa::F32 x) {
   using F32 = typename Isa::F32;

@@ -356,8 +356,8 @@ struct FloatKernels {
     for (int64_t i = 0; i < count; ++i) {
       const int32_t next = rows[i + rows_ahead < count ? i + rows_ahead : count - 1];
       F32 acc[1][kRegisters];
-      logits_row<1>(p, table + rows[i] * p.in_features, x,
-                    reinterpret_cast<const char*>(table + next * p.in_features), acc);
+      logits_row<1>(p, table + rows[i] * p.in_features, x, reinterpret_cast<const char*>(table + next * p.in_features),
+                    acc);
       out[i] = fold_pairs(acc[0], table);
     }
   }

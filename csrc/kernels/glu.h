@@ -16,10 +16,11 @@
 //
 // Error of sigmoid, with u = 2^-24 and exponential.h's 2.7 u: the sum 1 + e is off by u and by what e brings into it,
 // at most half of it where e is 1; so 1 / (1 + e) is off by 2.7 u / 2 + 2 u, e / (1 + e) by 2.7 u + 2 u: less than 5 u,
-// or by 2^-126 absolutely, where e becomes 0. Two products add 2 u: silu is off by 7 u, relatively, or 2^-126 |gate up|.
-// The argument of gelu_tanh is off by less than 8 u |t|: 2 roundings of the cube, 2 of its factor and the product with
-// it, 1 of the sum, whose terms have one sign, and 2 of the last factor and its product. That changes the sigmoid by
-// 8 u |t| (1 - sigmoid(t)) of itself: little for t > 0, and far below 0 as much as any function of a float32 argument.
+// or by 2^-126 absolutely, where e becomes 0. Two products add 2 u: silu is off by 7 u, relatively, or 2^-126 |gate
+// up|. The argument of gelu_tanh is off by less than 8 u |t|: 2 roundings of the cube, 2 of its factor and the product
+// with it, 1 of the sum, whose terms have one sign, and 2 of the last factor and its product. That changes the sigmoid
+// by 8 u |t| (1 - sigmoid(t)) of itself: little for t > 0, and far below 0 as much as any function of a float32
+// argument.
 //
 // Isa provides, beside float_algorithms.h's and exponential.h's,
 //     div(a, b)                         one IEEE division

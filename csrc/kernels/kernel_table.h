@@ -80,12 +80,12 @@ struct TernaryProduct {
   int64_t group_blocks;  // 0: one scale for a whole row
   int64_t groups;        // 1 if group_blocks is 0
   int64_t out_features;
-  DType out_dtype;            // kInt32 only with one plane and one group
-  void* out;                  // [tokens][out_features], contiguous
-  const float* x_scale;       // [tokens], with groups and one plane [tokens][groups]; unused for kInt32
-  const void* weight_scale;   // [out_features], with groups [tiles][groups][16]; unused for kInt32
-  DType scale_dtype;          // of weight_scale: kFloat32, with groups also kFloat16
-  const float* bias;          // [out_features] or null
+  DType out_dtype;           // kInt32 only with one plane and one group
+  void* out;                 // [tokens][out_features], contiguous
+  const float* x_scale;      // [tokens], with groups and one plane [tokens][groups]; unused for kInt32
+  const void* weight_scale;  // [out_features], with groups [tiles][groups][16]; unused for kInt32
+  DType scale_dtype;         // of weight_scale: kFloat32, with groups also kFloat16
+  const float* bias;         // [out_features] or null
 };
 
 // Bytes from one quantised row to the next: whole chunks of layout `row`, which also cover the blocks of
@@ -218,8 +218,8 @@ struct ScreenTable {
   DType weight_dtype;
   int64_t in_features;
   int64_t vocabulary;
-  uint8_t* codes;   // [tiles][screen_tile_bytes]
-  float* scale;     // [tiles * kTileRows] each, and so:
+  uint8_t* codes;  // [tiles][screen_tile_bytes]
+  float* scale;    // [tiles * kTileRows] each, and so:
   float* norm;
   float* residual;  // infinite for a row that is not finite or too large
 };

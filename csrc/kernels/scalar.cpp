@@ -93,11 +93,11 @@ struct Scalar {
 struct Inner {
   static constexpr int64_t kInputs = kBlockInputs;
   static constexpr int kTiles = 1;
-  static constexpr int kRowsStreamed = 0;                // nothing to choose: kTiles is 1
+  static constexpr int kRowsStreamed = 0;  // nothing to choose: kTiles is 1
   static constexpr bool kHasGroupScales = true;
   static constexpr int kRowsOfGroups = 0;
   static constexpr int kDecodedRows = 0;
-  static constexpr int kRows = 4;                        // a decoded code then serves four products
+  static constexpr int kRows = 4;                         // a decoded code then serves four products
   static constexpr int64_t kQBytes = int64_t{128} << 10;  // half of the smallest common L2, 256 KB
 
   template <int TILES, int ROWS>

@@ -9,7 +9,8 @@
 //     decode(packed, blocks, codes)   codes, a byte each; false where their sums might not fit
 //     piece<TILES, ROWS>(codes, blocks, q, q_stride, acc, tile_stride, first)    acc[ROWS][16] of each tile, set if
 //                                     `first` or added to
-//     piece_of_group<PLANES, TILES, ROWS>(codes, blocks, q, q_stride, group)    the same of a group, scaled and added up
+//     piece_of_group<PLANES, TILES, ROWS>(codes, blocks, q, q_stride, group)    the same of a group, scaled and added
+//     up
 //
 // Codes of tile i are kPieceBytes * i further.
 
@@ -36,9 +37,7 @@ struct DecodedDriver {
   static constexpr int64_t kTiles = kTilesAtOnce;
   static_assert(Inner::kDecodedTiles == 1 || Inner::kDecodedTiles == kTiles, "a register block is one tile, or all");
 
-  static bool suits(const TernaryProduct& p) {
-    return p.tokens * p.planes >= Inner::kLeastDecodedRows && p.blocks > 0;
-  }
+  static bool suits(const TernaryProduct& p) { return p.tokens * p.planes >= Inner::kLeastDecodedRows && p.blocks > 0; }
 
   // Some tiles and tokens.
   struct Rectangle {
@@ -65,7 +64,8 @@ struct DecodedDriver {
     }
 
     void store(int64_t i, int64_t token) {
-      store_rows<Isa>(p, acc[i] + token * PLANES * kTileRows, kTileRows, area.token + token, (area.tile + i) * kTileRows);
+      store_rows<Isa>(p, acc[i] + token * PLANES * kTileRows, kTileRows, area.token + token,
+                      (area.tile + i) * kTileRows);
     }
   };
 
@@ -77,7 +77,7 @@ struct DecodedDriver {
     static constexpr int64_t kCodeBytes = Inner::kPieceBytes / Inner::kPieceBlocks;  // of a block
     const TernaryProduct& p;
     const Rectangle& area;
-    int64_t first_group;  // of the piece
+    int64_t first_group;                                              // of the piece
     alignas(64) float scale[Inner::kPieceBlocks][kTiles][kTileRows];  // of its groups
     alignas(64) float sums[kTiles][kMostRows / PLANES * kTileRows];
 
@@ -190,7 +190,8 @@ struct DecodedDriver {
       if (p.group_blocks != 0 && p.scale_dtype == DType::kFloat16) {
         return two ? multiply<InGroups<2, Float16>>(p, area) : multiply<InGroups<1, Float16>>(p, area);
       }
-      if (p.group_blocks != 0) return two ? multiply<InGroups<2, float>>(p, area) : multiply<InGroups<1, float>>(p, area);
+      if (p.group_blocks != 0)
+        return two ? multiply<InGroups<2, float>>(p, area) : multiply<InGroups<1, float>>(p, area);
     }
     return two ? multiply<WholeRows<2>>(p, area) : multiply<WholeRows<1>>(p, area);
   }

@@ -11,8 +11,9 @@
 //     kRowsStreamed                           up to so many rows, tiles come one at a time
 //     kQBytes                                 of q that stay in L2 while weights pass
 //     kHasGroupScales                         whether matrices of this layout may have scales of groups
-//     kRowsOfGroups                           0, or up to so many rows a tile with scales of groups has a loop of its own:
-//     groups<PLANES, TOKENS>(p, tile, q, scales, token, sums)          sums[TOKENS][16] as `add_group` adds them up,
+//     kRowsOfGroups                           0, or up to so many rows a tile with scales of groups has a loop of its
+//     own: groups<PLANES, TOKENS>(p, tile, q, scales, token, sums)          sums[TOKENS][16] as `add_group` adds them
+//     up,
 //                                                                      scales[groups][16]
 //     block<TILES, ROWS>(tile, tile_bytes, blocks, q, q_stride, acc)   acc[ROWS][TILES * 16]
 
@@ -120,7 +121,8 @@ inline void store_row(const TernaryProduct& p, const int32_t* acc, int64_t plane
     static_cast<int32_t*>(p.out)[place] = *acc - p.q_sum[token];
     return;
   }
-  const float sum = p.planes == 1 ? static_cast<float>(*acc - p.q_sum[token]) : float_sum(p, *acc, acc[plane_stride], token);
+  const float sum =
+      p.planes == 1 ? static_cast<float>(*acc - p.q_sum[token]) : float_sum(p, *acc, acc[plane_stride], token);
   float y = sum * (p.x_scale[token] * static_cast<const float*>(p.weight_scale)[row]);
   if (p.bias != nullptr) y = y + p.bias[row];
   switch (p.out_dtype) {

@@ -308,7 +308,8 @@ struct YmmLoops {
       prefetch_near(packed + b * kBlockBytes + kPrefetchBytes);
       for (int half = 0; half < 2; ++half) {
         const __m256i packed_u8x32 = load32(packed + b * kBlockBytes + 32 * half);
-        threes_u8x32 = _mm256_or_si256(threes_u8x32, _mm256_and_si256(packed_u8x32, _mm256_srli_epi16(packed_u8x32, 1)));
+        threes_u8x32 =
+            _mm256_or_si256(threes_u8x32, _mm256_and_si256(packed_u8x32, _mm256_srli_epi16(packed_u8x32, 1)));
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
           _mm256_store_si256(reinterpret_cast<__m256i*>(codes + (4 * b + p) * kBlockBytes + 32 * half),
@@ -381,8 +382,8 @@ struct YmmLoops {
 
   // Layout row: half a chunk is one ymm of one row; activations come in step order.
   template <int ROWS, int ASKS>
-  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride, const uint8_t* const* ahead,
-                       int32_t* acc) {
+  static void row_sums(const uint8_t* row, int64_t chunks, const int8_t* q, int64_t q_stride,
+                       const uint8_t* const* ahead, int32_t* acc) {
     constexpr int64_t kChunksPerWidening = Dot::kDotsPerWidening / 4;
     __m256i total_i32x8[ROWS];
     for (int t = 0; t < ROWS; ++t) total_i32x8[t] = _mm256_setzero_si256();

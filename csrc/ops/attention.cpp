@@ -20,15 +20,16 @@ TokenRows rows_of_tokens(const Tensor& tensor) { return {data<float>(tensor), te
 int64_t check_heads(const char* op, const char* argument, const Tensor& tensor, int64_t head_dim) {
   if (!tensor.is_cpu() || dtype_code(tensor) != dtypes().float32 || tensor.dim() != 3 || tensor.size(2) == 0 ||
       tensor.size(2) % head_dim != 0) {
-    refuse(op, argument,
-           "a CPU tensor float32 [batch, tokens, heads * " + std::to_string(head_dim) + "] (twice the last size of cos)",
-           describe(tensor));
+    refuse(
+        op, argument,
+        "a CPU tensor float32 [batch, tokens, heads * " + std::to_string(head_dim) + "] (twice the last size of cos)",
+        describe(tensor));
   }
   return tensor.size(2) / head_dim;
 }
 
 AttentionSizes check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
-                   const Tensor& sin) {
+                            const Tensor& sin) {
   const int64_t head_dim = check_tables(op, cos, sin);
   const int64_t heads = check_heads(op, "q", q, head_dim);
   const AttentionSizes sizes{q.size(0), q.size(1), heads, check_heads(op, "k", k, head_dim), head_dim};
@@ -60,7 +61,8 @@ int64_t check_tables(const char* op, const Tensor& cos, const Tensor& sin) {
   return 2 * cos.size(1);
 }
 
-void check_positions(const char* op, const int64_t* start, const AttentionSizes& sizes, int64_t positions, int64_t capacity) {
+void check_positions(const char* op, const int64_t* start, const AttentionSizes& sizes, int64_t positions,
+                     int64_t capacity) {
   const int64_t room = positions < capacity ? positions : capacity;
   for (int64_t b = 0; b < sizes.batch; ++b) {
     if (start[b] <= room - sizes.tokens && start[b] >= -std::numeric_limits<int32_t>::max()) continue;
@@ -115,7 +117,7 @@ CachePart check_cache(const char* op, const AttentionSizes& sizes, const Tensor&
   check_scale("value_scale", value_scale);
   return {type == dtypes().float32    ? CacheType::kFloat32
           : type == dtypes().bfloat16 ? CacheType::kBFloat16
-                                     : CacheType::kInt8,
+                                      : CacheType::kInt8,
           capacity,
           mutable_data<void>(keys),
           mutable_data<void>(values),

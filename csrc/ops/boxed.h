@@ -1,5 +1,5 @@
-// How errors leave an operator. PyTorch and this extension need not have the same C++ library: that of Windows' PyTorch is
-// Microsoft's, and wheels may bring one of their own. An exception of one is none of the other, which would end the
+// How errors leave an operator. PyTorch and this extension need not have the same C++ library: that of Windows' PyTorch
+// is Microsoft's, and wheels may bring one of their own. An exception of one is none of the other, which would end the
 // process. So all are caught here, and PyTorch throws its own with their text.
 #pragma once
 
@@ -30,8 +30,8 @@ __attribute__((noinline)) const char* error_of(StableIValue* stack, uint64_t arg
   return message;
 }
 
-// As TORCH_BOX(function), whose value is `boxed`. PyTorch's exception passes through here: it must neither be caught nor
-// find a destructor, because either would call this side's library.
+// As TORCH_BOX(function), whose value is `boxed`. PyTorch's exception passes through here: it must neither be caught
+// nor find a destructor, because either would call this side's library.
 template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
 void run_boxed(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
   const char* error = error_of<boxed>(stack, arguments, outputs);

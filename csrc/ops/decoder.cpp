@@ -20,9 +20,14 @@ constexpr const char* kOp = "decoder_layers";
 
 constexpr const char* kLayouts[] = {"tile16", "tile16_base3", "row", "column"};
 constexpr const char* kProjectionNames[kProjections] = {"q", "k", "v", "o", "gate", "up", "down"};
-constexpr const char* kNormNames[kNorms] = {"input_norm",        "query_norm",        "key_norm",
-                                            "attention_sub_norm", "attention_post_norm", "feed_forward_norm",
-                                            "feed_forward_sub_norm", "feed_forward_post_norm"};
+constexpr const char* kNormNames[kNorms] = {"input_norm",
+                                            "query_norm",
+                                            "key_norm",
+                                            "attention_sub_norm",
+                                            "attention_post_norm",
+                                            "feed_forward_norm",
+                                            "feed_forward_sub_norm",
+                                            "feed_forward_post_norm"};
 
 // What bitnet_ops/decoder/plan.py wrote down of the layers: three lists, read in order.
 struct Plan {
@@ -73,8 +78,8 @@ Tensor alias_of(const Tensor& tensor) {
   int64_t offset;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), tensor.dim(), sizes.data(), strides.data(), offset,
-                                                        &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), tensor.dim(), sizes.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
 
@@ -116,7 +121,8 @@ class CheckedLayers {
     }
     if (cos_any.dim() != 3 || cos_any.size(0) < rotations_) {
       refuse(kOp, "cos",
-             "a CPU tensor float32 [tables, positions, head_dim / 2] of at least " + std::to_string(rotations_) + " tables",
+             "a CPU tensor float32 [tables, positions, head_dim / 2] of at least " + std::to_string(rotations_) +
+                 " tables",
              describe(cos_any));
     }
     check(kOp, "sin", sin_any, dtypes().float32, {cos_any.size(0), cos_any.size(1), cos_any.size(2)});
@@ -140,8 +146,8 @@ class CheckedLayers {
     check_positions(kOp, start.data(), sizes, cos.size(1), keys.has_value() ? cache.capacity : tokens);
     const Tensor out = empty(shape_of(x), dtypes().float32);
     if (batch * tokens == 0 || hidden_size == 0) return out;
-    const TokenPositions positions{batch,           tokens,          start.data(),
-                                   data<float>(cos), data<float>(sin), cos.size(1) * cos.size(2)};
+    const TokenPositions positions{
+        batch, tokens, start.data(), data<float>(cos), data<float>(sin), cos.size(1) * cos.size(2)};
     run_layers(layers_.data(), layers_.size(), positions, cache, slot, data<float>(x), mutable_data<float>(out));
     return out;
   }
@@ -211,7 +217,7 @@ class CheckedLayers {
     const auto size = [&](ProjectionPlace p) { return layer.projections[p].matrix.size; };
     const int64_t hidden = layers_.empty() ? size(kQ).in_features : layers_[0].projections[kQ].matrix.size.in_features;
     const int64_t q = size(kQ).out_features, kv = size(kK).out_features, inner = size(kGate).out_features;
-    const MatrixSize expected[kProjections] = {{q, hidden}, {kv, hidden},    {kv, hidden},   {hidden, q},
+    const MatrixSize expected[kProjections] = {{q, hidden},     {kv, hidden},    {kv, hidden},   {hidden, q},
                                                {inner, hidden}, {inner, hidden}, {hidden, inner}};
     for (int p = 0; p < kProjections; ++p) {
       const MatrixSize given = layer.projections[p].matrix.size;
@@ -288,8 +294,16 @@ class CheckedLayers {
     const int64_t places = sizes.batch * kv_heads * capacity;
     own_keys = empty({places * sizes.head_dim}, dtypes().float32);
     own_values = empty({places * value_width(sizes.head_dim)}, dtypes().float32);
-    return {CacheType::kFloat32, capacity, mutable_data<void>(*own_keys), mutable_data<void>(*own_values), nullptr,
-            nullptr, 0, 0, 0, 0};
+    return {CacheType::kFloat32,
+            capacity,
+            mutable_data<void>(*own_keys),
+            mutable_data<void>(*own_values),
+            nullptr,
+            nullptr,
+            0,
+            0,
+            0,
+            0};
   }
 
   std::vector<Memory> memory_;

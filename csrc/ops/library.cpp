@@ -43,11 +43,9 @@ const bool uses_threads_of_torch = [] {
 BITNET_LIBRARY(BITNET_OPS_NAMESPACE, m) {
   m.def("quantize_activations(Tensor x, int bits=8) -> (Tensor q, Tensor x_scale)");
   m.def("pack_ternary(Tensor w, str layout=\"tile16\") -> Tensor");
-  m.def(
-      "pack_two_bits(Tensor codes, int width, bool high_first=False, str layout=\"tile16\") -> Tensor");
+  m.def("pack_two_bits(Tensor codes, int width, bool high_first=False, str layout=\"tile16\") -> Tensor");
   m.def("unpack_ternary(Tensor packed, int out_features, int in_features, str layout=\"tile16\") -> Tensor");
-  m.def(
-      "repack_ternary(Tensor packed, int out_features, int in_features, str layout, str wanted) -> Tensor");
+  m.def("repack_ternary(Tensor packed, int out_features, int in_features, str layout, str wanted) -> Tensor");
   m.def("find_bad_byte(Tensor packed, str layout=\"tile16\") -> Tensor");
   m.def("ternary_matmul(Tensor q, Tensor packed, int out_features, str layout=\"tile16\") -> Tensor");
   m.def(

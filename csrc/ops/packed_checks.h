@@ -19,7 +19,9 @@ inline Layout check_layout(const char* op, const std::string& name, const char* 
   refuse(op, argument, "'tile16', 'tile16_base3', 'row' or 'column'", "'" + name + "'");
 }
 
-inline int64_t most_in_features(Layout layout) { return layout == Layout::kColumn ? kMaxColumnInFeatures : kMaxInFeatures; }
+inline int64_t most_in_features(Layout layout) {
+  return layout == Layout::kColumn ? kMaxColumnInFeatures : kMaxInFeatures;
+}
 
 inline std::vector<int64_t> packed_sizes(Layout layout, MatrixSize size) {
   switch (layout) {

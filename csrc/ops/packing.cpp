@@ -64,8 +64,8 @@ Tensor pack_two_bits(const Tensor& codes_any, int64_t width, bool high_first, co
   if (codes.size(2) != 0 && codes.size(1) > most / 4 / codes.size(2)) {  // the product might wrap
     refuse(kOp, "codes", "at most " + std::to_string(most) + " weights in a row", describe(codes_any));
   }
-  const TwoBitCodes view{data<uint8_t>(codes), codes.size(0), codes.stride(0), codes.size(1), codes.stride(1),
-                         codes.size(2),        width,         high_first};
+  const TwoBitCodes view{data<uint8_t>(codes), codes.size(0), codes.stride(0), codes.size(1),
+                         codes.stride(1),      codes.size(2), width,           high_first};
   const Tensor packed = empty(packed_sizes(layout, {view.rows, view.in_features()}), dtypes().uint8);
   if (!run_pack_two_bits(view, layout, mutable_data<uint8_t>(packed))) {
     refuse(kOp, "codes", "codes 0, 1 and 2 only", "a code 3, which stands for no weight");

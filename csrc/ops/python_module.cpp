@@ -65,9 +65,11 @@ PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "(name, supported) of every instruction set of this architecture, best first."},
     {"isa", isa, METH_NOARGS, "Name of the instruction set in use."},
     {"select_isa", select_isa, METH_O, "Uses the named instruction set; False if it is unknown or unsupported."},
-    {"add_file_memory", add_file_memory, METH_VARARGS, "Memory (begin, bytes) is a private mapping of a file; (descriptor, sparing)."},
+    {"add_file_memory", add_file_memory, METH_VARARGS,
+     "Memory (begin, bytes) is a private mapping of a file; (descriptor, sparing)."},
     {"remove_file_memory", remove_file_memory, METH_O, "The mapping that begins there is about to end."},
-    {"same_values", bitnet_ops::same_values, METH_VARARGS, "Whether the values of dictionaries are these very objects."},
+    {"same_values", bitnet_ops::same_values, METH_VARARGS,
+     "Whether the values of dictionaries are these very objects."},
     {"same_items", bitnet_ops::same_items, METH_VARARGS, "Whether keys of dictionaries have these very objects."},
     {nullptr, nullptr, 0, nullptr},
 };

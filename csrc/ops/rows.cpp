@@ -42,8 +42,9 @@ Tensor embedding(const Tensor& ids_any, const Tensor& weight_any) {
   const int64_t count = ids.numel();
   for (int64_t i = 0; i < count; ++i) {
     if (id[i] >= 0 && id[i] < rows.count) continue;
-    refuse(kOp, "ids", "ids from 0 to " + std::to_string(rows.count - 1) + " (weight has " +
-                           std::to_string(rows.count) + " rows)", std::to_string(id[i]));
+    refuse(kOp, "ids",
+           "ids from 0 to " + std::to_string(rows.count - 1) + " (weight has " + std::to_string(rows.count) + " rows)",
+           std::to_string(id[i]));
   }
   std::vector<int64_t> sizes = shape_of(ids);
   sizes.push_back(rows.elements);

@@ -28,7 +28,8 @@ using torch::stable::Tensor;
 // ---- errors ---------------------------------------------------------------------------------------
 
 // Every refusal reads: operator, argument, what was expected, what was given.
-[[noreturn]] inline void refuse(const char* op, const char* argument, const std::string& expected, const std::string& given) {
+[[noreturn]] inline void refuse(const char* op, const char* argument, const std::string& expected,
+                                const std::string& given) {
   throw std::runtime_error(std::string("bitnet_ops::") + op + ": argument '" + argument + "': expected " + expected +
                            ", got " + given);
 }
@@ -101,7 +102,7 @@ inline bool shape_is(const Tensor& tensor, std::initializer_list<int64_t> expect
 
 // A CPU tensor of exactly this dtype and shape.
 inline void check(const char* op, const char* argument, const Tensor& tensor, int32_t dtype,
-           std::initializer_list<int64_t> shape) {
+                  std::initializer_list<int64_t> shape) {
   if (tensor.is_cpu() && dtype_code(tensor) == dtype && shape_is(tensor, shape)) return;
   refuse(op, argument, "a CPU tensor " + dtype_name(dtype) + " " + shape_text(shape), describe(tensor));
 }
@@ -154,9 +155,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -20,10 +20,10 @@ namespace {
 
 // XCR0: the register states that the operating system saves. A CPU may have AVX-512 and the system
 // (or a hypervisor) not save its registers; executing it then faults, or corrupts another process.
-constexpr uint64_t kSavesYmm = 0x06;     // bits 1 and 2: xmm, upper halves of ymm
-constexpr uint64_t kSavesZmm = 0xe6;     // and bits 5 to 7: opmask, upper halves of zmm0-15, zmm16-31
+constexpr uint64_t kSavesYmm = 0x06;       // bits 1 and 2: xmm, upper halves of ymm
+constexpr uint64_t kSavesZmm = 0xe6;       // and bits 5 to 7: opmask, upper halves of zmm0-15, zmm16-31
 constexpr uint64_t kSavesTiles = 0x60000;  // bits 17 and 18: shapes and contents of AMX's registers
-constexpr uint32_t kOsxsave = 1u << 27;  // CPUID.1:ECX, xgetbv may be executed
+constexpr uint32_t kOsxsave = 1u << 27;    // CPUID.1:ECX, xgetbv may be executed
 
 uint64_t read_xcr0() {
   uint32_t low, high;

@@ -54,7 +54,9 @@ void sleep_at(SleepWord& word, uint32_t value) {
 void wake_one(SleepWord& word) {
   Bed& bed = beds.of(word);
   // Whoever has seen the old value holds the mutex until it waits, so it cannot miss this.
-  { const std::lock_guard<std::mutex> lock(bed.mutex); }
+  {
+    const std::lock_guard<std::mutex> lock(bed.mutex);
+  }
   bed.condition.notify_all();
 }
 

@@ -78,7 +78,8 @@ Processors processor_of_caller();
 // How many there are in a set.
 int64_t count_of(const Processors& processors);
 
-// The number of the processor where the calling thread is, in a few nanoseconds; always the same where a system does not say.
+// The number of the processor where the calling thread is, in a few nanoseconds; always the same where a system does
+// not say.
 int64_t processor_number_of_caller();
 
 // What others know of a thread.

@@ -49,7 +49,8 @@ bool read_at(int descriptor, int64_t offset, void* out, size_t bytes) {
     place.Offset = static_cast<DWORD>(offset);
     place.OffsetHigh = static_cast<DWORD>(offset >> 32);
     DWORD count = 0;
-    if (!ReadFile(file, next, static_cast<DWORD>(std::min(bytes, kMostBytesRead)), &count, &place) || count == 0) return false;
+    if (!ReadFile(file, next, static_cast<DWORD>(std::min(bytes, kMostBytesRead)), &count, &place) || count == 0)
+      return false;
     next += count;
     offset += count;
     bytes -= count;
@@ -114,7 +115,8 @@ void ThreadHandle::introduce_caller(const char* name) {
   const HANDLE self = OpenThread(THREAD_SET_INFORMATION | THREAD_QUERY_INFORMATION, FALSE, GetCurrentThreadId());
   if (self == nullptr) return;
   wchar_t wide[32] = {};
-  for (size_t i = 0; i + 1 < sizeof wide / sizeof *wide && name[i] != '\0'; ++i) wide[i] = static_cast<wchar_t>(name[i]);
+  for (size_t i = 0; i + 1 < sizeof wide / sizeof *wide && name[i] != '\0'; ++i)
+    wide[i] = static_cast<wchar_t>(name[i]);
   SetThreadDescription(self, wide);
   id_.store(reinterpret_cast<uint64_t>(self), std::memory_order_release);
 }
@@ -129,8 +131,8 @@ bool ThreadHandle::run_on(const Processors& processors) {
   return true;
 }
 
-// QueryThreadCycleTime does not promise to count what a thread has run since it was last put on a processor. A worker in
-// the midst of its part would then look as if it did not run, and be moved.
+// QueryThreadCycleTime does not promise to count what a thread has run since it was last put on a processor. A worker
+// in the midst of its part would then look as if it did not run, and be moved.
 uint64_t ThreadHandle::time_run() const { return clock_; }
 
 void call_in_forked_children(void (* /*work*/)()) {}

@@ -54,7 +54,9 @@ struct Units {
         blocks(divide_up(a.tokens, tokens_at_once)),
         count(a.batch * a.kv_heads * blocks) {}
 
-  int64_t rows() const { return attention.group * (tokens_at_once < attention.tokens ? tokens_at_once : attention.tokens); }
+  int64_t rows() const {
+    return attention.group * (tokens_at_once < attention.tokens ? tokens_at_once : attention.tokens);
+  }
 
   AttentionRows at(int64_t unit) const {
     const int64_t head = unit / blocks;
@@ -63,7 +65,8 @@ struct Units {
     const int64_t block = i % 2 == 0 ? i / 2 : blocks - 1 - i / 2;
     const int64_t begin = block * tokens_at_once;
     const int64_t end = begin + tokens_at_once;
-    return {head / attention.kv_heads, head % attention.kv_heads, begin, end < attention.tokens ? end : attention.tokens};
+    return {head / attention.kv_heads, head % attention.kv_heads, begin,
+            end < attention.tokens ? end : attention.tokens};
   }
 
   // Spans [first_span, end_span) hold what these rows see; those before lie below every row's window.
@@ -122,8 +125,8 @@ void attend_whole_units(const Attention& attention, const KernelTable& table, co
   const int64_t floats = state_floats(rows, attention.head_dim);
   parallel(units.count, ns_per_span * static_cast<double>(most_spans), [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    float* memory = static_cast<float*>(scratch.reserve(
-        static_cast<size_t>(2 * floats + attention_scratch(rows, attention.head_dim)) * sizeof(float)));
+    float* memory = static_cast<float*>(
+        scratch.reserve(static_cast<size_t>(2 * floats + attention_scratch(rows, attention.head_dim)) * sizeof(float)));
     const AttentionState state = state_at(memory, rows);
     const AttentionState part = state_at(memory + floats, rows);
     ask_for_start(attention, units.at(begin), units.first_span(units.at(begin)));
@@ -157,8 +160,8 @@ void attend_spans(const Attention& attention, const KernelTable& table, const Un
   for (int64_t unit = 0; unit < units.count; ++unit) missing[static_cast<size_t>(unit)] = most_spans;
   parallel(units.count * most_spans, ns_per_span, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    float* memory = static_cast<float*>(scratch.reserve(
-        static_cast<size_t>(floats + attention_scratch(rows, attention.head_dim)) * sizeof(float)));
+    float* memory = static_cast<float*>(
+        scratch.reserve(static_cast<size_t>(floats + attention_scratch(rows, attention.head_dim)) * sizeof(float)));
     const AttentionState state = state_at(memory, rows);
     int64_t unit_of_queries = -1;
     for (int64_t i = begin; i < end; ++i) {

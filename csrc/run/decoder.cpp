@@ -178,8 +178,7 @@ void run_layers(const Layer* layers, size_t count, const TokenPositions& positio
   float* middle =
       static_cast<float*>(scratch.reserve(static_cast<size_t>(rows * (hidden_size + work)) * sizeof(float)));
   for (size_t i = 0; i < count; ++i) {
-    const Attention attention =
-        attention_of(layers[i], positions, cache, first_slot + static_cast<int64_t>(i));
+    const Attention attention = attention_of(layers[i], positions, cache, first_slot + static_cast<int64_t>(i));
     run_layer(layers[i], attention, in, middle, middle + rows * hidden_size, out);
     in = out;
   }

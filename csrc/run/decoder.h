@@ -45,8 +45,8 @@ struct Layer {
   Norm norms[kNorms];
   Projection projections[kProjections];
   int64_t head_dim;
-  int64_t rotation;  // number of its table of angles
-  int64_t window;    // as in Attention
+  int64_t rotation;   // number of its table of angles
+  int64_t window;     // as in Attention
   float score_scale;  // as in Attention: in units of ln 2
   float residual_scale;
   Activation activation;

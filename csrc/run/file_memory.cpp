@@ -18,10 +18,10 @@ struct Mapping {
   bool sparing;
 };
 
-// Of a table that is read again and again, these parts may be in memory: in every kPeriod stretches of kStretch bytes of
-// the file the first kStays. Reading from a file takes 2.7 times as long as reading through a mapping that is there
-// (bench/LOG.md), so three eighths of 2B4T's table, 246 MB, save a quarter of the time of a token's scores. A stretch is the
-// largest folio of the page cache, of which the system maps all where one page is looked at.
+// Of a table that is read again and again, these parts may be in memory: in every kPeriod stretches of kStretch bytes
+// of the file the first kStays. Reading from a file takes 2.7 times as long as reading through a mapping that is there
+// (bench/LOG.md), so three eighths of 2B4T's table, 246 MB, save a quarter of the time of a token's scores. A stretch
+// is the largest folio of the page cache, of which the system maps all where one page is looked at.
 constexpr int64_t kStretch = int64_t{2} << 20;
 constexpr int64_t kPeriod = 8;
 constexpr int64_t kStays = 3;

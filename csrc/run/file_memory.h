@@ -19,8 +19,8 @@
 namespace bitnet_ops {
 
 // Says that memory [begin, begin + bytes) is a private mapping of a file from its first byte on. Takes over the
-// descriptor, in any case. `begin` is a multiple of the page size. `sparing`: passes over whole matrices shall not bring
-// all of them into memory.
+// descriptor, in any case. `begin` is a multiple of the page size. `sparing`: passes over whole matrices shall not
+// bring all of them into memory.
 void add_file_memory(const void* begin, size_t bytes, int descriptor, bool sparing);
 
 // Takes it back and closes the descriptor, before the mapping ends. Does nothing where it is not known.

@@ -17,9 +17,8 @@ constexpr double kNsPerSmallElement = 1.5;
 // Rows are contiguous and no element knows another, so pieces of all rows together are shared out: of one long row too.
 template <class Work>
 void parallel_pieces(int64_t count, double ns_per_element, const Work& work) {
-  parallel(divide_up(count, kPiece), static_cast<double>(kPiece) * ns_per_element, [&](int64_t begin, int64_t end) {
-    work(begin * kPiece, end * kPiece < count ? end * kPiece : count);
-  });
+  parallel(divide_up(count, kPiece), static_cast<double>(kPiece) * ns_per_element,
+           [&](int64_t begin, int64_t end) { work(begin * kPiece, end * kPiece < count ? end * kPiece : count); });
 }
 
 template <class T>

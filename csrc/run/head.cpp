@@ -28,8 +28,8 @@ Logits widened(const KernelTable& table, const HeadTokens& tokens, const HeadTab
   Logits logits{};
   logits.tokens = tokens.count;
   logits.x_stride = round_up(head.in_features, kVirtualLanes);
-  float* wide = static_cast<float*>(
-      activations.reserve(static_cast<size_t>(logits.tokens * logits.x_stride) * sizeof(float)));
+  float* wide =
+      static_cast<float*>(activations.reserve(static_cast<size_t>(logits.tokens * logits.x_stride) * sizeof(float)));
   for (int64_t token = 0; token < logits.tokens; ++token) {
     table.widen_row(row_at(tokens.x, token, head.in_features, tokens.dtype), tokens.dtype, head.in_features,
                     wide + token * logits.x_stride, logits.x_stride);
@@ -114,13 +114,13 @@ struct Chosen {
 
 struct Search {
   const KernelTable& table;
-  Logits logits;               // of this group of tokens; out is `upper`
-  const FileRows& file;        // the table, for passes over all of it
-  const Screen* screen;        // null: everything is computed
+  Logits logits;         // of this group of tokens; out is `upper`
+  const FileRows& file;  // the table, for passes over all of it
+  const Screen* screen;  // null: everything is computed
   int64_t k;
-  float* upper;                // [tokens][vocabulary]: bounds, or logits where they are computed
-  const float* approximate;    // [tokens][vocabulary], where rows are screened
-  std::vector<Score> score{};  // of each token
+  float* upper;                         // [tokens][vocabulary]: bounds, or logits where they are computed
+  const float* approximate;             // [tokens][vocabulary], where rows are screened
+  std::vector<Score> score{};           // of each token
   std::vector<KthLargest> threshold{};  // of each token: the k-th largest approximation or logit
   std::vector<Part> parts{};
   // Of all parts so far: rows screened, their survivors (or more), and whether to go on screening.
@@ -262,7 +262,8 @@ struct Search {
     some.weight = copied;
     for (int64_t begin = 0; begin < count; begin += kRowsFromFile) {
       const int64_t length = std::min(count - begin, kRowsFromFile);
-      for (int64_t i = 0; i < length; ++i) file.copy(rows[begin + i], 1, copied + i * static_cast<int64_t>(row_bytes()));
+      for (int64_t i = 0; i < length; ++i)
+        file.copy(rows[begin + i], 1, copied + i * static_cast<int64_t>(row_bytes()));
       table.logits_of_rows(some, places, length, out + begin, logits_scratch(some));
     }
   }
@@ -392,8 +393,8 @@ void run_head_screen(const HeadTable& head, uint8_t* codes, float* bounds) {
   // A copy of 251 MB then costs 120 page faults instead of 61000, and reading it loses less of the bus to address
   // translation (bench/LOG.md).
   prefer_huge_pages(codes, static_cast<size_t>(tiles * screen_tile_bytes(groups)));
-  const ScreenTable copy{head.weight, head.weight_dtype, head.in_features, head.vocabulary,
-                         codes,       bounds,            bounds + rows,    bounds + 2 * rows};
+  const ScreenTable copy{head.weight, head.weight_dtype, head.in_features, head.vocabulary, codes,
+                         bounds,      bounds + rows,     bounds + 2 * rows};
 
   const KernelTable& table = kernels();
   const int64_t length = groups * kScreenGroup;
@@ -407,8 +408,7 @@ void run_head_screen(const HeadTable& head, uint8_t* codes, float* bounds) {
   });
 }
 
-void run_head_top_k(const HeadTable& head, const HeadTokens& tokens, const HeadChoice& choice,
-                    const HeadTopK& result) {
+void run_head_top_k(const HeadTable& head, const HeadTokens& tokens, const HeadChoice& choice, const HeadTopK& result) {
   const KernelTable& table = kernels();
   const Logits all = widened(table, tokens, head);
   const int64_t k = choice.k;

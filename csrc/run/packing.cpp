@@ -78,10 +78,9 @@ bool run_pack(const int8_t* w, MatrixSize size, Layout layout, uint8_t* out) {
 bool run_pack_two_bits(const TwoBitCodes& codes, Layout layout, uint8_t* out) {
   const MatrixSize size{codes.rows, codes.in_features()};
   constexpr double kWeightsPerNs = 4.0;
-  return by_way_of_tile16(size, layout, out, ns_per_tile(size) / kWeightsPerNs,
-                          [&](uint8_t* tile16, int64_t begin, int64_t end) {
-                            return tile16_from_two_bits(codes, tile16, begin, end);
-                          });
+  return by_way_of_tile16(
+      size, layout, out, ns_per_tile(size) / kWeightsPerNs,
+      [&](uint8_t* tile16, int64_t begin, int64_t end) { return tile16_from_two_bits(codes, tile16, begin, end); });
 }
 
 bool run_unpack(Layout layout, const uint8_t* packed, MatrixSize size, int8_t* out) {

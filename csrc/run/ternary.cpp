@@ -124,9 +124,8 @@ void run_columns(Product& product, const KernelTable& table) {
   }
   product.q = gathered;
   product.q_stride = stride;
-  parallel(product.blocks, static_cast<double>(count + 1) * ns_per_block(product.rows()), [&](int64_t begin, int64_t end) {
-    table.ternary_columns(product, columns, count, begin, end);
-  });
+  parallel(product.blocks, static_cast<double>(count + 1) * ns_per_block(product.rows()),
+           [&](int64_t begin, int64_t end) { table.ternary_columns(product, columns, count, begin, end); });
 }
 
 // Sets results that are not wanted to zero, in storage of 2 or 4 bytes.
@@ -138,7 +137,8 @@ void zero_inactive(const bool* active, Bits* out, int64_t count) {
 }  // namespace
 
 void fill_tile16(Layout layout, const uint8_t* packed, MatrixSize size, uint8_t* tile16) {
-  const int64_t units = layout == Layout::kColumn ? divide_up(size.out_features, kPanelRows) : tiles_of(size.out_features);
+  const int64_t units =
+      layout == Layout::kColumn ? divide_up(size.out_features, kPanelRows) : tiles_of(size.out_features);
   const double blocks = static_cast<double>(blocks_of(size.in_features) + 1) *
                         static_cast<double>(layout == Layout::kColumn ? kPanelTiles : 1);
   parallel(units, blocks * kNsPerCopiedBlock, [&](int64_t begin, int64_t end) {

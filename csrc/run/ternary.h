@@ -36,8 +36,8 @@ QuantizedRows quantize_rows(const Activations& activations, int64_t planes, int6
 // A matrix on its own: checked, and of memory that outlives its products.
 struct TernaryMatrix {
   const uint8_t* packed;
-  int64_t blocks;             // as in TernaryProduct
-  const void* weight_scale;   // [out_features], with groups [tiles][groups][16]; null for a product without scales
+  int64_t blocks;            // as in TernaryProduct
+  const void* weight_scale;  // [out_features], with groups [tiles][groups][16]; null for a product without scales
   Layout layout;
   MatrixSize size;
   DType scale_dtype = DType::kFloat32;

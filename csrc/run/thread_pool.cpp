@@ -168,7 +168,7 @@ class Pool {
         workers_[static_cast<size_t>(hired_)].store(fresh.get(), std::memory_order_release);
         std::thread(&Pool::serve, this, hired_, work_number_).detach();
         static_cast<void>(fresh.release());  // it serves until the process ends
-      } catch (const std::exception&) {  // std::system_error or std::bad_alloc
+      } catch (const std::exception&) {      // std::system_error or std::bad_alloc
         return hired_;
       }
     }

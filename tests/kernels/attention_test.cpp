@@ -159,7 +159,7 @@ void test_attention(const AttentionCase& c, CacheType type, Random& random) {
 void test_attention() {
   Random random;
   const AttentionCase cases[] = {
-      {1, 1, 1, 2, {0, 0}},       {1, 2, 4, 20, {70, 3}},   {3, 1, 3, 36, {-2, 61}},  {66, 2, 2, 12, {0, -66}},
+      {1, 1, 1, 2, {0, 0}},       {1, 2, 4, 20, {70, 3}},   {3, 1, 3, 36, {-2, 61}},   {66, 2, 2, 12, {0, -66}},
       {40, 1, 5, 64, {230, -20}}, {1, 1, 4, 128, {300, 0}}, {13, 1, 4, 128, {250, 7}},
   };
   for (const CacheType type : {CacheType::kFloat32, CacheType::kBFloat16, CacheType::kInt8}) {

@@ -104,10 +104,13 @@ class Model {
     result.score_scale = score_scale(std::nullopt, kHeadDim);
     result.residual_scale = 1.0f;
     result.activation = activation;
-    const MatrixSize sizes[kProjections] = {
-        {kHeads * kHeadDim, kHidden},   {kKvHeads * kHeadDim, kHidden}, {kKvHeads * kHeadDim, kHidden},
-        {kHidden, kHeads * kHeadDim},   {kInner, kHidden},              {kInner, kHidden},
-        {kHidden, kInner}};
+    const MatrixSize sizes[kProjections] = {{kHeads * kHeadDim, kHidden},
+                                            {kKvHeads * kHeadDim, kHidden},
+                                            {kKvHeads * kHeadDim, kHidden},
+                                            {kHidden, kHeads * kHeadDim},
+                                            {kInner, kHidden},
+                                            {kInner, kHidden},
+                                            {kHidden, kInner}};
     for (int p = 0; p < kProjections; ++p) {
       result.projections[p] = projection(sizes[p].out_features, sizes[p].in_features, planes, group_size);
     }

@@ -85,9 +85,10 @@ struct Operands {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < c.in_features; ++k) {
         const int8_t any = static_cast<int8_t>(random.byte());
-        const int8_t value = c.activations == kAnyInt8      ? any
-                             : c.activations == kMostlyZero ? static_cast<int8_t>(random.byte() < 50 ? any : 0)
-                                                            : static_cast<int8_t>(c.activations == kAll127 ? 127 : -128);
+        const int8_t value = c.activations == kAnyInt8 ? any
+                             : c.activations == kMostlyZero
+                                 ? static_cast<int8_t>(random.byte() < 50 ? any : 0)
+                                 : static_cast<int8_t>(c.activations == kAll127 ? 127 : -128);
         q.data[row * q_stride + k] = value;
         q_sum.data[row * groups + (groups == 1 ? 0 : k / (c.group_blocks * kBlockInputs))] += value;
       }
@@ -141,9 +142,7 @@ void fill_weights(Buffer<uint8_t>& packed, Weights weights, Random& random) {
 struct Part {
   int64_t begin, end;
 };
-Part part_of(const ProductCase& c, int64_t count) {
-  return c.part && count > 2 ? Part{1, count - 1} : Part{0, count};
-}
+Part part_of(const ProductCase& c, int64_t count) { return c.part && count > 2 ? Part{1, count - 1} : Part{0, count}; }
 
 template <class T>
 void test_tile16(const ProductCase& c, Random& random) {

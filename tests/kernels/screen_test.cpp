@@ -36,8 +36,8 @@ struct ScreenedTokens {
     }
     const double norm = std::sqrt(square) * (1 + 1e-9);
     const double error = std::sqrt(error_square) * (1 + 1e-9) + 1e-14 * norm + kUnderflow;
-    tokens.push_back({scale, static_cast<float>(error * kBoundRounding),
-                      static_cast<float>((norm + error) * kBoundRounding)});
+    tokens.push_back(
+        {scale, static_cast<float>(error * kBoundRounding), static_cast<float>((norm + error) * kBoundRounding)});
   }
 };
 
@@ -51,12 +51,18 @@ struct ScreenResult {
            const ScreenedTokens& tokens, int64_t in_features, int64_t vocabulary, int64_t begin) {
     const int64_t tiles = tiles_of(vocabulary);
     const float* scale = bounds.data;
-    const Screen screen{codes.data,           screen_groups(in_features),
-                        scale,                scale + tiles * kTileRows,
-                        scale + 2 * tiles * kTileRows, tokens.q.data,
-                        tokens.q_stride,      tokens.group_sum.data,
-                        tokens.tokens.data(), static_cast<int64_t>(tokens.tokens.size()),
-                        vocabulary,           upper.data,
+    const Screen screen{codes.data,
+                        screen_groups(in_features),
+                        scale,
+                        scale + tiles * kTileRows,
+                        scale + 2 * tiles * kTileRows,
+                        tokens.q.data,
+                        tokens.q_stride,
+                        tokens.group_sum.data,
+                        tokens.tokens.data(),
+                        static_cast<int64_t>(tokens.tokens.size()),
+                        vocabulary,
+                        upper.data,
                         approximate.data};
     table.screen(screen, begin, tiles);
   }
@@ -82,7 +88,8 @@ void test_screen(int64_t vocabulary, int64_t in_features, Random& random) {
   Buffer<float> wide(length);
   Buffer<int8_t> q_rows(length * kTileRows + groups);
   for (int i = 0; i < 2; ++i) {
-    ScreenTable copy{weight.data, dtype_of<T>(), in_features, vocabulary, codes[i].data, bounds[i].data, nullptr, nullptr};
+    ScreenTable copy{weight.data,   dtype_of<T>(),  in_features, vocabulary,
+                     codes[i].data, bounds[i].data, nullptr,     nullptr};
     copy.norm = copy.scale + rows;
     copy.residual = copy.norm + rows;
     (i == 0 ? scalar : tested)->screen_rows(copy, begin, tiles, wide.data, q_rows.data);
@@ -111,7 +118,7 @@ void test_screen(int64_t vocabulary, int64_t in_features, Random& random) {
     ++comparisons;
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t place = t * vocabulary + begin * kTileRows; place < (t + 1) * vocabulary; ++place) {
-        const double upper = result[1].upper.data[place];  // infinite or NaN if nothing is known
+        const double upper = result[1].upper.data[place];                      // infinite or NaN if nothing is known
         const double lower = 2.0 * result[1].approximate.data[place] - upper;  // as far on the other side, rounded
         const float logit = out.data[place];
         if (logit > upper || logit < lower - std::fabs(upper) * 1e-6) report("a logit beyond its bounds" + where);

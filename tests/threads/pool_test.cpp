@@ -63,8 +63,8 @@ void expect(bool holds, const char* what) {
   std::_Exit(1);
 }
 
-// Rounds of an empty loop that a part takes. Short parts meet at the beginning and at the end of calls, during long ones
-// the system takes CPUs away.
+// Rounds of an empty loop that a part takes. Short parts meet at the beginning and at the end of calls, during long
+// ones the system takes CPUs away.
 std::atomic<int> part_rounds{200};
 
 // What one call of run_parts did.
