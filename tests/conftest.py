@@ -18,7 +18,7 @@ from bitnet_ops import from_pretrained, repack
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores; tests of threads set their own number
 
-# A shell has what it starts in the background ignore Ctrl-C, and programs that tests start would inherit that.
+# A shell has what it starts in the background ignore Ctrl-C, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
