@@ -65,17 +65,6 @@ struct Maddubs {
     return acc_i16x16;
   }
 
-  // Sums of blocks [begin, end), widened.
-  template <int ROWS>
-  __attribute__((always_inline)) static void in_place(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
-                                                      int64_t q_stride, __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
-    if (stream_ahead.far_bytes != 0) {
-      all_in_place(tile, begin, end, q, q_stride, kStreamThroughL2, low, high);
-    } else {
-      all_in_place(tile, begin, end, q, q_stride, kStreamToL1, low, high);
-    }
-  }
-
   static constexpr int kDecodedRows = 6;
 
   template <int ROWS>
@@ -154,17 +143,15 @@ struct Maddubs {
 
   static __m256i widen(__m256i acc_i16x16) { return _mm256_madd_epi16(acc_i16x16, _mm256_set1_epi16(1)); }
 
- private:
   // Of a block, two pairs in each lane are four times too large and lie in [-6144, 6096] for any byte: five blocks fit.
   // In true size they lie in [-1536, 1524], as the others do: ten blocks of both fit. Four and eight end with a group.
   static constexpr int64_t kBlocksOfFours = 4;
   static constexpr int64_t kBlocksInPlace = 8;
 
-  // Inlined, so that distances are constants.
   template <int ROWS>
-  __attribute__((always_inline)) static void all_in_place(const uint8_t* tile, int64_t begin, int64_t end,
-                                                          const int8_t* q, int64_t q_stride, const StreamAhead ahead,
-                                                          __m256i (&low_i32x8)[ROWS], __m256i (&high_i32x8)[ROWS]) {
+  __attribute__((always_inline)) static void in_place(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
+                                                      int64_t q_stride, const StreamAhead ahead,
+                                                      __m256i (&low_i32x8)[ROWS], __m256i (&high_i32x8)[ROWS]) {
     tile += begin * kBlockBytes;
     q += begin * kBlockInputs;
     int64_t blocks = end - begin;
@@ -194,6 +181,7 @@ struct Maddubs {
     }
   }
 
+ private:
   template <int ROWS>
   __attribute__((always_inline)) static void zero(__m256i (&sums)[2][ROWS]) {
 #pragma GCC unroll 2

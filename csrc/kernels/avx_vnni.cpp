@@ -66,20 +66,8 @@ struct Dpbusd {
 
   template <int ROWS>
   __attribute__((always_inline)) static void in_place(const uint8_t* tile, int64_t begin, int64_t end, const int8_t* q,
-                                                      int64_t q_stride, __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
-    if (stream_ahead.far_bytes != 0) {
-      all_in_place(tile, begin, end, q, q_stride, kStreamThroughL2, low, high);
-    } else {
-      all_in_place(tile, begin, end, q, q_stride, kStreamToL1, low, high);
-    }
-  }
-
- private:
-  // Inlined, so that distances are constants.
-  template <int ROWS>
-  __attribute__((always_inline)) static void all_in_place(const uint8_t* tile, int64_t begin, int64_t end,
-                                                          const int8_t* q, int64_t q_stride, const StreamAhead ahead,
-                                                          __m256i (&low)[ROWS], __m256i (&high)[ROWS]) {
+                                                      int64_t q_stride, const StreamAhead ahead, __m256i (&low)[ROWS],
+                                                      __m256i (&high)[ROWS]) {
     constexpr int kChains = 4 / ROWS;  // of half a tile, of a row of q; the odd ones are of odd steps
     __m256i low_i32x8[ROWS][kChains];
     __m256i high_i32x8[ROWS][kChains];
@@ -108,6 +96,7 @@ struct Dpbusd {
     }
   }
 
+ private:
   template <int ROWS, int CHAINS>
   __attribute__((always_inline)) static void add_block(const uint8_t* block, const int8_t* q, int64_t q_stride,
                                                        const StreamAhead ahead, __m256i (&low_i32x8)[ROWS][CHAINS],

@@ -168,8 +168,8 @@ inline __m256i code_of(Codes codes, const uint8_t* half) {
 //     widen(acc)                       acc as int32 x 8
 //     kDotsPerWidening                 how many times dot may add to acc before that
 //     kRows                            rows of q in a register block, two accumulators each
-//     kRowsInPlace, in_place(tile, begin, end, q, q_stride, low, high)    up to so many rows of q have a loop of their
-//                                      own: sums of any number of blocks [begin, end), which are widened already
+//     kRowsInPlace, in_place(tile, begin, end, q, q_stride, ahead, low, high)    up to so many rows of q have a loop of
+//                                      their own: sums of any number of blocks [begin, end), which are widened already
 //     kDecodedRows                     likewise where codes are decoded already
 //     piece(codes, blocks, q, q_stride, low, high)    if kDecodedRows: sums of up to 64 dots of decoded codes below 3
 template <class Dot>
@@ -189,7 +189,12 @@ struct YmmLoops {
                                                          const int8_t* q, int64_t q_stride, __m256i (&low)[ROWS],
                                                          __m256i (&high)[ROWS]) {
     if constexpr (ROWS <= Dot::kRowsInPlace) {
-      Dot::in_place(tile, begin, end, q, q_stride, low, high);
+      // Inlined for each kind of stream, so that distances are constants.
+      if (stream_ahead.far_bytes != 0) {
+        Dot::in_place(tile, begin, end, q, q_stride, kStreamThroughL2, low, high);
+      } else {
+        Dot::in_place(tile, begin, end, q, q_stride, kStreamToL1, low, high);
+      }
     } else {
       const StreamAhead ahead = stream_ahead;
 #pragma GCC unroll 6
@@ -226,7 +231,7 @@ struct YmmLoops {
     if constexpr (ROWS <= Dot::kRowsInPlace) {
       __m256i low[ROWS];
       __m256i high[ROWS];
-      Dot::in_place(tile, 0, blocks, q, q_stride, low, high);
+      some_blocks<ROWS>(tile, 0, blocks, q, q_stride, low, high);
 #pragma GCC unroll 2
       for (int t = 0; t < ROWS; ++t) {
         put(acc + t * kTileRows, low[t], true);
